@@ -1,0 +1,356 @@
+"""ChatGLM-6B on transformers 5, with the module and parameter names of the original checkpoints.
+
+GLM: General Language Model Pretraining with Autoregressive Blank Infilling, https://arxiv.org/abs/2103.10360
+
+Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new), h heads, d head size, v vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+# The original code never hands the number of layers down to its blocks, so that every checkpoint,
+# whatever its depth, was trained with the residual scale of 28 layers.
+RESIDUAL_SCALE = math.sqrt(2 * 28)
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """The fields of the original config.json, under their original names."""
+
+    model_type = "chatglm"
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+        "num_key_value_heads": "num_attention_heads",
+    }
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    position_encoding_2d: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 3
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    bos_token_id: int | None = 130004
+    eos_token_id: int | None = 130005
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    tie_word_embeddings: bool = True
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def to_dict(self) -> dict:
+        """As transformers writes it, plus ``torch_dtype``, without which the original code would load float32."""
+        fields = super().to_dict()
+        fields["torch_dtype"] = fields.get("dtype")
+        return fields
+
+
+def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the 2D rotary embedding, in float32.
+
+    position_ids: [b, 2, s], position and block position; dim: rotary size, half of the head size.
+    Returns two tensors [b, 1, s, 2, dim] that broadcast over heads.
+
+    The original keeps the inverse frequencies in float16 even in a float32 run and the weights were trained
+    with them: computed exactly, the angles would be off by 0.3 in cosine at position 2,000.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+    inv_freq = (1.0 / 10000**exponents).half().float()
+    angles = position_ids[..., None].float() * inv_freq  # [b, 2, s, dim / 2]
+    angles = torch.cat((angles, angles), dim=-1).transpose(1, 2).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first half of each head by the position and the second by the block position. x: [b, h, s, d]."""
+    x = x.unflatten(-1, (2, -1))
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Plain attention that also returns its weights [b, h, s, t]; attention_mask is boolean, True = visible."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.scaling = config.head_dim**-0.5
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        visible: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        prefix: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        fused = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query, key, value = fused.chunk(3, dim=-1)  # each [b, h, s, d]: the heads are interleaved
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if prefix is not None:  # learned keys and values stand before the text and are not rotated
+            key = torch.cat((prefix[0], key), dim=2)
+            value = torch.cat((prefix[1], value), dim=2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        context, weights = attend(self, query, key, value, visible, scaling=self.scaling, is_causal=False)
+        return self.dense(context.flatten(2)), weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dense_4h_to_h(nn.functional.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One layer. The residual branches off after the norm, not before it."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        visible: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        prefix: Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = normed * RESIDUAL_SCALE + self.attention(normed, visible, rotary, prefix, past_key_values)[0]
+        normed = self.post_attention_layernorm(hidden_states)
+        return normed * RESIDUAL_SCALE + self.mlp(normed)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    config_class = ChatGLMConfig
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    # inv_freq is recomputed; a prefix inside an old full checkpoint is read by whoever attaches the prefix encoder.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"prefix_encoder\."]
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        # P-Tuning v2 puts a module here: batch size -> keys and values [layers, 2, b, h, pre_seq_len, d].
+        self.prefix_encoder: nn.Module | None = None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.word_embeddings = value
+
+    def context_lengths(self, input_ids: Tensor) -> Tensor:
+        """Index of the first <sop> of each row, pads included; the row's length where there is none. [b, s] -> [b]."""
+        is_sop = input_ids == self.config.bos_token_id
+        return torch.where(is_sop.any(-1), is_sop.int().argmax(-1), input_ids.shape[1])
+
+    def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Position and block position of every token, as the original counts them. [b, s] -> [b, 2, s].
+
+        Up to <sop>: 0, 1, 2, … after the left pads, and block 0. From <sop> on: the position of the mask token
+        ([gMASK], or [MASK] where the row has none), and block 1, 2, 3, ….
+        """
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+        context = self.context_lengths(input_ids)[:, None]
+        pads = torch.zeros_like(context)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            pads = attention_mask.int().argmax(-1, keepdim=True)
+        is_gmask, is_mask = input_ids == self.config.gmask_token_id, input_ids == self.config.mask_token_id
+        wanted = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+        mask_position = wanted.int().argmax(-1, keepdim=True)
+        generated = columns >= context
+        position = (torch.where(generated, mask_position, columns) - pads).clamp(min=0)
+        block = torch.where(generated, columns - context + 1, 0)
+        return torch.stack((position, block), dim=1)
+
+    def visible_keys(
+        self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
+    ) -> Tensor | None:
+        """Which key each new position may attend to: [b, 1, s, t], True = visible; None = everything.
+
+        The context (up to <sop>) sees the whole context, what follows is causal, pads are seen by nobody and the
+        prefix by everybody. attention_mask: [b, past + s], 1 = token; or the original's bool [b, 1, s, past + s],
+        True = hidden.
+        """
+        batch_size, length = input_ids.shape
+        total = past_length + length
+        if attention_mask is not None and attention_mask.dim() == 4:
+            visible = ~attention_mask.bool()
+        elif length == 1 and attention_mask is None:
+            return None
+        else:
+            keys = torch.arange(total, device=input_ids.device)
+            visible = keys <= keys[past_length:, None]  # [s, total]
+            if past_length == 0:
+                visible = visible | (keys < self.context_lengths(input_ids)[:, None])[:, None]  # [b, s, total]
+            visible = visible.expand(batch_size, length, total)[:, None]
+            if attention_mask is not None:
+                visible = visible & attention_mask.bool()[:, None, None]
+        return nn.functional.pad(visible, (prefix_length, 0), value=True) if prefix_length else visible
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids: [b, s]; attention_mask: see ``visible_keys``; position_ids: [b, 2, s]."""
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
+        if position_ids is None:
+            position_ids = self.get_position_ids(input_ids, attention_mask)
+        visible = self.visible_keys(input_ids, attention_mask, max(cached - prefix_length, 0), prefix_length)
+
+        hidden_states = self.word_embeddings(input_ids)
+        cos, sin = rotary_angles(position_ids, self.config.head_dim // 2)
+        rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+        prefixes = [None] * len(self.layers)
+        if self.prefix_encoder is not None and cached == 0:  # later steps find the prefix in the cache
+            prefixes = self.prefix_encoder(input_ids.shape[0]).to(hidden_states.dtype)
+        for layer, prefix in zip(self.layers, prefixes, strict=True):
+            hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
+
+        The labels are shifted inside. The loss is a mean over labels, or their sum divided by ``num_items_in_batch``,
+        the number of labels of a whole accumulated batch. In training, logits are computed (and returned) at labelled
+        positions only: [labels, v].
+        """
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is None:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        else:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            labelled = targets != -100
+            if self.training:
+                logits = scored = self.lm_head(hidden_states[labelled])  # [labels, v]
+            else:
+                logits = self.lm_head(hidden_states)
+                scored = logits[labelled]
+            total = nn.functional.cross_entropy(scored.float(), targets[labelled], reduction="sum")
+            loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # generate() counts positions in one dimension; these three keep the two of GLM: [b, 2, s].
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        return self.transformer.get_position_ids(inputs_tensor, model_kwargs.get("attention_mask"))
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, **kwargs) -> dict:
+        prompt_position = model_kwargs["position_ids"][:, :1, -1:]
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        model_kwargs["position_ids"][:, :1, -1:] = prompt_position  # only the block position moves on
+        return model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **model_kwargs) -> tuple[Tensor, dict]:
+        position_ids = model_kwargs.pop("position_ids").repeat_interleave(expand_size, dim=0)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, **model_kwargs)
+        return input_ids, model_kwargs | {"position_ids": position_ids}
+
+
+AutoConfig.register("chatglm", ChatGLMConfig)
+AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration)

@@ -1,0 +1,141 @@
+"""P-Tuning v2: trainable keys and values in front of the text in every layer; the base model stays frozen.
+
+P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks,
+https://arxiv.org/abs/2110.07602
+
+On disk a prefix is what the official code writes: ``pytorch_model.bin`` with ``transformer.prefix_encoder.*`` and a
+``config.json``, in which ``pre_seq_len`` and ``prefix_projection`` stand, so that nobody has to repeat them.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from common.errors import UserError
+
+KEY_PREFIX = "transformer.prefix_encoder."
+
+
+class PrefixEncoder(nn.Module):
+    """Keys and values of ``pre_seq_len`` virtual tokens, in float32, drawn from N(0, 1) as nn.Embedding does.
+
+    With ``projection`` they come out of a two-layer network (embedding -> Linear -> Tanh -> Linear), which trains
+    more stably and costs far more parameters.
+    """
+
+    def __init__(self, config: PreTrainedConfig, pre_seq_len: int, projection: bool = False, dropout: float = 0.1):
+        super().__init__()
+        self.pre_seq_len = pre_seq_len
+        self.num_layers = config.num_hidden_layers
+        self.kv_shape = (config.num_key_value_heads, config.head_dim)
+        size = self.num_layers * 2 * config.num_key_value_heads * config.head_dim
+        self.embedding = nn.Embedding(pre_seq_len, config.hidden_size if projection else size)
+        self.trans: nn.Module = nn.Identity()
+        if projection:
+            self.trans = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
+            )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch_size: int) -> Tensor:
+        """Keys and values of all layers, [layers, 2, b, h, pre_seq_len, d]; dropout differs from row to row."""
+        tokens = torch.arange(self.pre_seq_len, device=self.embedding.weight.device)
+        keys_values = self.trans(self.embedding(tokens))
+        keys_values = keys_values.view(self.pre_seq_len, self.num_layers, 2, *self.kv_shape).permute(1, 2, 3, 0, 4)
+        return self.dropout(keys_values.unsqueeze(2).expand(-1, -1, batch_size, -1, -1, -1))
+
+
+def attach_prefix(model: PreTrainedModel, pre_seq_len: int, projection: bool = False) -> None:
+    """Freezes the model and gives it a new, trainable prefix encoder."""
+    model.requires_grad_(False)
+    model.base_model.prefix_encoder = PrefixEncoder(model.config, pre_seq_len, projection).to(model.device)
+    model.config.pre_seq_len = pre_seq_len
+    model.config.prefix_projection = projection
+
+
+@contextmanager
+def without_prefix(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The base model, as it is without its prefix."""
+    encoder, model.base_model.prefix_encoder = model.base_model.prefix_encoder, None
+    try:
+        yield model
+    finally:
+        model.base_model.prefix_encoder = encoder
+
+
+def save_prefix(model: PreTrainedModel, folder: str | Path) -> None:
+    """Writes the prefix alone, float32 under the original names, and the config; loads in the original code too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = model.base_model.prefix_encoder.state_dict(prefix=KEY_PREFIX)
+    partial = folder / "pytorch_model.bin.partial"
+    torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, folder / "pytorch_model.bin")
+    model.config.save_pretrained(folder)
+
+
+def read_prefix(folder: str | Path) -> dict[str, Tensor]:
+    """The prefix tensors of a checkpoint, keys without ``transformer.prefix_encoder.``; empty where there are none.
+
+    Reads what we save, what the official script saves, and old full checkpoints that hold base and prefix.
+    """
+    folder = Path(folder)
+    tensors = {}
+    for file in prefix_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as reader:
+                tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
+        else:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+            tensors |= {name: tensor for name, tensor in stored.items() if name.startswith(KEY_PREFIX)}
+    return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
+
+
+def prefix_files(folder: Path) -> list[Path]:
+    """The weight files that may hold a prefix: where there is an index, only those it names for one."""
+    for index in folder.glob("*.index.json"):
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
+    files = [folder / "pytorch_model.bin", folder / "model.safetensors"]
+    return [file for file in files if file.exists()]
+
+
+def load_prefix(
+    model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
+) -> None:
+    """Attaches the prefix of a checkpoint. Its length and kind are read off its tensors.
+
+    Raises UserError where the folder holds no prefix, where ``pre_seq_len`` or ``projection`` are given and differ,
+    and where the prefix belongs to a model of another shape.
+    """
+    tensors = read_prefix(folder)
+    if not tensors:
+        raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
+    stored_length, stored_projection = len(tensors["embedding.weight"]), "trans.0.weight" in tensors
+    if pre_seq_len not in (None, stored_length):
+        raise UserError(
+            f"the prefix in {folder} was trained with --pre_seq_len {stored_length}, not {pre_seq_len}: "
+            f"leave the flag out or set it to {stored_length}."
+        )
+    if projection not in (None, stored_projection):
+        raise UserError(
+            f"the prefix in {folder} was trained with{'' if stored_projection else 'out'} --prefix_projection: "
+            "leave the flag out, its kind is read from the checkpoint."
+        )
+    attach_prefix(model, stored_length, stored_projection)
+    encoder = model.base_model.prefix_encoder
+    for name, parameter in encoder.named_parameters():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            found = list(tensors[name].shape) if name in tensors else "nothing"
+            raise UserError(
+                f"the prefix in {folder} does not belong to this model: {name} is {found}, "
+                f"the model needs {list(parameter.shape)}."
+            )
+    encoder.load_state_dict(tensors)
