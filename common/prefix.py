@@ -55,7 +55,8 @@ class PrefixEncoder(nn.Module):
 def attach_prefix(model: PreTrainedModel, pre_seq_len: int, projection: bool = False) -> None:
     """Freezes the model and gives it a new, trainable prefix encoder."""
     model.requires_grad_(False)
-    model.base_model.prefix_encoder = PrefixEncoder(model.config, pre_seq_len, projection).to(model.device)
+    encoder = PrefixEncoder(model.config, pre_seq_len, projection).to(model.device)
+    model.base_model.prefix_encoder = encoder.train(model.training)
     model.config.pre_seq_len = pre_seq_len
     model.config.prefix_projection = projection
 

@@ -57,8 +57,12 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     def to_dict(self) -> dict:
-        """As transformers writes it, plus ``torch_dtype``, without which the original code would load float32."""
+        """As transformers writes it, plus ``torch_dtype``, without which the original code would load float32.
+
+        ``auto_map`` is left out: nothing that we save asks for code of a checkpoint to be run.
+        """
         fields = super().to_dict()
+        fields.pop("auto_map", None)
         fields["torch_dtype"] = fields.get("dtype")
         return fields
 
@@ -250,7 +254,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """input_ids: [b, s]; attention_mask: see ``visible_keys``; position_ids: [b, 2, s]."""
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
