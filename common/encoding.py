@@ -1,11 +1,24 @@
 """Rows of text -> token ids and labels, exactly as the official training script encodes them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizer
 
 History = Sequence[Sequence[str]]
 """Earlier rounds of a conversation: [[query, answer], …]."""
+
+
+class TrainRow(NamedTuple):
+    input_ids: list[int]
+    labels: list[int]  # -100 where no loss is computed
+    truncated: bool
+
+
+class EvalRow(NamedTuple):
+    prompt_ids: list[int]
+    reference: str
+    truncated: bool
 
 
 def build_prompt(query: str, history: History = ()) -> str:
@@ -26,19 +39,20 @@ def encode_train(
     responses: list[str],
     max_source_length: int,
     max_target_length: int,
-) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of each row: ``prompt [gMASK] <sop> response <eop>``, labelled from <sop> on.
+) -> list[TrainRow]:
+    """Each row becomes ``prompt [gMASK] <sop> response <eop>``, labelled from <sop> on.
 
-    The prompt is cut to ``max_source_length - 1`` tokens and the response to ``max_target_length - 2``. Labels are
-    -100 where no loss is computed; the position of [gMASK] learns to predict <sop>, as in the original.
+    The prompt is cut to ``max_source_length - 1`` tokens and the response to ``max_target_length - 2``. The position
+    of [gMASK] learns to predict <sop>, as in the original.
     """
+    max_prompt, max_response = max_source_length - 1, max_target_length - 2
     rows = []
     encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses), strict=True)
     for prompt_ids, response_ids in encoded:
-        prompt_ids, response_ids = prompt_ids[: max_source_length - 1], response_ids[: max_target_length - 2]
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids, response_ids)
+        truncated = len(prompt_ids) > max_prompt or len(response_ids) > max_response
+        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids[:max_prompt], response_ids[:max_response])
         context_length = input_ids.index(tokenizer.bos_token_id)
-        rows.append((input_ids, [-100] * context_length + input_ids[context_length:]))
+        rows.append(TrainRow(input_ids, [-100] * context_length + input_ids[context_length:], truncated))
     return rows
 
 
@@ -48,16 +62,18 @@ def encode_eval(
     responses: list[str],
     max_source_length: int,
     max_target_length: int,
-) -> list[tuple[list[int], str]]:
-    """(prompt ids, reference) of each row: the prompt with its special tokens cut to ``max_source_length``.
+) -> list[EvalRow]:
+    """The prompt of each row, cut to ``max_source_length`` with its special tokens, and the reference answer.
 
     The reference is the response as it reads after encoding, cut to ``max_target_length - 2`` tokens: what the model
     is scored against is what it could have learned, as in the original.
     """
+    max_prompt, max_response = max_source_length - 2, max_target_length - 2
     rows = []
     encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses), strict=True)
     for prompt_ids, response_ids in encoded:
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids[: max_source_length - 2])
-        reference = tokenizer.decode(response_ids[: max_target_length - 2], skip_special_tokens=True).strip()
-        rows.append((input_ids, reference))
+        truncated = len(prompt_ids) > max_prompt or len(response_ids) > max_response
+        reference = tokenizer.decode(response_ids[:max_response], skip_special_tokens=True).strip()
+        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids[:max_prompt])
+        rows.append(EvalRow(input_ids, reference, truncated))
     return rows

@@ -108,6 +108,11 @@ def prefix_files(folder: Path) -> list[Path]:
     return [file for file in files if file.exists()]
 
 
+def restore_prefix(model: PreTrainedModel, folder: str | Path) -> None:
+    """Reads a saved prefix back into the encoder that the model already has."""
+    model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
+
+
 def load_prefix(
     model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
 ) -> None:

@@ -108,7 +108,7 @@ def pretrain(
     for step in range(1, steps + 1):
         prompts, answers = zip(*(random_example(rng) for _ in range(batch_size)), strict=True)
         rows = encode_train(tokenizer, list(prompts), list(answers), max_source_length=192, max_target_length=128)
-        batch = collate([{"input_ids": ids, "labels": labels} for ids, labels in rows])
+        batch = collate([row._asdict() for row in rows])
         loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -56,15 +56,14 @@ class ChatGLMConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    def to_dict(self) -> dict:
-        """As transformers writes it, plus ``torch_dtype``, without which the original code would load float32.
+    def to_diff_dict(self) -> dict:
+        """What config.json holds: ``torch_dtype`` too, without which the original code would load float32.
 
         ``auto_map`` is left out: nothing that we save asks for code of a checkpoint to be run.
         """
-        fields = super().to_dict()
+        fields = super().to_diff_dict()
         fields.pop("auto_map", None)
-        fields["torch_dtype"] = fields.get("dtype")
-        return fields
+        return fields | {"torch_dtype": fields.get("dtype")}
 
 
 def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -301,13 +300,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        loss_only: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
 
-        The labels are shifted inside. The loss is a mean over labels, or their sum divided by ``num_items_in_batch``,
-        the number of labels of a whole accumulated batch. In training, logits are computed (and returned) at labelled
-        positions only: [labels, v].
+        The labels are shifted inside. The loss is the mean over labels, or their sum divided by ``num_items_in_batch``,
+        the number of labels of a whole accumulated batch. With ``loss_only`` no logits are returned, and those of
+        positions without a label are never computed.
         """
         outputs = self.transformer(
             input_ids,
@@ -318,17 +318,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        loss = None
-        if labels is None:
+        loss = logits = None
+        if not loss_only:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        else:
+        if labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             labelled = targets != -100
-            if self.training:
-                logits = scored = self.lm_head(hidden_states[labelled])  # [labels, v]
-            else:
-                logits = self.lm_head(hidden_states)
-                scored = logits[labelled]
+            scored = self.lm_head(hidden_states[labelled]) if logits is None else logits[labelled]  # [labels, v]
             total = nn.functional.cross_entropy(scored.float(), targets[labelled], reduction="sum")
             loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(

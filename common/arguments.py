@@ -1,0 +1,148 @@
+"""Command-line flags: those of the official arguments.py, and the training arguments of transformers.
+
+A flag that transformers 5 renamed works under its old name too, with one line of advice.
+"""
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+from common.errors import UserError
+
+RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
+    "evaluation_strategy": ("eval_strategy", None),
+    "warmup_ratio": ("warmup_steps", None),  # a value below 1 is a share of all steps
+    "per_gpu_train_batch_size": ("per_device_train_batch_size", None),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size", None),
+    "no_cuda": ("use_cpu", None),
+    "group_by_length": ("train_sampling_strategy", "group_by_length"),
+    "adafactor": ("optim", "adafactor"),
+}
+REMOVED = {  # old flag -> why it is ignored
+    "logging_dir": "TensorBoard files are written to OUTPUT_DIR/runs",
+    "save_safetensors": "the file format is fixed by what is trained",
+    "fp16_backend": "PyTorch's own mixed precision is used",
+    "half_precision_backend": "PyTorch's own mixed precision is used",
+    "fp16_opt_level": "PyTorch's own mixed precision is used",
+    "use_mps_device": "the device is found automatically",
+    "preprocessing_num_workers": "sentencepiece uses all cores by itself",
+    "include_inputs_for_metrics": "the metrics need no inputs",
+    "resize_position_embeddings": "rotary positions need no resizing",
+    "use_fast_tokenizer": "there is one tokenizer, and it is fast",
+    "forced_bos_token": "ChatGLM generates from its own <sop>",
+    "lang": "the language makes no difference",
+    "use_auth_token": "log in with `hf auth login` or set HF_TOKEN",
+}
+
+
+def told(help_text: str, default=None, **kwargs):
+    """A field with its help text, written once where the flag stands."""
+    return field(default=default, metadata={"help": help_text}, **kwargs)
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = told("demo, a folder with a ChatGLM checkpoint, or a hub id", "demo")
+    ptuning_checkpoint: str | None = told("Folder of a trained prefix: to evaluate it, or to train it further")
+    config_name: str | None = told("Folder or hub id of the config, where it is not the model's own")
+    tokenizer_name: str | None = told("Folder or hub id of the tokenizer, where it is not the model's own")
+    cache_dir: str | None = told("Where models from the hub are stored")
+    model_revision: str = told("Branch, tag or commit of the model on the hub", "main")
+    quantization_bit: int | None = told("Load the frozen base model in 4 or 8 bit (bitsandbytes)")
+    pre_seq_len: int | None = told("P-Tuning v2: number of virtual tokens; read from the checkpoint when evaluating")
+    prefix_projection: bool = told("P-Tuning v2: make the prefix with a two-layer network", False)
+
+
+@dataclass
+class DataArguments:
+    train_file: str | None = told("Training data: JSON, JSON lines or CSV; several files by commas or a glob")
+    validation_file: str | None = told("Data for --do_eval, in the same formats")
+    test_file: str | None = told("Data for --do_predict, in the same formats")
+    dataset_name: str | None = told("A data set on the hub, or a folder, instead of files")
+    dataset_config_name: str | None = told("Configuration of the data set on the hub")
+    prompt_column: str | None = told("Column with the question", "prompt")
+    response_column: str | None = told("Column with the answer", "response")
+    history_column: str | None = told("Column with earlier rounds: [[question, answer], ...]")
+    source_prefix: str = told("Text put before every question", "")
+    max_source_length: int = told("Longest question in tokens, the rest is cut off and reported", 1024)
+    max_target_length: int = told("Longest answer in tokens, the rest is cut off and reported", 128)
+    val_max_target_length: int | None = told("The same for evaluation; default: max_target_length")
+    pad_to_max_length: bool = told("Pad every row to the two lengths above, not to the longest of its batch", False)
+    ignore_pad_token_for_loss: bool = told("Leave pad tokens out of the loss", True)
+    overwrite_cache: bool = told("Prepare the data again even if it is cached", False)
+    max_train_samples: int | None = told("Use only the first rows of the training data")
+    max_eval_samples: int | None = told("Use only the first rows of the validation data")
+    max_predict_samples: int | None = told("Use only the first rows of the test data")
+    num_beams: int | None = told("Beams when generating; 1 is greedy", 1)
+    do_sample: bool = told("Sample when generating, as the official evaluation does; default: greedy", False)
+    top_p: float = told("Sampling: share of probability to draw from", 0.7)
+    temperature: float = told("Sampling: temperature", 0.95)
+    evaluate_base: bool = told("With --do_predict: also score the model without what was trained", False)
+
+    def __post_init__(self):
+        self.val_max_target_length = self.val_max_target_length or self.max_target_length
+        if self.max_source_length < 3 or self.max_target_length < 3:
+            raise ValueError("--max_source_length and --max_target_length must be at least 3 tokens")
+
+
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    output_dir: str | None = told("Where checkpoints, logs and predictions are written", "output")
+    overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
+    report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
+    include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
+    dataloader_pin_memory: bool = told("Page-lock batches in host memory, for GPUs", False)
+
+
+def translate_old_flags(argv: list[str]) -> list[str]:
+    """Official spellings -> those of transformers 5, with one line of advice each on stderr."""
+    translated, tokens = [], iter(argv)
+    pending = next(tokens, None)
+    while (token := pending) is not None:
+        pending = next(tokens, None)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in RENAMED | REMOVED:
+            translated.append(token)
+            continue
+        if not equals and pending is not None and not pending.startswith("--"):
+            value, pending = pending, next(tokens, None)
+        if name in REMOVED:
+            print(f"advice: --{name} has no effect any more: {REMOVED[name]}.", file=sys.stderr)
+            continue
+        new_name, new_value = RENAMED[name]
+        if new_value and value.lower() == "false":
+            continue
+        value = new_value or value
+        translated += [f"--{new_name}", *([value] if value else [])]
+        print(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.", file=sys.stderr)
+    return translated
+
+
+class FlagParser(HfArgumentParser):
+    """Says what is wrong in one sentence instead of listing three hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags).")
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Reads the command line. Raises UserError for an unknown flag, naming the nearest known one, or a bad value."""
+    parser = FlagParser(
+        (ModelArguments, DataArguments, TrainingArguments),
+        usage="main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]",
+        allow_abbrev=False,
+    )
+    argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+    for token in argv:
+        name = token.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"unknown flag {name}" + (f": did you mean {nearest[0]}?" if nearest else "."))
+    try:
+        return parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error

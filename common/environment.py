@@ -1,0 +1,118 @@
+"""Prints the Python that the scripts use, after making .venv on first use. Standard library only.
+
+    python3 common/environment.py requirements.txt [more requirements files]
+
+An environment of the user's own that is active is taken as it is. Any number of jobs may call this at once: one
+builds, the others wait. A file in .venv says which requirements are installed, so that a killed build is repeated.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".venv"
+INSTALLED = FOLDER / "installed.json"  # {requirements file: hash of its content}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def active_environment() -> str | None:
+    """The user's own virtual or conda environment, if one is active; conda's base environment does not count."""
+    if os.environ.get("VIRTUAL_ENV"):
+        return os.environ["VIRTUAL_ENV"]
+    if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
+        return os.environ.get("CONDA_PREFIX")
+    return None
+
+
+def missing_packages(files: list[Path]) -> list[str]:
+    """Requirements that the running Python does not have; another version than the pinned one is only reported."""
+    missing = []
+    for line in (line.split("#")[0].strip() for file in files for line in file.read_text().splitlines()):
+        name, _, version = line.partition("==")
+        try:
+            found = metadata.version(name) if name else version
+        except metadata.PackageNotFoundError:
+            missing.append(line)
+            continue
+        if version and found.partition("+")[0] != version:
+            say(f"note: {name} is {found}; the version that was tested is {version}.")
+    return missing
+
+
+def wanted(files: list[Path]) -> dict[str, str]:
+    return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def installed() -> dict[str, str]:
+    return json.loads(INSTALLED.read_text()) if INSTALLED.exists() else {}
+
+
+def build(files: list[Path], lock: int) -> None:
+    """Creates .venv if there is no whole one and installs the requirements into it."""
+    if not INSTALLED.exists():
+        say(f"creating {FOLDER} (once; about two minutes and 2 GB)")
+        venv.EnvBuilder(with_pip=True, clear=True).create(FOLDER)
+    say(f"installing {', '.join(wanted(files))}")
+    command = [FOLDER / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for file in files:
+        command += ["-r", file]
+    # pip inherits the lock: if this process is killed, nobody else installs until pip, too, has ended.
+    subprocess.run(command, check=True, stdout=sys.stderr, pass_fds=[lock])
+    partial = INSTALLED.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(installed() | wanted(files), indent=2))
+    os.replace(partial, INSTALLED)
+
+
+def ensure(files: list[Path]) -> None:
+    """Returns when .venv holds the requirements."""
+    if wanted(files).items() <= installed().items():
+        return
+    with open(ROOT / ".venv.lock", "a+") as holder:
+        try:
+            fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder.seek(0)
+            say(f"waiting for the environment: built by process {holder.read().strip() or 'unknown'}")
+            fcntl.flock(holder, fcntl.LOCK_EX)
+        holder.truncate(0)
+        holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
+        holder.flush()
+        if not wanted(files).items() <= installed().items():
+            build(files, holder.fileno())
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):
+        say(f"error: Python 3.10 or newer is needed, python3 is {sys.version.split()[0]}.")
+        return 2
+    files = [ROOT / name for name in sys.argv[1:]]
+    own = active_environment()
+    if own:
+        missing = missing_packages(files)
+        if missing:
+            say(f"error: the active environment {own} lacks {', '.join(missing)}: install the requirements or deactivate it.")
+            return 2
+        print(sys.executable)
+        return 0
+    try:
+        ensure(files)
+    except (subprocess.CalledProcessError, OSError) as error:
+        say(f"error: the environment could not be built ({error}); what pip said stands above. Run the script again.")
+        return 2
+    print(FOLDER / "bin" / "python")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

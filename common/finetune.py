@@ -1,0 +1,230 @@
+"""The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizer, set_seed
+from transformers.utils import is_torch_bf16_gpu_available
+
+from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.collator import TrainCollator
+from common.data import Prepared, find_files, prepare_dataset
+from common.errors import UserError
+from common.loading import check_model_folder, load_model, load_tokenizer, resolve_model
+from common.locking import guard
+from common.metrics import score
+from common.output import check_space, check_writable, resume_point, settings_of, write_settings
+from common.predict import generate_answers
+from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
+from common.trainer import FinetuneTrainer, Method
+
+SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
+    ("train", "do_train", "train_file", "max_train_samples"),
+    ("validation", "do_eval", "validation_file", "max_eval_samples"),
+    ("test", "do_predict", "test_file", "max_predict_samples"),
+)
+
+
+def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    folder = check(model_args, data_args, args)
+    with own_output(args):
+        settings = settings_of(model_args, data_args, args)
+        checkpoint = resume_point(args, settings) if args.do_train else None
+        set_seed(args.seed)
+        tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
+        data = prepare(data_args, args, tokenizer)
+        model = build_model(model_args, args, folder)
+        print_settings(method.name, model, folder, data_args, args)
+        trainer = build_trainer(method, model, tokenizer, data, data_args, args)
+        if args.do_train:
+            if trainer.is_world_process_zero():
+                write_settings(Path(args.output_dir), settings)
+            train(trainer, data["train"], tokenizer, checkpoint)
+        if args.do_eval:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        if args.do_predict:
+            predict(method, trainer, tokenizer, data["test"], data_args)
+
+
+def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
+    """Finds out what can't work before anything is loaded. Returns the model's folder."""
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    for _, flag, file_flag, _ in needed_splits(args):
+        patterns = vars(data_args)[file_flag]
+        if patterns:
+            find_files(patterns)
+        elif not data_args.dataset_name:
+            raise UserError(f"--{flag} needs --{file_flag}.")
+    if args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor is not supported.")
+    processes = int(os.environ.get("EXPECTED_PROCESSES", args.world_size))
+    if processes != args.world_size:
+        raise UserError(f"{processes} processes were asked for and {args.world_size} are running.")
+    folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
+    check_model_folder(folder)
+    if model_args.ptuning_checkpoint and not Path(model_args.ptuning_checkpoint).is_dir():
+        raise UserError(f"--ptuning_checkpoint: no folder {model_args.ptuning_checkpoint}.")
+    check_writable(Path(args.output_dir))
+    return folder
+
+
+def needed_splits(args: TrainingArguments) -> list[tuple[str, str, str, str]]:
+    """The lines of SPLITS that this run uses: evaluating while training needs the validation set too."""
+    return [line for line in SPLITS if vars(args)[line[1]] or (line[0] == "validation" and args.eval_strategy != "no")]
+
+
+def own_output(args: TrainingArguments) -> AbstractContextManager[None]:
+    """Two jobs never write into one output folder: the second is refused, naming the first."""
+    if args.process_index != 0:
+        return nullcontext()
+    return guard("output folder", Path(args.output_dir).resolve(), wait=False)
+
+
+def prepare(data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizer) -> dict[str, Prepared]:
+    """The tokenized data of every split that is needed, cut to --max_*_samples."""
+    data = {}
+    for split, _, file_flag, limit_flag in needed_splits(args):
+        prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
+        limit = vars(data_args)[limit_flag]
+        if limit is not None:
+            prepared.rows = prepared.rows.select(range(min(limit, len(prepared.rows))))
+        if args.process_index == 0:
+            print_prepared(split, prepared)
+        data[split] = prepared
+    return data
+
+
+def build_model(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> PreTrainedModel:
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device lacks it."""
+    dtype = torch.float32
+    if args.device.type != "cpu":
+        dtype = torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float16
+    model = load_model(
+        folder,
+        dtype,
+        model_args.quantization_bit,
+        model_args.pre_seq_len,
+        model_args.prefix_projection,
+        model_args.ptuning_checkpoint,
+        model_args.config_name,
+    )
+    # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
+    model._hf_peft_config_loaded = model_args.quantization_bit is not None
+    return model
+
+
+def build_trainer(
+    method: Method,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizer,
+    data: dict[str, Prepared],
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> FinetuneTrainer:
+    validation = data.get("validation")
+    score_answers: Callable[[], dict[str, float]] | None = None
+    if args.predict_with_generate and validation:
+        score_answers = partial(score_rows, model, tokenizer, validation, data_args, args)
+    args.prediction_loss_only = True  # answers are generated by common.predict, the Trainer computes the loss
+    return FinetuneTrainer(
+        method=method,
+        score_answers=score_answers,
+        model=model,
+        args=args,
+        train_dataset=data["train"].rows if "train" in data else None,
+        eval_dataset=validation.rows if validation else None,
+        data_collator=TrainCollator(
+            tokenizer.pad_token_id,
+            -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
+        ),
+        processing_class=tokenizer,
+    )
+
+
+def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokenizer, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint where there is one, and saves what was trained into the output folder."""
+    args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
+    if checkpoint:
+        start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if trainer.is_world_process_zero():
+        print_first_row(data.rows[0], tokenizer)
+        if checkpoint:
+            print(f"continuing from {checkpoint}", flush=True)
+    metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        steps = trainer.state.global_step - start["global_step"]
+        print_training_summary(
+            trainer.state.log_history,
+            metrics["train_runtime"],
+            steps,
+            samples=steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            tokens=trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"],
+            saved_to=Path(args.output_dir),
+        )
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizer,
+    data: Prepared,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    description: str = "generating",
+) -> list[str]:
+    """The model's answers to the rows of a split: greedy, with beams, or sampled, as the flags say."""
+    sampling = {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
+    return generate_answers(
+        model,
+        tokenizer,
+        data.rows["prompt_ids"],
+        args.per_device_eval_batch_size,
+        description,
+        max_new_tokens=args.generation_max_length or data_args.val_max_target_length,
+        num_beams=args.generation_num_beams or data_args.num_beams,
+        **(sampling if data_args.do_sample else {"do_sample": False}),
+    )
+
+
+def score_rows(*args) -> dict[str, float]:
+    """Scores of the answers that ``answer_rows`` generates from the same arguments."""
+    return score(answer_rows(*args), args[2].rows["reference"])
+
+
+def predict(
+    method: Method, trainer: FinetuneTrainer, tokenizer: PreTrainedTokenizer, data: Prepared, data_args: DataArguments
+) -> None:
+    """Writes generated_predictions.txt, one {"labels", "predict"} a line, and scores it; beside the base if asked."""
+    args, references = trainer.args, list(data.rows["reference"])
+    models = {"tuned": (nullcontext(trainer.model), "generated_predictions.txt")}
+    if data_args.evaluate_base:
+        models = {"base": (method.base(trainer.model), "base_predictions.txt")} | models
+    columns = {}
+    for name, (context, file_name) in models.items():
+        with context as model:
+            answers = answer_rows(model, tokenizer, data, data_args, args, f"{name} model")
+        if trainer.is_world_process_zero():
+            with open(Path(args.output_dir) / file_name, "w", encoding="utf-8") as file:
+                for reference, answer in zip(references, answers, strict=True):
+                    file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
+        columns[name] = score(answers, references)
+    metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
+    metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
+    trainer.save_metrics("predict", metrics | {"predict_samples": len(references)})
+    if trainer.is_world_process_zero():
+        print_scores(columns)
+        print(f"predictions: {Path(args.output_dir) / 'generated_predictions.txt'}", flush=True)

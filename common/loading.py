@@ -1,0 +1,150 @@
+"""A name -> its checkpoint folder, checked -> tokenizer and model. Nothing in a checkpoint folder is ever executed."""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+
+from common.errors import UserError
+from common.locking import guard
+from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.prefix import attach_prefix, load_prefix
+from common.tokenizers.chatglm import ChatGLMTokenizer
+
+DEMOS = {"demo": Path(__file__).parent / "demo" / "chatglm"}
+HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model"]  # weights, config and vocabulary: never Python files
+
+
+def resolve_model(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:
+    """The folder of a demo, of a folder's own path, or of a hub id, which is downloaded by one job at a time."""
+    if name in DEMOS:
+        return DEMOS[name]
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"no model folder {name}: give demo, an existing folder, or a hub id like THUDM/chatglm-6b.")
+    try:
+        with guard("model", name):
+            return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{name} is no folder and can't be downloaded ({reason}): "
+            "give a folder, or set HF_ENDPOINT to a mirror that you can reach."
+        ) from error
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a ChatGLM-6B checkpoint. Raises UserError for a missing, broken or unknown one."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is no model folder: it has no config.json.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    kind = config.get("model_type")
+    if kind != "chatglm" or "inner_hidden_size" not in config:
+        raise UserError(f"{file} describes a model of type {kind!r} that is not ChatGLM-6B, the one supported here.")
+    if config.get("vocab_size") == 150528:
+        raise UserError(
+            f"{folder} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
+        )
+    return config
+
+
+def check_model_folder(folder: Path) -> None:
+    """Config, vocabulary and complete weights are there. Reads file ends only. Raises UserError naming what is not."""
+    read_config(folder)
+    vocabulary = folder / ChatGLMTokenizer.vocab_files_names["vocab_file"]
+    if not vocabulary.is_file():
+        raise UserError(f"{folder} has no vocabulary: {vocabulary.name} is missing.")
+    files = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.index.json"):
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not files:
+        raise UserError(f"{folder} has no weights: neither *.safetensors nor *.bin is there.")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, though the index of {folder} names it.")
+        if not is_complete(file):
+            raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
+
+
+def is_complete(file: Path) -> bool:
+    """Whether a weight file ends where its own table of contents says."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        start = content.read(8)
+        if file.suffix == ".safetensors":
+            header_size = int.from_bytes(start, "little")
+            if size < 8 + header_size:
+                return False
+            tensors = json.loads(content.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            return size == 8 + header_size + max(ends, default=0)
+    # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.
+    return zipfile.is_zipfile(file) if start.startswith(b"PK") else size > 0
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizer:
+    """The tokenizer of a demo, a checkpoint folder or a hub id."""
+    return ChatGLMTokenizer.from_pretrained(resolve_model(str(path)))
+
+
+def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """NF4 with double quantization, or LLM.int8(); the output layer, tied to the embedding, stays as it is."""
+    if bits is None:
+        return None
+    if bits not in (4, 8):
+        raise UserError(f"--quantization_bit {bits}: only 4 and 8 exist.")
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    quantization_bit: int | None = None,
+    pre_seq_len: int | None = None,
+    prefix_projection: bool = False,
+    ptuning_checkpoint: str | Path | None = None,
+    config_path: str | Path | None = None,
+) -> PreTrainedModel:
+    """The model, in evaluation mode, with its prefix if one is asked for.
+
+    A prefix is read from ``ptuning_checkpoint``, or from ``path`` if that holds base and prefix; its length and kind
+    stand there. Where there is none, ``pre_seq_len`` makes a new, trainable one. Given both, they must agree.
+    Raises UserError where they don't, and for an unusable folder.
+    """
+    folder = resolve_model(str(path))
+    check_model_folder(folder)
+    config = ChatGLMConfig.from_pretrained(resolve_model(str(config_path or folder)))
+    model, report = ChatGLMForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantization_config(quantization_bit, dtype),
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+        raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
+    if ptuning_checkpoint is None and config.pre_seq_len:  # an old full checkpoint, base and prefix in one
+        ptuning_checkpoint = folder
+    if ptuning_checkpoint:
+        load_prefix(model, ptuning_checkpoint, pre_seq_len, prefix_projection or None)
+    elif pre_seq_len:
+        attach_prefix(model, pre_seq_len, prefix_projection)
+    return model

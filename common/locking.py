@@ -1,0 +1,104 @@
+"""Locks between jobs, one per resource, so that any number of them may start at once.
+
+Guarded is what races: building the environment, downloading, preparing a data set, owning an output folder. Whoever
+is killed loses its locks at once, because the operating system holds them, not a file's existence.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.errors import UserError
+
+REMIND_EVERY = 30.0  # seconds between two lines about a lock that we wait for
+
+
+def cache_folder() -> Path:
+    """Where locks and prepared data live: CHATGLM_CACHE, or a folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm-tuning"
+    folder = Path(os.environ.get("CHATGLM_CACHE") or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def lock_file(kind: str, resource: str | Path) -> Path:
+    """One lock a kind and resource; folders are told by their real path, however they are written."""
+    name = str(resource)
+    name = os.path.realpath(name) if os.path.exists(name) or os.path.isabs(name) else name
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+
+
+def describe_holder(lock: Path) -> str:
+    """Who wrote itself down as the holder last: process, machine, since when, command."""
+    try:
+        holder = json.loads(lock.with_suffix(".holder").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or at this moment
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
+
+
+def write_holder(lock: Path) -> None:
+    holder = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(sys.argv),
+    }
+    partial = lock.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(holder, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, lock.with_suffix(".holder"))
+
+
+@contextmanager
+def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a resource. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
+    path = lock_file(kind, resource)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise UserError(f"{kind} {resource} is in use by {describe_holder(path)}.") from None
+        while not lock.is_locked:
+            print(f"waiting for {kind} {resource}: held by {describe_holder(path)}", file=sys.stderr, flush=True)
+            try:
+                lock.acquire(timeout=REMIND_EVERY)
+            except Timeout:
+                continue
+    write_holder(path)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on and that no other job of ours was given.
+
+    The lock of the port is kept until this process ends: a port that was only probed could be handed out twice
+    between the probe and its use.
+    """
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+            lock = FileLock(lock_file("port", str(port)))
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            _held_ports.append(lock)
+            return port
+
+
+_held_ports: list[FileLock] = []

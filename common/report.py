@@ -1,0 +1,117 @@
+"""What a person at a terminal reads: the settings, the first row, the scores side by side, the final summary."""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizer
+
+from common.arguments import DataArguments, TrainingArguments
+from common.data import Prepared
+from common.metrics import SCORES
+
+
+def console() -> Console:
+    """Standard output, wide enough for whole paths where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+
+
+def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in pairs.items():
+        table.add_row(f"  {name}", str(value))
+    console().print(table)
+
+
+def print_prepared(split: str, data: Prepared) -> None:
+    """How many rows there are, and what was cut or left out: never in silence."""
+    source = "from the cache" if data.cached else "tokenized"
+    notes = [f"{len(data.rows):,} rows {source}", f"{data.truncated:,} truncated"]
+    if data.dropped:
+        notes.append(f"{data.dropped:,} dropped for an empty question or answer, first {data.first_dropped}")
+    console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
+
+
+def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer) -> None:
+    """Every token of a row with its id and its label; - is a position without one."""
+    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    cells = [
+        f"{piece} {index}:{'-' if label == -100 else label}"
+        for piece, index, label in zip(pieces, row["input_ids"], row["labels"], strict=True)
+    ]
+    console().print("first training row, token id:label  " + "  ".join(cells), markup=False)
+
+
+def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Scores of several models side by side; with two, their ratio too."""
+    table = Table(title="scores, 0 to 100", title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    names = list(columns)
+    if len(names) == 2:
+        table.add_column(f"{names[1]} / {names[0]}", justify="right")
+    for metric in SCORES:
+        values = [columns[name][metric] for name in names]
+        ratio = [f"{values[1] / values[0]:.2f}x" if values[0] else "-"] if len(values) == 2 else []
+        table.add_row(metric.upper(), *(f"{value:.2f}" for value in values), *ratio)
+    console().print(table)
+    for name, scores in columns.items():
+        if scores["empty"]:
+            console().print(f"{name}: {scores['empty']} empty predictions or references count as 0")
+
+
+def peak_memory() -> dict[str, str]:
+    """Peak memory of this process, and of its accelerator where it has one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+    peaks = {"peak host memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"}
+    if torch.accelerator.is_available():
+        peaks["peak device memory"] = f"{torch.accelerator.max_memory_allocated() / 1e9:.2f} GB"
+    return peaks
+
+
+def print_settings(
+    method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments
+) -> None:
+    """What is about to run, in numbers."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    pairs: dict[str, object] = {
+        "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
+        "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
+        f"{torch.get_num_threads()} threads each",
+        "lengths": f"{data_args.max_source_length} + {data_args.max_target_length} tokens",
+        "output": args.output_dir,
+    }
+    if args.do_train:
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        pairs["method"] = f"{method}, {trainable:,} trainable parameters"
+        pairs["training"] = (
+            f"{length} of {rows} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+            f"{args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
+        )
+    print_pairs("settings", pairs)
+
+
+def print_training_summary(
+    history: Sequence[Mapping[str, float]], seconds: float, steps: int, samples: int, tokens: int, saved_to: Path
+) -> None:
+    """history: the Trainer's log; tokens: real ones, without pads, of all processes in this run."""
+    losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    loss = f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})" if losses else "-"
+    print_pairs(
+        "training finished",
+        {
+            "loss": loss,
+            "steps": steps,
+            "time": f"{seconds:,.1f} s",
+            "speed": f"{tokens / seconds:,.0f} tokens/s, {samples / seconds:,.2f} samples/s",
+            **peak_memory(),
+            "saved to": saved_to,
+        },
+    )

@@ -1,0 +1,52 @@
+"""The Trainer of transformers, told to save only what was trained and to score generated answers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a fine-tuning method trains and saves; everything else is shared."""
+
+    name: str
+    save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
+    restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
+    base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
+
+
+class FinetuneTrainer(Trainer):
+    """``score_answers`` generates answers to the validation set and returns their metrics."""
+
+    def __init__(self, method: Method, score_answers: Callable[[], dict[str, float]] | None = None, **kwargs):
+        self.method = method
+        self.score_answers = score_answers
+        super().__init__(**kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return super().compute_loss(model, {**inputs, "loss_only": True}, *args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.score_answers is not None:
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
+            self.log(scores)
+            metrics |= scores
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.method.save(self.accelerator.unwrap_model(self.model), folder)
+        self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.method.restore(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Trains a prefix (P-Tuning v2) and scores base and tuned model side by side.
+#     bash train.sh                                      the shipped demo, minutes on a CPU
+#     MODEL=THUDM/chatglm-6b bash train.sh               the real model, with the official settings
+#     LR=1e-2 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
+
+MODEL=${MODEL:-demo}                                     # demo, a folder, or a hub id
+TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
+PROMPT_COLUMN=${PROMPT_COLUMN:-content}
+RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
+
+if [ "$MODEL" = demo ]; then
+    PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}
+    BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
+    GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}
+else
+    PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-3000}
+    BATCH_SIZE=${BATCH_SIZE:-1} GRAD_ACCUM=${GRAD_ACCUM:-16} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
+    GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true}
+fi
+MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}               # tokens of the question
+MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}               # tokens of the answer
+SAVE_STEPS=${SAVE_STEPS:-1000}
+QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # 4 or 8: the frozen base in 4 or 8 bit
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
+
+# An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
+launch "$ROOT/ptuning/main.py" \
+    --do_train \
+    --do_predict \
+    --evaluate_base \
+    --train_file "$TRAIN_FILE" \
+    --test_file "$VALIDATION_FILE" \
+    --prompt_column "$PROMPT_COLUMN" \
+    --response_column "$RESPONSE_COLUMN" \
+    --model_name_or_path "$MODEL" \
+    --output_dir "$OUTPUT_DIR" \
+    --max_source_length "$MAX_SOURCE_LENGTH" \
+    --max_target_length "$MAX_TARGET_LENGTH" \
+    --per_device_train_batch_size "$BATCH_SIZE" \
+    --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
+    --gradient_accumulation_steps "$GRAD_ACCUM" \
+    --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
+    --max_steps "$MAX_STEPS" \
+    --logging_steps 10 \
+    --save_steps "$SAVE_STEPS" \
+    --learning_rate "$LR" \
+    --pre_seq_len "$PRE_SEQ_LEN" \
+    ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    "$@"

@@ -1,0 +1,195 @@
+"""Locks between real processes: what is excluded, what is said while waiting, what is left after a kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common.errors import UserError
+from common.locking import free_port, guard
+
+# Holds the lock of a resource from "held" until its stdin is closed.
+HOLD = """
+import sys
+from pathlib import Path
+from common.locking import guard
+kind, resource, log = sys.argv[1:]
+with guard(kind, Path(resource)):
+    open(log, "a").write("held\\n")
+    print("held", flush=True)
+    sys.stdin.read()
+    open(log, "a").write("released\\n")
+"""
+# Adds 1 to a number in a file, many times over: reading and writing apart, so that two at once would lose some.
+COUNT = """
+import sys
+from pathlib import Path
+from common.locking import guard
+file = Path(sys.argv[1])
+for _ in range(20):
+    with guard("counter", file):
+        file.write_text(str(int(file.read_text()) + 1))
+"""
+# Makes the folder that it holds, as a training job makes its output folder.
+MAKE = """
+import sys
+from pathlib import Path
+from common.locking import guard
+with guard("output", Path(sys.argv[1])):
+    Path(sys.argv[1]).mkdir()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+PORT = """
+import sys
+from common.locking import free_port
+print(free_port(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a program of the above; whatever is still running after the test is killed."""
+    processes = []
+
+    def start_program(code: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.Popen:
+        program = tmp_path / f"program{len(processes)}.py"
+        program.write_text(code)
+        process = subprocess.Popen(
+            [sys.executable, str(program), *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        processes.append(process)
+        return process
+
+    yield start_program
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def hold(start, tmp_path):
+    """Starts a process and returns when it holds the lock."""
+
+    def hold_resource(kind: str, resource: object, **kwargs) -> subprocess.Popen:
+        process = start(HOLD, kind, resource, tmp_path / "log", **kwargs)
+        assert process.stdout.readline() == "held\n", process.stderr.read()
+        return process
+
+    return hold_resource
+
+
+def is_free(kind: str, resource: object) -> bool:
+    try:
+        with guard(kind, resource, wait=False):
+            return True
+    except UserError:
+        return False
+
+
+def test_the_second_process_waits_and_says_for_whom(start, hold, tmp_path):
+    folder = tmp_path / "folder"
+    first = hold("output", folder)
+    second = start(HOLD, "output", folder, tmp_path / "log")
+    line = second.stderr.readline()
+    assert line.startswith(f"waiting for output {folder}: held by process {first.pid} on ")
+    assert f"({first.args[1]} output {folder}" in line  # the command, with its arguments
+    first.communicate()
+    assert second.stdout.readline() == "held\n"
+    second.communicate()
+    assert (tmp_path / "log").read_text().split() == ["held", "released", "held", "released"]
+
+
+def test_no_update_is_lost(start, tmp_path):
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    processes = [start(COUNT, counter) for _ in range(4)]
+    for process in processes:
+        errors = process.communicate()[1]
+        assert process.returncode == 0, errors
+    assert counter.read_text() == "80"
+
+
+def test_without_waiting_a_held_lock_is_an_error(hold, tmp_path):
+    process = hold("output", tmp_path / "folder")
+    with pytest.raises(UserError) as error, guard("output", tmp_path / "folder", wait=False):
+        pass
+    assert f"process {process.pid} on " in str(error.value) and process.args[1] in str(error.value)
+    process.communicate()
+    assert is_free("output", tmp_path / "folder")
+
+
+def test_a_killed_holder_frees_its_lock(start, hold, tmp_path):
+    folder = tmp_path / "folder"
+    first = hold("output", folder)
+    second = start(HOLD, "output", folder, tmp_path / "log")
+    assert "waiting" in second.stderr.readline()
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    assert second.stdout.readline() == "held\n"  # who was waiting goes on
+    second.send_signal(signal.SIGKILL)
+    second.wait()
+    assert is_free("output", folder)
+
+
+def test_an_error_inside_frees_the_lock(tmp_path):
+    with pytest.raises(KeyError), guard("output", tmp_path):
+        assert not is_free("output", tmp_path)
+        raise KeyError
+    assert is_free("output", tmp_path)
+
+
+def test_different_resources_do_not_block_each_other(hold, tmp_path):
+    hold("output", tmp_path / "a")
+    assert not is_free("output", tmp_path / "a")
+    assert is_free("output", tmp_path / "b")
+    assert is_free("data", tmp_path / "a")
+    assert is_free("output", tmp_path)
+    assert is_free("model", "THUDM/chatglm-6b")
+
+
+def test_however_a_folder_is_written_it_is_one_lock(hold, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    hold("output", folder)
+    monkeypatch.chdir(tmp_path)
+    ways = [folder, str(folder), f"{folder}/", "folder", "folder/", "./folder", Path("folder"), "link", tmp_path / "link"]
+    assert [way for way in ways if is_free("output", way)] == []
+    monkeypatch.chdir(folder)
+    assert not is_free("output", "../folder") and not is_free("output", ".")
+
+
+def test_a_folder_that_its_holder_makes_stays_locked(start, tmp_path, monkeypatch):
+    """Relative and not there yet when the first job comes, there when the second one comes: one lock all the same."""
+    first = start(MAKE, "new/../folder")
+    (tmp_path / "new").mkdir()
+    assert first.stdout.readline() == "held\n", first.stderr.read()
+    monkeypatch.chdir(tmp_path)
+    assert not is_free("output", Path("folder")) and not is_free("output", tmp_path / "folder")
+
+
+def test_sixteen_jobs_at_once_get_sixteen_ports(start):
+    processes = [start(PORT) for _ in range(16)]
+    ports = [int(process.stdout.readline()) for process in processes]
+    assert len(set(ports)) == 16 and all(1024 <= port < 65536 for port in ports)
+
+
+def test_a_port_can_be_bound():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("", free_port()))
+        listener.listen()

@@ -1,0 +1,57 @@
+"""ROUGE and BLEU-4 against the scores of the official evaluation."""
+
+import pytest
+
+from common.metrics import load_dictionary, score, score_pair
+
+ZERO = {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0, "bleu-4": 0.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def dictionary():
+    load_dictionary()
+
+
+def test_pairs(metrics_goldens):
+    pairs = metrics_goldens["pairs"]
+    assert len(pairs) == 68
+    for pair in pairs:
+        assert score_pair(pair["pred"], pair["label"]) == pytest.approx(pair["scores"], abs=5e-5), pair["pred"]
+
+
+def test_mean(metrics_goldens):
+    pairs = metrics_goldens["pairs"][:50]
+    means = score([pair["pred"] for pair in pairs], [pair["label"] for pair in pairs])
+    assert means.pop("empty") == 0
+    assert means == pytest.approx(metrics_goldens["means_over_first_50"], abs=1e-6)
+
+
+def test_empty_pairs_count_as_zero(metrics_goldens):
+    """The official evaluation ends in an error on each of these, after hours of generation."""
+    empty = metrics_goldens["empty_cases"]
+    assert len(empty) == 8
+    assert [score_pair(pair["pred"], pair["label"]) for pair in empty] == [None] * 8
+    predictions = ["好看的裙子", *(pair["pred"] for pair in empty)]
+    references = ["好看的裙子", *(pair["label"] for pair in empty)]
+    scores = score(predictions, references)
+    assert scores["empty"] == 8
+    best = score(predictions[:1], references[:1])
+    assert best["rouge-l"] == best["bleu-4"] == 100.0
+    for name in ZERO:
+        assert scores[name] == pytest.approx(best[name] / 9)
+
+
+def test_nothing_but_empty_pairs():
+    assert score(["", " "], ["好看", ""]) == {**ZERO, "empty": 2}
+
+
+@pytest.mark.parametrize("text", ["。", ".", "...", "！？", "\u200b"])
+def test_nothing_but_punctuation_is_no_error(text):
+    """Whether it counts as empty or scores nothing, it adds 0."""
+    scores = score([text], ["好看"])
+    assert {name: scores[name] for name in ZERO} == ZERO
+
+
+def test_another_number_of_references_is_an_error():
+    with pytest.raises(ValueError):
+        score(["好看", "好看"], ["好看"])
