@@ -63,13 +63,13 @@ class DataArguments:
     test_file: str | None = told("Data for --do_predict, in the same formats")
     dataset_name: str | None = told("A data set on the hub, or a folder, instead of files")
     dataset_config_name: str | None = told("Configuration of the data set on the hub")
-    prompt_column: str | None = told("Column with the question", "prompt")
-    response_column: str | None = told("Column with the answer", "response")
+    prompt_column: str = told("Column with the question", "prompt")
+    response_column: str = told("Column with the answer", "response")
     history_column: str | None = told("Column with earlier rounds: [[question, answer], ...]")
     source_prefix: str = told("Text put before every question", "")
     max_source_length: int = told("Longest question in tokens, the rest is cut off and reported", 1024)
     max_target_length: int = told("Longest answer in tokens, the rest is cut off and reported", 128)
-    val_max_target_length: int | None = told("The same for evaluation; default: max_target_length")
+    val_max_target_length: int = told("The same for evaluation; 0: max_target_length", 0)
     pad_to_max_length: bool = told("Pad every row to the two lengths above, not to the longest of its batch", False)
     ignore_pad_token_for_loss: bool = told("Leave pad tokens out of the loss", True)
     overwrite_cache: bool = told("Prepare the data again even if it is cached", False)
@@ -90,7 +90,7 @@ class DataArguments:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    output_dir: str | None = told("Where checkpoints, logs and predictions are written", "output")
+    output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")

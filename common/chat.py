@@ -1,13 +1,13 @@
 """One generation path for every chat: a conversation and a question in, the answer out piece by piece."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from threading import Thread
 
 from transformers import PreTrainedModel, PreTrainedTokenizer, TextIteratorStreamer
 
 from common.collator import left_pad
-from common.encoding import build_prompt
+from common.encoding import History, build_prompt
 
 # The vocabulary holds half-width punctuation only; between Chinese characters the full-width form is what people read.
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
@@ -23,7 +23,7 @@ def process_response(text: str) -> str:
 
 
 def stream_chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizer, query: str, history: Sequence[Sequence[str]] = (), **generation
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizer, query: str, history: History = (), **generation
 ) -> Iterator[str]:
     """The answer so far, longer with every token. ``generation`` goes to ``model.generate``."""
     prompt_ids = tokenizer.build_inputs_with_special_tokens(tokenizer.encode_batch([build_prompt(query, history)])[0])

@@ -104,7 +104,7 @@ def read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def check_object(place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object like {{\"prompt\": …}}, found {type(row).__name__}.")
+        raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
     return row
 
 
@@ -157,7 +157,7 @@ def encode(
     """Columns of the data set for a batch of rows, and how many of the rows were truncated."""
     target_length = args.val_max_target_length if evaluation else args.max_target_length
     rows = encode_train(tokenizer, prompts, responses, args.max_source_length, target_length)
-    columns = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    columns: dict[str, list] = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
     if evaluation:
         asked = encode_eval(tokenizer, prompts, responses, args.max_source_length, target_length)
         columns["prompt_ids"] = [row.prompt_ids for row in asked]
@@ -209,9 +209,7 @@ def cache_key(args: DataArguments, files: list[Path], tokenizer: PreTrainedToken
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 
-def prepare_dataset(
-    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizer, split: str
-) -> Prepared:
+def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizer, split: str) -> Prepared:
     """The tokenized rows of one split (train, validation or test), from the cache or written to it.
 
     One of all running jobs does the work while the others wait for it. Raises UserError for bad files and rows.

@@ -62,11 +62,11 @@ def build(files: list[Path], lock: int) -> None:
     """Creates .venv if there is no whole one and installs the requirements into it."""
     if not INSTALLED.exists():
         say(f"creating {FOLDER} (once; about two minutes and 2 GB)")
-        venv.EnvBuilder(with_pip=True, clear=True).create(FOLDER)
+        venv.EnvBuilder(with_pip=True).create(FOLDER)
     say(f"installing {', '.join(wanted(files))}")
-    command = [FOLDER / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for file in files:
-        command += ["-r", file]
+        command += ["-r", str(file)]
     # pip inherits the lock: if this process is killed, nobody else installs until pip, too, has ended.
     subprocess.run(command, check=True, stdout=sys.stderr, pass_fds=[lock])
     partial = INSTALLED.with_suffix(f".{os.getpid()}")
@@ -101,7 +101,7 @@ def main() -> int:
     if own:
         missing = missing_packages(files)
         if missing:
-            say(f"error: the active environment {own} lacks {', '.join(missing)}: install the requirements or deactivate it.")
+            say(f"error: the active environment {own} lacks {', '.join(missing)}: install them or deactivate it.")
             return 2
         print(sys.executable)
         return 0

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.loading import check_model_folder, load_model, load_tokenizer, resolve_model
 from common.locking import guard
 from common.metrics import score
-from common.output import check_space, check_writable, resume_point, settings_of, write_settings
+from common.output import check_writable, resume_point, settings_of, write_settings
 from common.predict import generate_answers
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
 from common.trainer import FinetuneTrainer, Method
@@ -68,9 +68,14 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             raise UserError(f"--{flag} needs --{file_flag}.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
-    processes = int(os.environ.get("EXPECTED_PROCESSES", args.world_size))
+    processes = int(os.environ.get("NUM_PROCESSES") or args.world_size)
     if processes != args.world_size:
         raise UserError(f"{processes} processes were asked for and {args.world_size} are running.")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
+            "or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
     if model_args.ptuning_checkpoint and not Path(model_args.ptuning_checkpoint).is_dir():
@@ -210,12 +215,11 @@ def predict(
 ) -> None:
     """Writes generated_predictions.txt, one {"labels", "predict"} a line, and scores it; beside the base if asked."""
     args, references = trainer.args, list(data.rows["reference"])
-    models = {"tuned": (nullcontext(trainer.model), "generated_predictions.txt")}
-    if data_args.evaluate_base:
-        models = {"base": (method.base(trainer.model), "base_predictions.txt")} | models
     columns = {}
-    for name, (context, file_name) in models.items():
-        with context as model:
+    for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
+        if name == "base" and not data_args.evaluate_base:
+            continue
+        with method.base(trainer.model) if name == "base" else nullcontext(trainer.model) as model:
             answers = answer_rows(model, tokenizer, data, data_args, args, f"{name} model")
         if trainer.is_world_process_zero():
             with open(Path(args.output_dir) / file_name, "w", encoding="utf-8") as file:

@@ -88,7 +88,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     Reads what we save, what the official script saves, and old full checkpoints that hold base and prefix.
     """
     folder = Path(folder)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in prefix_files(folder):
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as reader:

@@ -1,8 +1,8 @@
 """The Trainer of transformers, told to save only what was trained and to score generated answers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch

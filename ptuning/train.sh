@@ -3,6 +3,7 @@
 #     bash train.sh                                      the shipped demo, minutes on a CPU
 #     MODEL=THUDM/chatglm-6b bash train.sh               the real model, with the official settings
 #     LR=1e-2 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+# shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, a folder, or a hub id

@@ -15,13 +15,13 @@ SESSION_CACHE = tempfile.TemporaryDirectory(prefix="chatglm-tests-")
 os.environ["CHATGLM_CACHE"] = SESSION_CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
 
-from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration  # noqa: E402
-from common.tokenizers.chatglm import ChatGLMTokenizer  # noqa: E402
+from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.tokenizers.chatglm import ChatGLMTokenizer
 
 # The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
 TINY_CONFIG = {

@@ -80,7 +80,8 @@ def test_training_row(demo_tokenizer):
 def test_cut_training_row(demo_tokenizer, max_source, max_target):
     """The prompt loses its end before [gMASK], the answer before <eop>: both markers stay."""
     row = encode_train(demo_tokenizer, [CONTENT], [SUMMARY], max_source, max_target)[0]
-    prompt, answer = ids_of(demo_tokenizer, CONTENT)[: max_source - 1], ids_of(demo_tokenizer, SUMMARY)[: max_target - 2]
+    prompt = ids_of(demo_tokenizer, CONTENT)[: max_source - 1]
+    answer = ids_of(demo_tokenizer, SUMMARY)[: max_target - 2]
     assert row.input_ids == demo_tokenizer.build_inputs_with_special_tokens(prompt, answer)
     assert sum(label != -100 for label in row.labels) == len(answer) + 2
     assert row.truncated

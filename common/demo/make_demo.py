@@ -70,7 +70,7 @@ def train_vocabulary(folder: Path, rng: random.Random) -> ChatGLMTokenizer:
         )
     (folder / "ice_text.vocab").unlink()
     tokenizer = ChatGLMTokenizer(str(folder / "ice_text.model"))
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
     return tokenizer
 
 
@@ -121,9 +121,7 @@ def pretrain(
 
 def original_weights(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor]:
     """float16 but for the LayerNorms, and with the inverse frequencies of every layer, as the original stores them."""
-    weights = {
-        name: tensor if "layernorm" in name else tensor.half() for name, tensor in model.state_dict().items()
-    }
+    weights = {name: tensor if "layernorm" in name else tensor.half() for name, tensor in model.state_dict().items()}
     weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
     dim = model.config.head_dim // 2
     inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()

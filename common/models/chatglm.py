@@ -186,15 +186,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.prefix_encoder: nn.Module | None = None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.word_embeddings = value
 
     def context_lengths(self, input_ids: Tensor) -> Tensor:
         """Index of the first <sop> of each row, pads included; the row's length where there is none. [b, s] -> [b]."""
-        is_sop = input_ids == self.config.bos_token_id
+        is_sop = input_ids.eq(self.config.bos_token_id)
         return torch.where(is_sop.any(-1), is_sop.int().argmax(-1), input_ids.shape[1])
 
     def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -208,7 +208,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         pads = torch.zeros_like(context)
         if attention_mask is not None and attention_mask.dim() == 2:
             pads = attention_mask.int().argmax(-1, keepdim=True)
-        is_gmask, is_mask = input_ids == self.config.gmask_token_id, input_ids == self.config.mask_token_id
+        is_gmask, is_mask = input_ids.eq(self.config.gmask_token_id), input_ids.eq(self.config.mask_token_id)
         wanted = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
         mask_position = wanted.int().argmax(-1, keepdim=True)
         generated = columns >= context
@@ -256,7 +256,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        prefix_length = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len
+        prefix_length: int = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len  # type: ignore
         if position_ids is None:
             position_ids = self.get_position_ids(input_ids, attention_mask)
         visible = self.visible_keys(input_ids, attention_mask, max(cached - prefix_length, 0), prefix_length)
@@ -283,10 +283,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     @can_return_tuple

@@ -27,7 +27,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """Rows end in ``[gMASK] <sop>``; batches are padded on the left, as generation needs it.
 
     In text only ``<sop> <eop> <unk> <pad> [MASK]`` are recognised as special tokens, as in the original:
-    a ``[gMASK]`` that somebody types is ordinary text. Text is NFKC-normalised by the vocabulary (``，`` becomes ``,``).
+    a ``[gMASK]`` that somebody types is ordinary text. The vocabulary normalises by NFKC (``，`` becomes ``,``).
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Chats in the terminal with a model and a trained prefix; the answer streams.
+#     bash cli_demo.sh                                   the demo and the prefix that train.sh trained
+#     CHECKPOINT= bash cli_demo.sh                       the base model alone
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
+
+MODEL=${MODEL:-demo}
+PRE_SEQ_LEN=${PRE_SEQ_LEN:-$([ "$MODEL" = demo ] && echo 32 || echo 128)}   # both only name the folder
+LR=${LR:-2e-2}
+CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
+QUANTIZATION_BIT=${QUANTIZATION_BIT:-}
+
+NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+    --model_name_or_path "$MODEL" \
+    ${CHECKPOINT:+--ptuning_checkpoint "$CHECKPOINT"} \
+    ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    "$@"
