@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.loading import check_model_folder, load_model, load_tokenizer, resolve_model
 from common.locking import guard
 from common.metrics import score
-from common.output import check_writable, resume_point, settings_of, write_settings
+from common.output import check_space, check_writable, resume_point, settings_of, write_settings
 from common.predict import generate_answers
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
 from common.trainer import FinetuneTrainer, Method
@@ -45,6 +45,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         print_settings(method.name, model, folder, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
+            check_space(Path(args.output_dir), 3 * model.num_parameters(only_trainable=True) * 4)  # with Adam's moments
             if trainer.is_world_process_zero():
                 write_settings(Path(args.output_dir), settings)
             train(trainer, data["train"], tokenizer, checkpoint)

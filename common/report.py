@@ -78,8 +78,7 @@ def print_settings(
     method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments
 ) -> None:
     """What is about to run, in numbers."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
     pairs: dict[str, object] = {
         "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "

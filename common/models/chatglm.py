@@ -46,7 +46,7 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = 3
     mask_token_id: int = 130000
     gmask_token_id: int = 130001
-    bos_token_id: int | None = 130004
+    bos_token_id: int = 130004
     eos_token_id: int | None = 130005
     pre_seq_len: int | None = None
     prefix_projection: bool = False

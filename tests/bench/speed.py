@@ -1,0 +1,159 @@
+"""Speed of P-Tuning v2 and of evaluation on the CPU, beside the way in which the official scripts do the same.
+
+    python tests/bench/speed.py                                      a small random model and the shipped rows
+    python tests/bench/speed.py --shape 92M --vocabulary ice_text.model --data /path/to/AdvertiseGen/dev.json
+
+The baseline runs in the same process on the same weights and rows, in the official manner: rows padded to 128
+positions, logits of every position, gradient checkpointing; evaluation row by row. CPU seconds are taken with one
+thread, wall time with all. A report of the official code itself stands in RESULTS.md.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.table import Table
+
+from common.arguments import DataArguments
+from common.collator import TrainCollator
+from common.data import read_pairs
+from common.encoding import encode_eval, encode_train
+from common.loading import load_tokenizer
+from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.predict import generate_answers
+from common.prefix import attach_prefix
+from common.report import console
+from common.tokenizers.chatglm import ChatGLMTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = {  # hidden, layers, heads, inner; the vocabulary is the original's size
+    "8M": (64, 4, 4, 256),
+    "92M": (512, 8, 8, 2048),
+}
+BATCH, LENGTH, PREFIX = 4, 64, 128
+
+
+def make_model(shape: str, tokenizer: ChatGLMTokenizer) -> ChatGLMForConditionalGeneration:
+    hidden, layers, heads, inner = SHAPES[shape]
+    torch.manual_seed(0)
+    specials = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "gmask_token_id")}
+    model = ChatGLMForConditionalGeneration(
+        ChatGLMConfig(
+            hidden_size=hidden,
+            num_layers=layers,
+            num_attention_heads=heads,
+            inner_hidden_size=inner,
+            mask_token_id=tokenizer.mask_token_id,
+            eos_token_id=None,  # every row generates to the end, so that both ways do the same work
+            **specials,
+        )
+    )
+    attach_prefix(model, PREFIX)
+    return model
+
+
+def training_step(model, collate, rows, loss_only: bool) -> Callable[[int], None]:
+    optimizer = torch.optim.AdamW(model.transformer.prefix_encoder.parameters(), lr=1e-3)
+
+    def step(index: int) -> None:
+        batch = collate([rows[(index * BATCH + i) % len(rows)]._asdict() for i in range(BATCH)])
+        model(**batch, loss_only=loss_only).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(step: Callable[[int], None], repeats: int, threads: int) -> tuple[float, float]:
+    """CPU seconds and wall seconds of one call, after one that is not counted."""
+    torch.set_num_threads(threads)
+    step(0)
+    cpu, wall = time.process_time(), time.perf_counter()
+    for index in range(1, repeats + 1):
+        step(index)
+    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+
+
+def report(title: str, unit: str, per_call: int, ways: dict[str, Callable[[int], None]], repeats: int) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("", f"CPU s/{unit}, 1 thread", "ratio", f"samples/s, {CORES} threads", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    baseline = None
+    for name, step in ways.items():
+        cpu = measure(step, repeats, 1)[0]
+        wall = measure(step, repeats, CORES)[1]
+        baseline = baseline or (cpu, wall)
+        table.add_row(
+            name,
+            f"{cpu / (per_call if unit == 'row' else 1):.3f}",
+            f"{baseline[0] / cpu:.2f}x",
+            f"{per_call / wall:.2f}",
+            f"{baseline[1] / wall:.2f}x",
+        )
+    console().print(table)
+
+
+def bench_training(model, tokenizer, prompts, responses, repeats: int) -> None:
+    rows = encode_train(tokenizer, prompts, responses, LENGTH, LENGTH)
+    pad = tokenizer.pad_token_id
+    padded, dynamic = TrainCollator(pad, pad_to=2 * LENGTH), TrainCollator(pad)
+    model.train()
+
+    def checkpointed(step: Callable[[int], None]) -> Callable[[int], None]:
+        def with_checkpointing(index: int) -> None:
+            model.activation_checkpointing_enable()
+            step(index)
+            model.activation_checkpointing_disable()
+
+        return with_checkpointing
+
+    ways = {
+        "the official way": checkpointed(training_step(model, padded, rows, loss_only=False)),
+        "+ pad to the longest row": checkpointed(training_step(model, dynamic, rows, loss_only=False)),
+        "+ logits of labels only": checkpointed(training_step(model, dynamic, rows, loss_only=True)),
+        "+ no checkpointing (ours)": training_step(model, dynamic, rows, loss_only=True),
+    }
+    report(f"P-Tuning v2 ({PREFIX}), batches of {BATCH} rows", "step", BATCH, ways, repeats)
+
+
+def bench_evaluation(model, tokenizer, prompts, responses) -> None:
+    rows = [row.prompt_ids for row in encode_eval(tokenizer, prompts, responses, LENGTH, LENGTH)][:32]
+    model.eval()
+
+    def answer(size: int) -> Callable[[int], None]:
+        generation = {"max_new_tokens": LENGTH, "do_sample": False}
+        return lambda index: generate_answers(model, tokenizer, rows, size, f"batches of {size}", **generation)
+
+    ways = {"one row at a time": answer(1), "batches of 16": answer(16), "batches of 32": answer(32)}
+    report(f"evaluation, 32 rows, {LENGTH} new tokens", "row", len(rows), ways, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="8M")
+    parser.add_argument("--vocabulary", type=Path, help="ice_text.model; default: the demo's")
+    parser.add_argument("--data", type=Path, default=ROOT / "AdvertiseGen" / "dev.json")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only", choices=["training", "evaluation"])
+    args = parser.parse_args()
+    tokenizer = ChatGLMTokenizer(str(args.vocabulary)) if args.vocabulary else load_tokenizer("demo")
+    columns = DataArguments(prompt_column="content", response_column="summary")
+    pairs = list(read_pairs(columns, [args.data], "test"))
+    prompts, responses = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+    model = make_model(args.shape, tokenizer)
+    console().print(f"{args.shape}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
+    if args.only != "evaluation":
+        bench_training(model, tokenizer, prompts, responses, args.steps)
+    if args.only != "training":
+        bench_evaluation(model, tokenizer, prompts, responses)
+
+
+CORES = torch.get_num_threads()
+
+if __name__ == "__main__":
+    main()

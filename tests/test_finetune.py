@@ -1,0 +1,213 @@
+"""The whole job on the demo model, in this process: what it trains, writes, continues and refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.arguments import parse_arguments
+from common.errors import UserError
+from common.finetune import run
+from common.loading import load_model
+from common.metrics import score
+from common.prefix import read_prefix, restore_prefix, save_prefix, without_prefix
+from common.trainer import Method
+
+ROOT = Path(__file__).resolve().parents[1]
+P_TUNING = Method("P-Tuning v2", save=save_prefix, restore=restore_prefix, base=without_prefix)
+SAVED = {"config.json", "ice_text.model", "pytorch_model.bin", "tokenizer_config.json", "training_args.bin"}
+STATE = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+TRAINING = f"""--do_train --train_file {ROOT}/AdvertiseGen/train.json --model_name_or_path demo --pre_seq_len 8
+--prompt_column content --response_column summary --max_source_length 64 --max_target_length 64 --use_cpu
+--per_device_train_batch_size 4 --max_train_samples 64 --learning_rate 2e-2 --logging_steps 1"""
+PREDICTION = f"""--do_predict --test_file {ROOT}/AdvertiseGen/dev.json --model_name_or_path demo --use_cpu
+--prompt_column content --response_column summary --max_source_length 64 --max_target_length 16
+--per_device_eval_batch_size 4 --max_predict_samples 6"""
+
+
+def finetune(flags: str, output_dir: Path) -> None:
+    run(P_TUNING, *parse_arguments([*flags.split(), "--output_dir", str(output_dir)]))
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """Six steps without a pause, with a checkpoint after the third."""
+    folder = tmp_path_factory.mktemp("whole")
+    finetune(f"{TRAINING} --max_steps 6 --save_steps 3", folder)
+    return folder
+
+
+def test_training_saves_the_prefix_and_nothing_of_the_base(whole_run):
+    own = {"all_results.json", "run_settings.json", "runs", "train_results.json", "trainer_state.json"}
+    assert files(whole_run) == SAVED | own | {"checkpoint-3", "checkpoint-6"}
+    assert files(whole_run / "checkpoint-6") == SAVED | STATE
+    names = set(torch.load(whole_run / "pytorch_model.bin", weights_only=True))
+    assert names == {"transformer.prefix_encoder.embedding.weight"}
+
+
+def test_training_lowers_the_loss_and_moves_the_prefix(whole_run):
+    assert len(losses(whole_run)) == 6
+    first, last = read_prefix(whole_run / "checkpoint-3"), read_prefix(whole_run / "checkpoint-6")
+    assert not torch.equal(first["embedding.weight"], last["embedding.weight"])
+    assert torch.equal(last["embedding.weight"], read_prefix(whole_run)["embedding.weight"])
+    assert losses(whole_run)[-1] < losses(whole_run)[0]
+
+
+def test_a_continued_training_equals_an_uninterrupted_one(whole_run, tmp_path, capfd):
+    shutil.copytree(whole_run / "checkpoint-3", tmp_path / "checkpoint-3")
+    shutil.copy(whole_run / "run_settings.json", tmp_path)
+    (tmp_path / "checkpoint-5").mkdir()  # what a kill in the middle of saving leaves is passed over
+    finetune(f"{TRAINING} --max_steps 6 --save_steps 3", tmp_path)
+    assert f"continuing from {tmp_path / 'checkpoint-3'}" in capfd.readouterr().out
+    assert losses(tmp_path) == losses(whole_run)
+    assert torch.equal(read_prefix(tmp_path)["embedding.weight"], read_prefix(whole_run)["embedding.weight"])
+
+
+def test_other_settings_are_refused_and_overwriting_starts_over(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    with pytest.raises(UserError, match=r"learning_rate was 0.02, now 0.01"):
+        finetune(f"{TRAINING} --max_steps 6 --learning_rate 1e-2", folder)
+    assert files(folder) == files(whole_run)
+    finetune(f"{TRAINING} --max_steps 2 --learning_rate 1e-2 --overwrite_output_dir", folder)
+    assert not (folder / "checkpoint-6").exists()
+    assert len(losses(folder)) == 2
+
+
+def test_an_incomplete_checkpoint_is_not_continued(whole_run, tmp_path):
+    broken = tmp_path / "checkpoint-3"
+    shutil.copytree(whole_run / "checkpoint-3", broken)
+    (broken / "optimizer.pt").unlink()
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        finetune(f"{TRAINING} --max_steps 6 --resume_from_checkpoint {broken}", tmp_path / "out")
+
+
+def test_predictions_are_written_in_the_official_form_and_scored(whole_run, tmp_path):
+    finetune(f"{PREDICTION} --ptuning_checkpoint {whole_run} --evaluate_base", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "generated_predictions.txt").read_text().splitlines()]
+    assert len(rows) == 6
+    assert all(list(row) == ["labels", "predict"] for row in rows)
+    scores = json.loads((tmp_path / "predict_results.json").read_text())
+    expected = score([row["predict"] for row in rows], [row["labels"] for row in rows])
+    assert {name: scores[f"predict_{name}"] for name in expected} == expected
+
+    finetune(PREDICTION, tmp_path / "base")
+    base = (tmp_path / "base_predictions.txt").read_text()
+    assert base == (tmp_path / "base" / "generated_predictions.txt").read_text()
+    assert base != (tmp_path / "generated_predictions.txt").read_text()
+
+
+def test_batched_predictions_equal_single_ones(whole_run, tmp_path):
+    for size in (1, 6):
+        flags = f"{PREDICTION} --ptuning_checkpoint {whole_run} --per_device_eval_batch_size {size}"
+        finetune(flags, tmp_path / str(size))
+    answers = [(tmp_path / str(size) / "generated_predictions.txt").read_text() for size in (1, 6)]
+    assert answers[0] == answers[1]
+
+
+def test_evaluation_reports_the_loss_and_the_scores(whole_run, tmp_path):
+    flags = PREDICTION.replace("--do_predict --test_file", "--do_eval --predict_with_generate --validation_file")
+    flags = flags.replace("max_predict_samples", "max_eval_samples")
+    finetune(f"{flags} --ptuning_checkpoint {whole_run}", tmp_path)
+    found = json.loads((tmp_path / "eval_results.json").read_text())
+    assert {"eval_loss", "eval_rouge-l", "eval_bleu-4"} <= set(found)
+    assert 0 < found["eval_loss"] < 20
+
+
+def test_a_4_bit_base_trains(tmp_path):
+    finetune(f"{TRAINING} --max_steps 2 --quantization_bit 4 --gradient_checkpointing", tmp_path)
+    model = load_model("demo", quantization_bit=4, ptuning_checkpoint=tmp_path)
+    assert model.get_memory_footprint() < 0.5 * load_model("demo").get_memory_footprint()
+    assert all(torch.isfinite(tensor).all() for tensor in read_prefix(tmp_path).values())
+
+
+HOLD = """
+import sys, time
+from common.locking import guard
+with guard("output folder", sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_jobs_do_not_share_an_output_folder(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"output folder .* is in use by process {holder.pid} "):
+            finetune(f"{TRAINING} --max_steps 1", tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert files(tmp_path) == set()
+    finetune(f"{TRAINING} --max_steps 1 --save_strategy no", tmp_path)  # the killed holder blocks nobody
+
+
+def make_model_folder(path: Path, demo_folder: Path, without: str = "", config: dict | None = None) -> Path:
+    shutil.copytree(demo_folder, path)
+    if without:
+        (path / without).unlink()
+    if config is not None:
+        original = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(original | config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("without", "config", "says"),
+    [
+        ("pytorch_model.bin", None, "has no weights"),
+        ("config.json", None, "no config.json"),
+        ("ice_text.model", None, "ice_text.model is missing"),
+        ("", {"model_type": "llama"}, "type 'llama' that is not ChatGLM-6B"),
+        ("", {"vocab_size": 150528}, "old vocabulary of 150,528"),
+    ],
+)
+def test_unusable_model_folders_are_refused(without, config, says, tmp_path, demo_folder):
+    model = make_model_folder(tmp_path / "model", demo_folder, without, config)
+    with pytest.raises(UserError, match=says):
+        finetune(f"{TRAINING} --model_name_or_path {model}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights_are_refused(tmp_path, demo_folder):
+    model = make_model_folder(tmp_path / "model", demo_folder)
+    content = (model / "pytorch_model.bin").read_bytes()
+    (model / "pytorch_model.bin").write_bytes(content[:-1000])
+    with pytest.raises(UserError, match="pytorch_model.bin is truncated"):
+        finetune(f"{TRAINING} --model_name_or_path {model}", tmp_path / "out")
+
+
+def test_a_prefix_is_no_model(whole_run, tmp_path):
+    with pytest.raises(UserError, match=r"no whole model: \d+ weights are missing"):
+        finetune(f"{PREDICTION} --model_name_or_path {whole_run}", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--pre_seq_len 9 --ptuning_checkpoint {run}", "with --pre_seq_len 8, not 9"),
+        ("--prefix_projection --ptuning_checkpoint {run}", "without --prefix_projection"),
+        ("--ptuning_checkpoint nowhere", "no folder nowhere"),
+        ("--test_file nowhere.json", "no data file nowhere.json"),
+        ("--quantization_bit 3", "only 4 and 8"),
+        ("--prompt_column question", "no column 'question'; there are 'content', 'summary'"),
+        ("--model_name_or_path ./nowhere/model", "no model folder"),
+    ],
+)
+def test_contradicting_flags_are_refused(flags, says, whole_run, tmp_path):
+    with pytest.raises(UserError, match=says):
+        finetune(f"{PREDICTION} {flags.format(run=whole_run)}", tmp_path)

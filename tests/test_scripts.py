@@ -1,0 +1,177 @@
+"""The scripts as a user types them, in processes of their own, on the demo model."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PTUNING = ROOT / "ptuning"
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This Python's environment is the active one, so that the scripts take it."""
+    return os.environ | {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"} | variables
+
+
+def bash(script: str, *flags: str, cwd: Path = ROOT, check: bool = True, stdin: str = "", **variables: str):
+    command = ["bash", str(PTUNING / script), *flags]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(**variables), input=stdin, capture_output=True, text=True, timeout=600
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory) -> Path:
+    """What `bash ptuning/train.sh` makes of the demo, with nothing changed but the output folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "stdout").write_text(bash("train.sh", cwd=folder, OUTPUT_DIR=str(folder / "output")).stdout)
+    return folder
+
+
+def test_the_demo_learns_the_advertising_style(demo_run):
+    scores = json.loads((demo_run / "output" / "predict_results.json").read_text())
+    assert scores["predict_samples"] == 200
+    assert scores["predict_rouge-l"] >= 1.5 * scores["predict_base_rouge-l"]
+    assert scores["predict_bleu-4"] > scores["predict_base_bleu-4"]
+    said = (demo_run / "stdout").read_text()
+    for part in ("training finished", "tokens/s", "samples/s", "peak host memory", "tuned / base", "ROUGE-L"):
+        assert part in said
+
+
+def test_evaluate_repeats_the_scores_of_the_training_run(demo_run, tmp_path):
+    bash("evaluate.sh", cwd=tmp_path, CHECKPOINT=str(demo_run / "output"), OUTPUT_DIR=str(tmp_path / "eval"))
+    trained, evaluated = (
+        json.loads((folder / "predict_results.json").read_text()) for folder in (demo_run / "output", tmp_path / "eval")
+    )
+    assert evaluated["predict_rouge-l"] == pytest.approx(trained["predict_rouge-l"], abs=0.5)
+
+
+def test_the_chat_demo_answers_and_remembers(demo_run, tmp_path):
+    said = bash(
+        "cli_demo.sh",
+        "--temperature",
+        "0",
+        cwd=tmp_path,
+        stdin="类型#裙*颜色#白色\n\nclear\n类型#裙*颜色#白色\nstop\n",
+        CHECKPOINT=str(demo_run / "output"),
+    ).stdout
+    answers = [line.removeprefix("ChatGLM：") for line in said.splitlines() if line.startswith("ChatGLM：")]
+    assert len(answers) == 2
+    assert len(answers[0]) > 20
+    assert answers[0] == answers[1]  # greedy, and the conversation was forgotten
+
+
+def test_conversations_train_and_evaluate(tmp_path):
+    bash(
+        "train_chat.sh",
+        "--max_predict_samples",
+        "8",
+        cwd=tmp_path,
+        OUTPUT_DIR=str(tmp_path / "chat"),
+        MAX_STEPS="3",
+        MAX_TARGET_LENGTH="64",
+    )
+    assert len((tmp_path / "chat" / "generated_predictions.txt").read_text().splitlines()) == 8
+    settings = json.loads((tmp_path / "chat" / "run_settings.json").read_text())
+    assert settings["history_column"] == "history"
+
+
+OFFICIAL_TRAIN = """CUDA_VISIBLE_DEVICES=0 python3 main.py
+--do_train --train_file {data}/train.json --validation_file {data}/dev.json
+--prompt_column content --response_column summary --overwrite_cache --model_name_or_path {model}
+--output_dir {output} --overwrite_output_dir --max_source_length 64 --max_target_length 64
+--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 16
+--predict_with_generate --max_steps 3 --logging_steps 10 --save_steps 1000 --learning_rate 2e-2 --pre_seq_len 128
+--quantization_bit 4"""
+OFFICIAL_EVALUATE = """CUDA_VISIBLE_DEVICES=0 python3 main.py
+--do_predict --validation_file {data}/few.json --test_file {data}/few.json --overwrite_cache --prompt_column content
+--response_column summary --model_name_or_path {model} --ptuning_checkpoint {output}/checkpoint-3
+--output_dir {output} --overwrite_output_dir --max_source_length 64 --max_target_length 64
+--per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 128 --quantization_bit 4"""
+
+
+def test_the_official_commands_run_unchanged(tmp_path, demo_folder):
+    data = tmp_path / "data"
+    shutil.copytree(ROOT / "AdvertiseGen", data)
+    (data / "few.json").write_text("".join((data / "dev.json").read_text().splitlines(keepends=True)[:3]))
+    for command in (OFFICIAL_TRAIN, OFFICIAL_EVALUATE):
+        line = command.format(data=data, model=demo_folder, output=tmp_path / "output").replace("\n", " ")
+        done = subprocess.run(["bash", "-c", line], cwd=PTUNING, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "output" / "generated_predictions.txt").read_text().splitlines()) == 3
+
+
+def test_eight_trainings_start_at_once_on_an_empty_cache(tmp_path):
+    flags = ["--do_predict", "false", "--max_train_samples", "16"]
+    jobs = [
+        subprocess.Popen(
+            ["bash", str(PTUNING / "train.sh"), *flags],
+            env=environment(
+                OUTPUT_DIR=str(tmp_path / str(job)),
+                CHATGLM_CACHE=str(tmp_path / "cache"),
+                MAX_STEPS="2",
+                BATCH_SIZE="2",
+                OMP_NUM_THREADS="1",
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for job in range(8)
+    ]
+    said = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 8, "\n".join(said)
+    assert sum("rows tokenized" in text for text in said) == 1  # the others found it in the cache
+    prefixes = {(tmp_path / str(job) / "pytorch_model.bin").read_bytes() for job in range(8)}
+    assert len(prefixes) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "says"),
+    [
+        (["--max_stepz", "3"], {}, "unknown flag --max_stepz: did you mean --max_steps?"),
+        ([], {"TRAIN_FILE": "nowhere.json"}, "no data file nowhere.json"),
+        ([], {"NUM_GPUS": "2"}, "NUM_GPUS=2, but 0 GPUs are visible"),
+        ([], {"OUTPUT_DIR": "/proc/out"}, "can't write to the output folder /proc/out"),
+    ],
+)
+def test_bad_input_gives_one_sentence_and_exit_code_2(flags, variables, says, tmp_path):
+    done = bash("train.sh", *flags, cwd=tmp_path, check=False, **({"OUTPUT_DIR": str(tmp_path / "out")} | variables))
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_ends_with_one_sentence(tmp_path):
+    """A file system of one megabyte, where the second checkpoint does not fit; mounting one takes root."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        flags = ["--do_predict", "false", "--save_steps", "1", "--max_train_samples", "16"]
+        done = bash("train.sh", *flags, check=False, OUTPUT_DIR=str(disk / "out"), MAX_STEPS="6", BATCH_SIZE="2")
+        assert done.returncode == 2
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_scripts_print_help():
+    done = subprocess.run([sys.executable, str(PTUNING / "main.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for flag in ("--pre_seq_len", "--prefix_projection", "--history_column", "--learning_rate", "--evaluate_base"):
+        assert flag in done.stdout
+    assert shlex.split(done.stdout.splitlines()[0])[0] == "usage:"
