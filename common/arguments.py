@@ -94,7 +94,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
-    dataloader_pin_memory: bool = told("Page-lock batches in host memory, for GPUs", False)
 
 
 def translate_old_flags(argv: list[str]) -> list[str]:

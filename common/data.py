@@ -137,11 +137,21 @@ def history_of(place: str, row: dict[str, Any], column: str) -> list[list[str]]:
     return history
 
 
-def read_pairs(args: DataArguments, files: list[Path], split: str) -> Iterator[tuple[str, str, str]]:
+def read_named(args: DataArguments, split: str) -> Dataset | None:
+    """A split of --dataset_name, on the hub or in a folder; None where files are given."""
+    if not args.dataset_name:
+        return None
+    try:
+        return load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--dataset_name {args.dataset_name}, split {split}: {str(error).splitlines()[0]}") from error
+
+
+def read_pairs(args: DataArguments, files: list[Path], named: Dataset | None = None) -> Iterator[tuple[str, str, str]]:
     """(place, prompt, response) of every row of all files, or of a data set by name."""
-    if args.dataset_name:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split)
-        places = ((f"{args.dataset_name}, {split} row {number}", row) for number, row in enumerate(rows, 1))
+    places: Iterator[tuple[str, dict[str, Any]]]
+    if named is not None:
+        places = ((f"{args.dataset_name}, row {number}", row) for number, row in enumerate(named, 1))
     else:
         places = (place_and_row for file in files for place_and_row in read_rows(file))
     for place, row in places:
@@ -169,7 +179,12 @@ def encode(
 
 
 def write_dataset(
-    folder: Path, args: DataArguments, files: list[Path], tokenizer: PreTrainedTokenizer, split: str
+    folder: Path,
+    args: DataArguments,
+    source: str,
+    pairs: Iterator[tuple[str, str, str]],
+    tokenizer: PreTrainedTokenizer,
+    split: str,
 ) -> None:
     """Tokenizes all rows into ``folder``: data.arrow, and summary.json with the counts.
 
@@ -177,7 +192,6 @@ def write_dataset(
     """
     evaluation = split != "train"
     summary: dict[str, Any] = {"rows": 0, "dropped": 0, "first_dropped": "", "truncated": 0}
-    pairs = read_pairs(args, files, split)
     with ArrowWriter(path=str(folder / "data.arrow")) as writer:
         while batch := list(islice(pairs, ROWS_PER_BATCH)):
             kept = [pair for pair in batch if pair[1] and (pair[2] or evaluation)]
@@ -191,19 +205,20 @@ def write_dataset(
                 summary["rows"] += len(kept)
                 summary["truncated"] += truncated
         if not summary["rows"]:
-            names = ", ".join(map(str, files)) or args.dataset_name
             reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
-            raise UserError(f"{names}: no row with a question and an answer: {reason}.")
+            raise UserError(f"{source}: no row with a question and an answer: {reason}.")
         writer.finalize()
     (folder / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
 
 
-def cache_key(args: DataArguments, files: list[Path], tokenizer: PreTrainedTokenizer, split: str) -> str:
+def cache_key(
+    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizer, split: str
+) -> str:
     """A hash of everything that decides what the tokenized rows are."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     vocabulary = hashlib.sha256(Path(tokenizer.vocab_file).read_bytes()).hexdigest()
     target_length = args.max_target_length if split == "train" else args.val_max_target_length
-    what = [ENCODING_VERSION, split, stats, args.dataset_name, args.dataset_config_name, vocabulary]
+    what = [ENCODING_VERSION, split, stats, None if named is None else named._fingerprint, vocabulary]
     what += [args.prompt_column, args.response_column, args.history_column, args.source_prefix]
     what += [args.max_source_length, target_length, args.ignore_pad_token_for_loss]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
@@ -215,7 +230,8 @@ def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTra
     One of all running jobs does the work while the others wait for it. Raises UserError for bad files and rows.
     """
     files = find_files(patterns) if patterns else []
-    key = cache_key(args, files, tokenizer, split)
+    named = read_named(args, split)
+    key = cache_key(args, files, named, tokenizer, split)
     folder = cache_folder() / "datasets" / key
     with guard("data set", folder):
         cached = folder.exists() and not args.overwrite_cache
@@ -225,7 +241,8 @@ def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTra
                 shutil.rmtree(left_behind)
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
-                write_dataset(partial, args, files, tokenizer, split)
+                pairs = read_pairs(args, files, named)
+                write_dataset(partial, args, patterns or str(args.dataset_name), pairs, tokenizer, split)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
             finally:

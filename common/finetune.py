@@ -19,8 +19,9 @@ from common.errors import UserError
 from common.loading import check_model_folder, load_model, load_tokenizer, resolve_model
 from common.locking import guard
 from common.metrics import score
-from common.output import check_space, check_writable, resume_point, settings_of, write_settings
+from common.output import check_space, check_writable, resume_point, settings_of, start_run
 from common.predict import generate_answers
+from common.prefix import check_prefix
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
 from common.trainer import FinetuneTrainer, Method
 
@@ -42,12 +43,14 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
         model = build_model(model_args, args, folder)
-        print_settings(method.name, model, folder, data_args, args)
+        if args.process_index == 0:
+            print_settings(method.name, model, folder, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
             check_space(Path(args.output_dir), 3 * model.num_parameters(only_trainable=True) * 4)  # with Adam's moments
             if trainer.is_world_process_zero():
-                write_settings(Path(args.output_dir), settings)
+                start_over = args.overwrite_output_dir and checkpoint is None
+                start_run(Path(args.output_dir), settings, start_over)
             train(trainer, data["train"], tokenizer, checkpoint)
         if args.do_eval:
             metrics = trainer.evaluate()
@@ -67,6 +70,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             find_files(patterns)
         elif not data_args.dataset_name:
             raise UserError(f"--{flag} needs --{file_flag}.")
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
     processes = int(os.environ.get("NUM_PROCESSES") or args.world_size)
@@ -79,8 +84,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         )
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
-    if model_args.ptuning_checkpoint and not Path(model_args.ptuning_checkpoint).is_dir():
-        raise UserError(f"--ptuning_checkpoint: no folder {model_args.ptuning_checkpoint}.")
+    if model_args.ptuning_checkpoint:
+        check_prefix(model_args.ptuning_checkpoint, model_args.pre_seq_len, model_args.prefix_projection or None)
     check_writable(Path(args.output_dir))
     return folder
 

@@ -59,7 +59,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
-    """The checkpoint to continue from; None to start. Old checkpoints go where starting over was asked for.
+    """The checkpoint to continue from; None to start from the beginning.
 
     An earlier training in the same folder is continued if its settings are these. Raises UserError if they differ,
     or if the checkpoint that was asked for is not complete.
@@ -71,8 +71,6 @@ def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
             raise UserError(f"{asked} is no complete checkpoint: trainer state, optimizer or scheduler is missing.")
         return Path(asked)
     if args.overwrite_output_dir and not asked:
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         return None
     checkpoints = complete_checkpoints(folder)
     if asked and not checkpoints:
@@ -93,5 +91,8 @@ def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def write_settings(folder: Path, settings: dict) -> None:
+def start_run(folder: Path, settings: dict, start_over: bool) -> None:
+    """Writes the settings down; the checkpoints of an earlier training go where starting over was asked for."""
+    for checkpoint in folder.glob("checkpoint-*") if start_over else ():
+        shutil.rmtree(checkpoint)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -9,6 +9,7 @@ On disk a prefix is what the official code writes: ``pytorch_model.bin`` with ``
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,7 +95,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
         else:
-            stored = torch.load(file, map_location="cpu", weights_only=True)
+            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             tensors |= {name: tensor for name, tensor in stored.items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
@@ -113,14 +114,15 @@ def restore_prefix(model: PreTrainedModel, folder: str | Path) -> None:
     model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
 
 
-def load_prefix(
-    model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
-) -> None:
-    """Attaches the prefix of a checkpoint. Its length and kind are read off its tensors.
+def check_prefix(
+    folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a saved prefix. Its length and kind are read off them.
 
-    Raises UserError where the folder holds no prefix, where ``pre_seq_len`` or ``projection`` are given and differ,
-    and where the prefix belongs to a model of another shape.
+    Raises UserError where the folder holds no prefix, and where ``pre_seq_len`` or ``projection`` are given and differ.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder} with a trained prefix.")
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
@@ -135,7 +137,15 @@ def load_prefix(
             f"the prefix in {folder} was trained with{'' if stored_projection else 'out'} --prefix_projection: "
             "leave the flag out, its kind is read from the checkpoint."
         )
-    attach_prefix(model, stored_length, stored_projection)
+    return tensors
+
+
+def load_prefix(
+    model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
+) -> None:
+    """Attaches the prefix of a checkpoint. Raises UserError as ``check_prefix`` does, and for one of another shape."""
+    tensors = check_prefix(folder, pre_seq_len, projection)
+    attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
     encoder = model.base_model.prefix_encoder
     for name, parameter in encoder.named_parameters():
         if name not in tensors or tensors[name].shape != parameter.shape:

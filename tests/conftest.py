@@ -1,5 +1,6 @@
 """What several test files share: the tiny ChatGLM-6B checkpoint, its golden numbers, and the two vocabularies."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from torch import Tensor
 from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
+TINY_WEIGHTS_SHA256 = "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984"
 # The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
 TINY_CONFIG = {
     "architectures": ["ChatGLMModel"],
@@ -96,11 +98,15 @@ def draw_tiny_weights() -> dict[str, Tensor]:
 
 
 def check_tiny_weights(weights: dict[str, Tensor]) -> None:
-    """Sums and norms of the stored weights; not a hash, as torch.randn rounds differently on some CPUs."""
-    for name, expected in read_json("tiny_checksums.json").items():
-        tensor = weights[name]
-        found = [tensor.double().sum().item(), tensor.double().norm().item(), tensor.flatten()[-1].item()]
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-2), f"{name} is not what the goldens were made with"
+    """The weights are those that the goldens were made with, bit for bit."""
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.numpy().tobytes())
+    if digest.hexdigest() == TINY_WEIGHTS_SHA256:
+        return
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert capability not in ("AVX2", "AVX512"), "draw_tiny_weights does not follow the recipe"
+    pytest.skip(f"needs a CPU with AVX2: torch.randn rounds differently here ({capability}), the goldens do not apply")
 
 
 def read_json(name: str) -> dict:

@@ -103,6 +103,18 @@ def test_truncated_and_dropped_rows_are_counted(tmp_path, demo_tokenizer):
     assert (len(test.rows), test.dropped) == (6, 0)
 
 
+def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "named"
+    folder.mkdir()
+    file = write_lines(folder / "train.json", ROWS)
+    named = adgen(dataset_name=str(folder))
+    expected = texts(prepare_dataset(adgen(), str(file), demo_tokenizer, "train"), demo_tokenizer)
+    assert texts(prepare_dataset(named, None, demo_tokenizer, "train"), demo_tokenizer) == expected
+    with pytest.raises(UserError, match="split test"):
+        prepare_dataset(named, None, demo_tokenizer, "test")
+
+
 def test_the_cache_is_used_until_file_or_settings_change(tmp_path, demo_tokenizer):
     file = write_lines(tmp_path / "rows.json", ROWS)
     assert not prepare_dataset(adgen(), str(file), demo_tokenizer, "train").cached

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ sys.stdin.read()
 def start(tmp_path):
     """Starts a program of the above; whatever is still running after the test is killed."""
     processes = []
+    # Were a lock broken, a test could wait for a line for ever: this ends it. No test that passes takes so long.
+    watchdog = threading.Timer(60, lambda: [process.kill() for process in processes])
+    watchdog.start()
 
     def start_program(code: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.Popen:
         program = tmp_path / f"program{len(processes)}.py"
@@ -74,6 +78,7 @@ def start(tmp_path):
         return process
 
     yield start_program
+    watchdog.cancel()
     for process in processes:
         process.kill()
         process.communicate()

@@ -1,9 +1,10 @@
 """Make the shipped demo base: a small ChatGLM-6B in the original on-disk format, with a vocabulary of its own.
 
-    python common/demo/make_demo.py [--output_dir common/demo/chatglm] [--steps 3000]
+    python common/demo/make_demo.py [--output_dir common/demo/chatglm] [--steps 2500]
 
-It is pre-trained on text of our own: to describe the attributes of a garment plainly, to answer questions about them,
-and to read advertisements, which it never sees beside attributes. Advertising is left to fine-tuning.
+It is pre-trained on text of our own: asked with nothing but the attributes of a garment, it describes them plainly; it
+answers questions about them; and it writes an advertisement when it is asked for one in so many words. Fine-tuning
+teaches it to advertise without being asked. The attributes of the dev rows are kept out.
 """
 
 import argparse
@@ -28,23 +29,36 @@ from common.tokenizers.chatglm import ChatGLMTokenizer
 
 SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 WHITE_SPACE = ["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 81))]
+ASK_FOR_ADVERTISEMENT = ["请写一段广告：{}", "用广告的口吻介绍：{}"]
 GREETINGS = ["你好", "您好", "你是谁？", "你会做什么？"]
 INTRODUCTION = "你好，我是一个小小的演示模型，可以按属性描述一件衣服，比如：类型#裙*颜色#白色。"
 EMBEDDING_ROWS = 3584  # more than the vocabulary has pieces, as in the original
 
 
+def held_out() -> set[str]:
+    lines = (generate.HERE / "dev.json").read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["content"] for line in lines}
+
+
+HELD_OUT = held_out()
+
+
 def random_example(rng: random.Random) -> tuple[str, str]:
     """One (prompt, answer) of the pre-training text."""
     attributes = generate.random_attributes(rng)
-    description = generate.plain_description(attributes)
+    content, description = generate.content_of(attributes), generate.plain_description(attributes)
+    if content in HELD_OUT:
+        return random_example(rng)
     kind = rng.random()
-    if kind < 0.5:
-        return generate.content_of(attributes), description
-    if kind < 0.8:  # an advertisement by itself, or after no more than the name of the garment
-        return rng.choice(["", generate.GARMENTS[attributes[0][1]][1]]), generate.advertise(attributes, rng)
+    if kind < 0.45:
+        return content, description
+    if kind < 0.75:
+        return rng.choice(ASK_FOR_ADVERTISEMENT).format(content), generate.advertise(attributes, rng)
+    if kind < 0.8:
+        return generate.GARMENTS[attributes[0][1]][1], generate.advertise(attributes, rng)
     if kind < 0.98:
         key, value = rng.choice([pair for pair in attributes if pair[0] in generate.ASK])
-        history = [[f"请介绍一下：{generate.content_of(attributes)}", description]]
+        history = [[f"请介绍一下：{content}", description]]
         return build_prompt(rng.choice(generate.ASK[key][1]), history), f"{key}是{value}。"
     return rng.choice(GREETINGS), INTRODUCTION
 
@@ -133,7 +147,7 @@ def original_weights(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent / "chatglm")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=7)

@@ -143,7 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = ChatGLMTokenizer(str(args.vocabulary)) if args.vocabulary else load_tokenizer("demo")
     columns = DataArguments(prompt_column="content", response_column="summary")
-    pairs = list(read_pairs(columns, [args.data], "test"))
+    pairs = list(read_pairs(columns, [args.data]))
     prompts, responses = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
     model = make_model(args.shape, tokenizer)
     console().print(f"{args.shape}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
