@@ -30,9 +30,9 @@ def cache_folder() -> Path:
 
 
 def lock_file(kind: str, resource: str | Path) -> Path:
-    """One lock a kind and resource; folders are told by their real path, however they are written."""
-    name = str(resource)
-    name = os.path.realpath(name) if os.path.exists(name) or os.path.isabs(name) else name
+    """One lock a kind and resource; a path is told by its real path, however it is written, a name by itself."""
+    is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
+    name = os.path.realpath(resource) if is_path else str(resource)
     folder = cache_folder() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"

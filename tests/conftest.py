@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,6 +179,15 @@ def tokenizer_goldens() -> dict:
 @pytest.fixture(scope="session")
 def metrics_goldens() -> dict:
     return read_json("metrics.json")
+
+
+@pytest.fixture(scope="session")
+def real_rows() -> Callable[[str], dict]:
+    """Goldens over rows of the real AdvertiseGen, whose text is not ours to ship: name -> content of the file."""
+    folder = os.environ.get("ORIGINAL_GOLDENS")
+    if not folder:
+        pytest.skip("needs goldens over real AdvertiseGen rows: set ORIGINAL_GOLDENS=/folder/with/tokenizer.json")
+    return lambda name: json.loads((Path(folder) / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

@@ -283,6 +283,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """The embedding is the output layer, also where a checkpoint stores another one: so it is in the original."""
+        if missing_keys is not None:
+            missing_keys.add("lm_head.weight")
+        super().tie_weights(missing_keys, recompute_mapping)
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 

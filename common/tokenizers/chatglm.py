@@ -107,6 +107,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def save_pretrained(self, save_directory: str, **kwargs) -> tuple[str, str]:
         """Writes ``ice_text.model`` and the fields of the original tokenizer_config.json that carry a meaning."""
+        os.makedirs(save_directory, exist_ok=True)
         vocab_file = os.path.join(save_directory, self.vocab_files_names["vocab_file"])
         if os.path.abspath(vocab_file) != os.path.abspath(self.vocab_file):
             shutil.copyfile(self.vocab_file, vocab_file)
