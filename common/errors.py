@@ -6,23 +6,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 class UserError(Exception):
     """Its text says what is wrong, where, and what to do."""
 
 
+def describe(error: Exception) -> str | None:
+    """The sentence for an error that a user can mend; None for all others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
+    # torch.save does not say why it could not write on; a full disk is why.
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):
+        return "a checkpoint could not be written: No space left on device. What was saved before is complete."
+    return None
+
+
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program with exit code 2 after one sentence on stderr; a full disk and denied writes count too."""
+    """Ends the program with exit code 2 after one sentence on stderr; Ctrl-C ends it without a traceback."""
     try:
         yield
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except (UserError, OSError, RuntimeError) as error:
+        sentence = describe(error)
+        if sentence is None:
             raise
-        message = f"{error.filename or 'a file'}: {os.strerror(error.errno)}; what was saved before is complete."
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(2)

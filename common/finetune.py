@@ -181,7 +181,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokeniz
         steps = trainer.state.global_step - start["global_step"]
         print_training_summary(
             trainer.state.log_history,
-            metrics["train_runtime"],
+            metrics,
             steps,
             samples=steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             tokens=trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"],

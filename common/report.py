@@ -98,11 +98,19 @@ def print_settings(
 
 
 def print_training_summary(
-    history: Sequence[Mapping[str, float]], seconds: float, steps: int, samples: int, tokens: int, saved_to: Path
+    history: Sequence[Mapping[str, float]],
+    metrics: Mapping[str, float],
+    steps: int,
+    samples: int,
+    tokens: int,
+    saved_to: Path,
 ) -> None:
-    """history: the Trainer's log; tokens: real ones, without pads, of all processes in this run."""
-    losses = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
-    loss = f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})" if losses else "-"
+    """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    seconds = metrics["train_runtime"]
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    loss = f"{metrics['train_loss']:.4f} on average"
+    if losses:
+        loss = f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})"
     print_pairs(
         "training finished",
         {
