@@ -20,6 +20,9 @@ RENAMED = {  # old flag -> new flag, and its value where the old one was a switc
     "no_cuda": ("use_cpu", None),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
+    "torchdynamo": ("torch_compile_backend", None),
+    "push_to_hub_token": ("hub_token", None),
+    "push_to_hub_model_id": ("hub_model_id", None),
 }
 REMOVED = {  # old flag -> why it is ignored
     "logging_dir": "TensorBoard files are written to OUTPUT_DIR/runs",
@@ -34,6 +37,19 @@ REMOVED = {  # old flag -> why it is ignored
     "use_fast_tokenizer": "there is one tokenizer, and it is fast",
     "forced_bos_token": "ChatGLM generates from its own <sop>",
     "lang": "the language makes no difference",
+    "jit_mode_eval": "transformers 5 has no such mode",
+    "use_ipex": "PyTorch's own kernels are used",
+    "xpu_backend": "the backend is chosen for the device; --ddp_backend sets it",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "past_index": "the model keeps its cache by itself",
+    "sharded_ddp": "FairScale is gone; DeepSpeed and FSDP shard",
+    "fsdp_min_num_params": "it is part of --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "it is part of --fsdp_config",
+    "use_legacy_prediction_loop": "there is one prediction loop",
+    "push_to_hub_organization": "--hub_model_id names the organization too",
+    "mp_parameters": "SageMaker's model parallelism is not supported",
+    "ray_scope": "there is no hyperparameter search",
     "use_auth_token": "log in with `hf auth login` or set HF_TOKEN",
 }
 
@@ -54,6 +70,10 @@ class ModelArguments:
     quantization_bit: int | None = told("Load the frozen base model in 4 or 8 bit (bitsandbytes)")
     pre_seq_len: int | None = told("P-Tuning v2: number of virtual tokens; read from the checkpoint when evaluating")
     prefix_projection: bool = told("P-Tuning v2: make the prefix with a two-layer network", False)
+
+    def __post_init__(self):
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError("--pre_seq_len must be at least 1")
 
 
 @dataclass
@@ -76,7 +96,7 @@ class DataArguments:
     max_train_samples: int | None = told("Use only the first rows of the training data")
     max_eval_samples: int | None = told("Use only the first rows of the validation data")
     max_predict_samples: int | None = told("Use only the first rows of the test data")
-    num_beams: int | None = told("Beams when generating; 1 is greedy", 1)
+    num_beams: int | None = told("Beams when generating; 1 is greedy")
     do_sample: bool = told("Sample when generating, as the official evaluation does; default: greedy", False)
     top_p: float = told("Sampling: share of probability to draw from", 0.7)
     temperature: float = told("Sampling: temperature", 0.95)
@@ -86,12 +106,16 @@ class DataArguments:
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
         if self.max_source_length < 3 or self.max_target_length < 3:
             raise ValueError("--max_source_length and --max_target_length must be at least 3 tokens")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ValueError(f"--{name} must be at least 1")
 
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
+    dry_run: bool = told("Check everything that can be checked, prepare the data, and stop before the model", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
 

@@ -2,9 +2,18 @@
 
 import re
 from collections.abc import Iterator
-from threading import Thread
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
-from transformers import PreTrainedModel, PreTrainedTokenizer, TextIteratorStreamer
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from common.collator import left_pad
 from common.encoding import History, build_prompt
@@ -22,17 +31,36 @@ def process_response(text: str) -> str:
     return text
 
 
+class StopOnEvent(StoppingCriteria):
+    """Ends a generation when an event is set: nobody listens to it any more."""
+
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
 def stream_chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizer, query: str, history: History = (), **generation
 ) -> Iterator[str]:
-    """The answer so far, longer with every token. ``generation`` goes to ``model.generate``."""
+    """The answer so far, longer with every token. ``generation`` goes to ``model.generate``.
+
+    Generates in a thread, which ends when this iterator does; an error there is raised here.
+    """
     prompt_ids = tokenizer.build_inputs_with_special_tokens(tokenizer.encode_batch([build_prompt(query, history)])[0])
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    worker = Thread(target=model.generate, kwargs={**inputs, "streamer": streamer, **generation}, daemon=True)
-    worker.start()
-    answer = ""
-    for piece in streamer:
-        answer += piece
-        yield process_response(answer)
-    worker.join()
+    unwanted = Event()
+    stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
+    with ThreadPoolExecutor(1) as thread:
+        answer = ""
+        written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)
+        written.add_done_callback(lambda _: streamer.end())  # after an error too: nobody waits for ever
+        try:
+            for piece in streamer:
+                answer += piece
+                yield process_response(answer)
+        finally:
+            unwanted.set()
+        written.result()

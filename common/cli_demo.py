@@ -10,11 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 
 from common.chat import stream_chat
 from common.errors import exit_on_user_error
-from common.loading import load_model, load_tokenizer
+from common.loading import compute_dtype, load_model, load_tokenizer
 
 WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (clear: forget the conversation, stop: leave)"
 
@@ -30,11 +29,10 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    half = torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float16
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(
         args.model_name_or_path,
-        torch.float32 if device.type == "cpu" else half,
+        compute_dtype(device),
         args.quantization_bit,
         ptuning_checkpoint=args.ptuning_checkpoint,
     ).to(device)

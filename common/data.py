@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.arrow_writer import ArrowWriter
+from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizer
 
 from common.arguments import DataArguments
@@ -71,8 +73,8 @@ def read_json_lines(file: Path, lines) -> Iterator[tuple[str, dict[str, Any]]]:
             place = f"{file}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place}: broken JSON: {error.msg} at column {error.colno}.") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: broken JSON: {error}.") from error
             yield place, check_object(place, row)
 
 
@@ -81,6 +83,8 @@ def read_json_array(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno}: broken JSON: {error.msg} at column {error.colno}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: broken JSON: {error}.") from error
     for number, row in enumerate(rows, 1):
         place = f"{file}, row {number}"
         yield place, check_object(place, row)
@@ -117,6 +121,8 @@ def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
         return ""
     if not isinstance(value, str):
         raise UserError(f"{place}: column {column!r} holds {type(value).__name__} {value!r:.40}, expected a string.")
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{place}: column {column!r} holds half a character (a lone surrogate), which is no text.")
     return value
 
 
@@ -131,19 +137,20 @@ def history_of(place: str, row: dict[str, Any], column: str) -> list[list[str]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: column {column!r} is not JSON: {error.msg}.") from error
     history = history or []
-    is_pair = [isinstance(pair, list) and len(pair) == 2 and all(isinstance(s, str) for s in pair) for pair in history]
-    if not isinstance(history, list) or not all(is_pair):
+    if not isinstance(history, list) or not all(is_round(pair) for pair in history):
         raise UserError(f"{place}: column {column!r} must hold [[question, answer], …], strings all.")
     return history
 
 
-def read_named(args: DataArguments, split: str) -> Dataset | None:
-    """A split of --dataset_name, on the hub or in a folder; None where files are given."""
-    if not args.dataset_name:
-        return None
+def is_round(pair: Any) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+def read_named(args: DataArguments, split: str) -> Dataset:
+    """A split of --dataset_name, on the hub or in a folder."""
     try:
         return load_dataset(args.dataset_name, args.dataset_config_name, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"--dataset_name {args.dataset_name}, split {split}: {str(error).splitlines()[0]}") from error
 
 
@@ -168,14 +175,16 @@ def encode(
     target_length = args.val_max_target_length if evaluation else args.max_target_length
     rows = encode_train(tokenizer, prompts, responses, args.max_source_length, target_length)
     columns: dict[str, list] = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
+    truncated = [row.truncated for row in rows]
     if evaluation:
         asked = encode_eval(tokenizer, prompts, responses, args.max_source_length, target_length)
         columns["prompt_ids"] = [row.prompt_ids for row in asked]
         columns["reference"] = [row.reference for row in asked]
+        truncated = [row.truncated for row in asked]  # the prompt is cut one token earlier than in training
     if args.ignore_pad_token_for_loss:
         pad = tokenizer.pad_token_id
         columns["labels"] = [[-100 if label == pad else label for label in labels] for labels in columns["labels"]]
-    return columns, sum(row.truncated for row in rows)
+    return columns, sum(truncated)
 
 
 def write_dataset(
@@ -188,14 +197,14 @@ def write_dataset(
 ) -> None:
     """Tokenizes all rows into ``folder``: data.arrow, and summary.json with the counts.
 
-    In training, a row without a question or an answer is dropped; in evaluation, one without a question.
+    A row without a question or without an answer is dropped, as in the official script.
     """
     evaluation = split != "train"
     summary: dict[str, Any] = {"rows": 0, "dropped": 0, "first_dropped": "", "truncated": 0}
     with ArrowWriter(path=str(folder / "data.arrow")) as writer:
         while batch := list(islice(pairs, ROWS_PER_BATCH)):
-            kept = [pair for pair in batch if pair[1] and (pair[2] or evaluation)]
-            dropped = [place for place, prompt, response in batch if not (prompt and (response or evaluation))]
+            kept = [pair for pair in batch if pair[1] and pair[2]]
+            dropped = [place for place, prompt, response in batch if not (prompt and response)]
             summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
             summary["dropped"] += len(dropped)
             if kept:
@@ -230,7 +239,7 @@ def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTra
     One of all running jobs does the work while the others wait for it. Raises UserError for bad files and rows.
     """
     files = find_files(patterns) if patterns else []
-    named = read_named(args, split)
+    named = None if files else read_named(args, split)
     key = cache_key(args, files, named, tokenizer, split)
     folder = cache_folder() / "datasets" / key
     with guard("data set", folder):

@@ -2,24 +2,32 @@
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizer, set_seed
-from transformers.utils import is_torch_bf16_gpu_available
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.collator import TrainCollator
 from common.data import Prepared, find_files, prepare_dataset
 from common.errors import UserError
-from common.loading import check_model_folder, load_model, load_tokenizer, resolve_model
-from common.locking import guard
+from common.loading import check_model_folder, compute_dtype, load_model, load_tokenizer, resolve_model
 from common.metrics import score
-from common.output import check_space, check_writable, resume_point, settings_of, start_run
+from common.output import (
+    check_space,
+    check_writable,
+    is_finished,
+    own,
+    process_count,
+    resume_point,
+    settings_of,
+    start_run,
+)
 from common.predict import generate_answers
 from common.prefix import check_prefix
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
@@ -36,21 +44,24 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     folder = check(model_args, data_args, args)
-    with own_output(args):
-        settings = settings_of(model_args, data_args, args)
+    output_dir = Path(args.output_dir)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
+    with own(output_dir) if args.process_index == 0 else nullcontext():
+        settings = settings_of(folder, model_args, data_args, args)
         checkpoint = resume_point(args, settings) if args.do_train else None
         set_seed(args.seed)
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
+        if args.dry_run:
+            return
         model = build_model(model_args, args, folder)
         if args.process_index == 0:
             print_settings(method.name, model, folder, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
-            check_space(Path(args.output_dir), 3 * model.num_parameters(only_trainable=True) * 4)  # with Adam's moments
-            if trainer.is_world_process_zero():
-                start_over = args.overwrite_output_dir and checkpoint is None
-                start_run(Path(args.output_dir), settings, start_over)
+            check_space(output_dir, 3 * model.num_parameters(only_trainable=True) * 4)  # with Adam's moments
+            if args.process_index == 0:
+                start_run(output_dir, settings, args.overwrite_output_dir and checkpoint is None)
             train(trainer, data["train"], tokenizer, checkpoint)
         if args.do_eval:
             metrics = trainer.evaluate()
@@ -64,19 +75,18 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     """Finds out what can't work before anything is loaded. Returns the model's folder."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    for _, flag, file_flag, _ in needed_splits(args):
-        patterns = vars(data_args)[file_flag]
+    for _, flag, file_flag, _ in SPLITS:
+        patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
         if patterns:
             find_files(patterns)
-        elif not data_args.dataset_name:
+        elif vars(args)[flag] and not data_args.dataset_name:
             raise UserError(f"--{flag} needs --{file_flag}.")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
-    processes = int(os.environ.get("NUM_PROCESSES") or args.world_size)
-    if processes != args.world_size:
-        raise UserError(f"{processes} processes were asked for and {args.world_size} are running.")
+    if process_count(args) != args.world_size and not args.dry_run:
+        raise UserError(f"{process_count(args)} processes were asked for and {args.world_size} are running.")
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
@@ -90,22 +100,14 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     return folder
 
 
-def needed_splits(args: TrainingArguments) -> list[tuple[str, str, str, str]]:
-    """The lines of SPLITS that this run uses: evaluating while training needs the validation set too."""
-    return [line for line in SPLITS if vars(args)[line[1]] or (line[0] == "validation" and args.eval_strategy != "no")]
-
-
-def own_output(args: TrainingArguments) -> AbstractContextManager[None]:
-    """Two jobs never write into one output folder: the second is refused, naming the first."""
-    if args.process_index != 0:
-        return nullcontext()
-    return guard("output folder", Path(args.output_dir).resolve(), wait=False)
-
-
 def prepare(data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizer) -> dict[str, Prepared]:
     """The tokenized data of every split that is needed, cut to --max_*_samples."""
     data = {}
-    for split, _, file_flag, limit_flag in needed_splits(args):
+    # The other processes read what the first one has overwritten.
+    data_args = replace(data_args, overwrite_cache=data_args.overwrite_cache and args.process_index == 0)
+    for split, flag, file_flag, limit_flag in SPLITS:
+        if not vars(args)[flag]:
+            continue
         prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
         limit = vars(data_args)[limit_flag]
         if limit is not None:
@@ -117,13 +119,10 @@ def prepare(data_args: DataArguments, args: TrainingArguments, tokenizer: PreTra
 
 
 def build_model(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> PreTrainedModel:
-    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device lacks it."""
-    dtype = torch.float32
-    if args.device.type != "cpu":
-        dtype = torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float16
+    """The model on this process's device, in 16 bit where that computes fast, with what is to be trained."""
     model = load_model(
         folder,
-        dtype,
+        compute_dtype(args.device),
         model_args.quantization_bit,
         model_args.pre_seq_len,
         model_args.prefix_projection,
@@ -169,6 +168,11 @@ def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokeniz
     args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
     if checkpoint:
         start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if is_finished(start, args):
+            trainer.load_trained(checkpoint)
+            if trainer.is_world_process_zero():
+                print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)
+            return
     if trainer.is_world_process_zero():
         print_first_row(data.rows[0], tokenizer)
         if checkpoint:
@@ -198,16 +202,15 @@ def answer_rows(
     description: str = "generating",
 ) -> list[str]:
     """The model's answers to the rows of a split: greedy, with beams, or sampled, as the flags say."""
-    sampling = {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
+    generation = {"do_sample": False, "num_beams": data_args.num_beams or args.generation_num_beams or 1}
+    if data_args.do_sample:
+        generation |= {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
+    if args.generation_max_length:  # in transformers this counts the question too
+        generation["max_length"] = args.generation_max_length
+    else:
+        generation["max_new_tokens"] = data_args.val_max_target_length
     return generate_answers(
-        model,
-        tokenizer,
-        data.rows["prompt_ids"],
-        args.per_device_eval_batch_size,
-        description,
-        max_new_tokens=args.generation_max_length or data_args.val_max_target_length,
-        num_beams=args.generation_num_beams or data_args.num_beams,
-        **(sampling if data_args.do_sample else {"do_sample": False}),
+        model, tokenizer, data.rows["prompt_ids"], args.per_device_eval_batch_size, description, **generation
     )
 
 

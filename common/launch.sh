@@ -17,8 +17,15 @@ count_processes() {
     echo "$((found > 0 ? found : 1))"
 }
 
-# launch PROGRAM FLAGS...: a single process is started directly, so that its exit code is ours; several are started by
-# accelerate, with everything said, so that no configuration in the user's home matters.
+# run_one PROGRAM FLAGS...: in one process, which sees one GPU.
+run_one() {
+    CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+    CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*} "$PYTHON" "$@"
+}
+
+# launch PROGRAM FLAGS...: one process is started directly, so that its exit code is ours; several are started by
+# accelerate, with everything said, so that no configuration in the user's home matters. Before that, one process checks
+# the input and prepares the data, so that bad input is said once and starts nothing.
 launch() {
     local cores threads
     NUM_PROCESSES=${NUM_PROCESSES:-$(count_processes)}
@@ -27,8 +34,10 @@ launch() {
     export NUM_PROCESSES TOKENIZERS_PARALLELISM=false
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     if [ "$NUM_PROCESSES" -eq 1 ]; then
-        exec "$PYTHON" "$@"
+        run_one "$@"
+        return
     fi
-    exec "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 \
+    run_one "$@" --dry_run
+    "$PYTHON" -m accelerate.commands.launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 \
         --machine_rank 0 --main_process_port 0 --mixed_precision no --dynamo_backend no "$@"
 }

@@ -1,19 +1,19 @@
 """A name -> its checkpoint folder, checked -> tokenizer and model. Nothing in a checkpoint folder is ever executed."""
 
-import json
 import re
-import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
+from common.files import is_complete, read_json
 from common.locking import guard
 from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from common.prefix import attach_prefix, load_prefix
+from common.prefix import attach_prefix, load_prefix, read_prefix
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 DEMOS = {"demo": Path(__file__).parent / "demo" / "chatglm"}
@@ -44,16 +44,20 @@ def read_config(folder: Path) -> dict:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json.")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}.") from error
+    config = read_json(file)
+    if config is None:
+        raise UserError(f"{file} is no JSON object.")
     kind = config.get("model_type")
     if kind != "chatglm" or "inner_hidden_size" not in config:
         raise UserError(f"{file} describes a model of type {kind!r} that is not ChatGLM-6B, the one supported here.")
     if config.get("vocab_size") == 150528:
         raise UserError(
             f"{folder} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
+        )
+    if config.get("quantization_bit"):
+        raise UserError(
+            f"{folder} holds weights that are packed in {config['quantization_bit']} bit: use the 16-bit checkpoint "
+            "with --quantization_bit, which needs as little memory."
         )
     return config
 
@@ -66,7 +70,10 @@ def check_model_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no vocabulary: {vocabulary.name} is missing.")
     files = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.index.json"):
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        content = read_json(index)
+        if content is None or "weight_map" not in content:
+            raise UserError(f"{index} is broken: copy or download it again.")
+        files = [folder / name for name in sorted(set(content["weight_map"].values()))]
     if not files:
         raise UserError(f"{folder} has no weights: neither *.safetensors nor *.bin is there.")
     for file in files:
@@ -76,25 +83,18 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
 
 
-def is_complete(file: Path) -> bool:
-    """Whether a weight file ends where its own table of contents says."""
-    size = file.stat().st_size
-    with open(file, "rb") as content:
-        start = content.read(8)
-        if file.suffix == ".safetensors":
-            header_size = int.from_bytes(start, "little")
-            if size < 8 + header_size:
-                return False
-            tensors = json.loads(content.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-            return size == 8 + header_size + max(ends, default=0)
-    # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.
-    return zipfile.is_zipfile(file) if start.startswith(b"PK") else size > 0
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizer:
     """The tokenizer of a demo, a checkpoint folder or a hub id."""
     return ChatGLMTokenizer.from_pretrained(resolve_model(str(path)))
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
+    if device.type == "cpu":
+        return torch.float32
+    module = torch.get_device_module(device)
+    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
 def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -131,18 +131,23 @@ def load_model(
     folder = resolve_model(str(path))
     check_model_folder(folder)
     config = ChatGLMConfig.from_pretrained(resolve_model(str(config_path or folder)))
-    model, report = ChatGLMForConditionalGeneration.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantization_config(quantization_bit, dtype),
-        output_loading_info=True,
-    )
+    try:
+        model, report = ChatGLMForConditionalGeneration.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization_config(quantization_bit, dtype),
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights in {folder} have other shapes than its config.json says.") from error
     if report["missing_keys"]:
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
-    if ptuning_checkpoint is None and config.pre_seq_len:  # an old full checkpoint, base and prefix in one
-        ptuning_checkpoint = folder
+    if ptuning_checkpoint is None and config.pre_seq_len and read_prefix(folder):
+        ptuning_checkpoint = folder  # an old full checkpoint, base and prefix in one
     if ptuning_checkpoint:
         load_prefix(model, ptuning_checkpoint, pre_seq_len, prefix_projection or None)
     elif pre_seq_len:

@@ -5,7 +5,6 @@ is killed loses its locks at once, because the operating system holds them, not 
 """
 
 import hashlib
-import json
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError
+from common.files import read_json, write_json
 
 REMIND_EVERY = 30.0  # seconds between two lines about a lock that we wait for
 
@@ -25,7 +25,10 @@ def cache_folder() -> Path:
     """Where locks and prepared data live: CHATGLM_CACHE, or a folder in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm-tuning"
     folder = Path(os.environ.get("CHATGLM_CACHE") or default)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "locks").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to the cache {folder} ({error.strerror}): set CHATGLM_CACHE.") from error
     return folder
 
 
@@ -33,53 +36,49 @@ def lock_file(kind: str, resource: str | Path) -> Path:
     """One lock a kind and resource; a path is told by its real path, however it is written, a name by itself."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
-    folder = cache_folder() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+    return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
 
 
 def describe_holder(lock: Path) -> str:
     """Who wrote itself down as the holder last: process, machine, since when, command."""
-    try:
-        holder = json.loads(lock.with_suffix(".holder").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):  # not written yet, or at this moment
+    holder = read_json(lock.with_suffix(".holder"))
+    if holder is None:
         return "another process"
     return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
 
 
 def write_holder(lock: Path) -> None:
-    holder = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join(sys.argv),
-    }
-    partial = lock.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(holder, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, lock.with_suffix(".holder"))
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_json(lock.with_suffix(".holder"), holder | {"command": " ".join(sys.argv)})
 
 
 @contextmanager
-def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a resource. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
-    path = lock_file(kind, resource)
+def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
+    """Holds the lock at ``path``. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         if not wait:
-            raise UserError(f"{kind} {resource} is in use by {describe_holder(path)}.") from None
-        while not lock.is_locked:
-            print(f"waiting for {kind} {resource}: held by {describe_holder(path)}", file=sys.stderr, flush=True)
-            try:
-                lock.acquire(timeout=REMIND_EVERY)
-            except Timeout:
-                continue
+            raise UserError(f"{what} is in use by {describe_holder(path)}.") from None
+    while not lock.is_locked:
+        print(f"waiting for {what}: held by {describe_holder(path)}", file=sys.stderr, flush=True)
+        try:
+            lock.acquire(timeout=REMIND_EVERY)
+        except Timeout:
+            continue
     write_holder(path)
     try:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock of a resource, which lies in the cache; see ``hold``."""
+    with hold(lock_file(kind, resource), f"{kind} {resource}", wait):
+        yield
 
 
 def free_port() -> int:

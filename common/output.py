@@ -1,33 +1,44 @@
 """The output folder: who owns it, with which settings it was written, and from where a training continues."""
 
-import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.data import find_files
 from common.errors import UserError
+from common.files import is_complete, read_json, write_json
+from common.locking import hold
 
 SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.
-MODEL_SETTINGS = ("model_name_or_path", "quantization_bit", "pre_seq_len", "prefix_projection")
-DATA_SETTINGS = ("train_file", "dataset_name", "prompt_column", "response_column", "history_column", "source_prefix")
+MODEL_SETTINGS = ("quantization_bit", "pre_seq_len", "prefix_projection")
+DATA_SETTINGS = ("dataset_name", "prompt_column", "response_column", "history_column", "source_prefix")
 LENGTH_SETTINGS = ("max_source_length", "max_target_length")
 
 
-def settings_of(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
+def process_count(args: TrainingArguments) -> int:
+    """How many processes train together: what the launcher said, which a check before the start must believe."""
+    return int(os.environ.get("NUM_PROCESSES") or args.world_size)
+
+
+def settings_of(model: Path, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
     """The settings that a continued training must share with its beginning."""
-    settings = {name: asdict(model_args)[name] for name in MODEL_SETTINGS}
+    settings: dict[str, object] = {"model": str(model.resolve())}
+    settings |= {name: asdict(model_args)[name] for name in MODEL_SETTINGS}
+    settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
     settings |= {name: asdict(data_args)[name] for name in DATA_SETTINGS + LENGTH_SETTINGS}
-    settings |= {
+    return settings | {
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "weight_decay": args.weight_decay,
         "seed": args.seed,
-        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * process_count(args),
     }
-    return settings
 
 
 def check_writable(folder: Path) -> None:
@@ -51,11 +62,27 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """Two jobs never write into one output folder: the second is refused, naming the first.
+
+    The lock lies in the folder itself, where jobs with another cache, or on another machine, find it too.
+    """
+    with hold(folder / ".lock", f"output folder {folder}", wait=False):
+        yield
+
+
+def is_complete_checkpoint(folder: Path) -> bool:
+    """Whether a training can continue from it: a kill or a full disk in the middle of saving leaves parts."""
+    tensors = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    whole = all(file.is_file() and is_complete(file) for file in tensors)
+    return whole and read_json(folder / "trainer_state.json") is not None
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints from which a training can continue, oldest first; trainer_state.json is written last."""
-    wanted = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-    found = [path for path in folder.glob("checkpoint-*") if all((path / name).is_file() for name in wanted)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    """Checkpoints from which a training can continue, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(is_complete_checkpoint, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
@@ -67,17 +94,16 @@ def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
     folder = Path(args.output_dir)
     asked = args.resume_from_checkpoint
     if asked and asked.lower() not in ("true", "yes", "1"):
-        if Path(asked) not in complete_checkpoints(Path(asked).parent):
-            raise UserError(f"{asked} is no complete checkpoint: trainer state, optimizer or scheduler is missing.")
+        if not is_complete_checkpoint(Path(asked)):
+            raise UserError(f"{asked} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
         return Path(asked)
     if args.overwrite_output_dir and not asked:
         return None
     checkpoints = complete_checkpoints(folder)
     if asked and not checkpoints:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
-    earlier_file = folder / SETTINGS_FILE
-    if checkpoints and earlier_file.is_file():
-        earlier = json.loads(earlier_file.read_text(encoding="utf-8"))
+    earlier = read_json(folder / SETTINGS_FILE)
+    if earlier and (checkpoints or (folder / "pytorch_model.bin").exists()):
         differing = [
             f"{name} was {earlier.get(name)!r}, now {value!r}"
             for name, value in settings.items()
@@ -91,8 +117,15 @@ def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
+def is_finished(state: dict, args: TrainingArguments) -> bool:
+    """Whether a checkpoint's trainer_state.json stands where this training is to end."""
+    if args.max_steps > 0:
+        return state["global_step"] >= args.max_steps
+    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+
+
 def start_run(folder: Path, settings: dict, start_over: bool) -> None:
     """Writes the settings down; the checkpoints of an earlier training go where starting over was asked for."""
     for checkpoint in folder.glob("checkpoint-*") if start_over else ():
         shutil.rmtree(checkpoint)
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, ensure_ascii=False, indent=2), encoding="utf-8")
+    write_json(folder / SETTINGS_FILE, settings)

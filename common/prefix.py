@@ -7,7 +7,6 @@ On disk a prefix is what the official code writes: ``pytorch_model.bin`` with ``
 ``config.json``, in which ``pre_seq_len`` and ``prefix_projection`` stand, so that nobody has to repeat them.
 """
 
-import json
 import os
 import zipfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
+from common.files import is_complete, read_json
 
 KEY_PREFIX = "transformer.prefix_encoder."
 
@@ -91,6 +91,8 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     for file in prefix_files(folder):
+        if not is_complete(file):
+            raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy it again.")
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
@@ -103,7 +105,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
 def prefix_files(folder: Path) -> list[Path]:
     """The weight files that may hold a prefix: where there is an index, only those it names for one."""
     for index in folder.glob("*.index.json"):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = (read_json(index) or {}).get("weight_map", {})
         return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     files = [folder / "pytorch_model.bin", folder / "model.safetensors"]
     return [file for file in files if file.exists()]

@@ -17,7 +17,7 @@ from common.metrics import SCORES
 
 def console() -> Console:
     """Standard output, wide enough for whole paths where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
@@ -30,7 +30,9 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 def print_prepared(split: str, data: Prepared) -> None:
     """How many rows there are, and what was cut or left out: never in silence."""
     source = "from the cache" if data.cached else "tokenized"
-    notes = [f"{len(data.rows):,} rows {source}", f"{data.truncated:,} truncated"]
+    total = len(data.rows.data)  # before --max_*_samples selected some
+    count = f"{total:,}" if total == len(data.rows) else f"{len(data.rows):,} of {total:,}"
+    notes = [f"{count} rows {source}", f"{data.truncated:,} truncated"]
     if data.dropped:
         notes.append(f"{data.dropped:,} dropped for an empty question or answer, first {data.first_dropped}")
     console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
@@ -43,7 +45,7 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
         f"{piece} {index}:{'-' if label == -100 else label}"
         for piece, index, label in zip(pieces, row["input_ids"], row["labels"], strict=True)
     ]
-    console().print("first training row, token id:label  " + "  ".join(cells), markup=False)
+    console().print("first training row, token id:label  " + "  ".join(cells))
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:

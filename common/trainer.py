@@ -28,7 +28,7 @@ class FinetuneTrainer(Trainer):
         super().__init__(**kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, {**inputs, "loss_only": True}, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -45,8 +45,12 @@ class FinetuneTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
+    def load_trained(self, folder: Path) -> None:
+        """Reads what was trained from a checkpoint into the model."""
+        self.method.restore(self.accelerator.unwrap_model(self.model), folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.method.restore(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        self.load_trained(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self.load_trained(Path(self.state.best_model_checkpoint))

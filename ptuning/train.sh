@@ -11,6 +11,7 @@ TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold conversations
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
 if [ "$MODEL" = demo ]; then
@@ -36,6 +37,7 @@ launch "$ROOT/ptuning/main.py" \
     --test_file "$VALIDATION_FILE" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
+    ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \

@@ -36,7 +36,7 @@ def has_filelock(checkout: Path) -> bool:
 
 def test_of_eight_jobs_one_builds_and_all_go_on(checkout):
     jobs = [start(checkout) for _ in range(8)]
-    said = [job.communicate() for job in jobs]
+    said = [job.communicate(timeout=300) for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 8
     assert {out.strip() for out, _ in said} == {str(checkout / ".venv" / "bin" / "python")}
     assert sum("creating" in err for _, err in said) == 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -127,11 +126,35 @@ def test_eight_trainings_start_at_once_on_an_empty_cache(tmp_path):
         )
         for job in range(8)
     ]
-    said = [job.communicate()[0] for job in jobs]
+    said = [job.communicate(timeout=400)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0] * 8, "\n".join(said)
     assert sum("rows tokenized" in text for text in said) == 1  # the others found it in the cache
     prefixes = {(tmp_path / str(job) / "pytorch_model.bin").read_bytes() for job in range(8)}
     assert len(prefixes) == 1
+
+
+TWO_PROCESSES = {"ACCELERATE_USE_CPU": "true", "NUM_PROCESSES": "2"}
+
+
+def test_two_processes_train_one_prefix_and_share_the_evaluation(tmp_path):
+    flags = ["--max_predict_samples", "7", "--max_train_samples", "16"]
+    bash("train.sh", *flags, OUTPUT_DIR=str(tmp_path / "two"), MAX_STEPS="2", BATCH_SIZE="2", **TWO_PROCESSES)
+    settings = json.loads((tmp_path / "two" / "run_settings.json").read_text())
+    assert settings["rows_per_step"] == 4
+    bash("evaluate.sh", *flags[:2], CHECKPOINT=str(tmp_path / "two"), OUTPUT_DIR=str(tmp_path / "one"))
+    two, one = ((tmp_path / name / "generated_predictions.txt").read_text() for name in ("two", "one"))
+    assert len(one.splitlines()) == 7
+    assert two == one
+
+
+def test_bad_input_is_said_once_for_all_processes(tmp_path):
+    variables = TWO_PROCESSES | {"OUTPUT_DIR": str(tmp_path), "TRAIN_FILE": "nowhere.json"}
+    done = bash("train.sh", cwd=tmp_path, check=False, **variables)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: no data file nowhere.json (looked in {tmp_path})."
+    ]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,4 +197,3 @@ def test_scripts_print_help():
     assert done.returncode == 0
     for flag in ("--pre_seq_len", "--prefix_projection", "--history_column", "--learning_rate", "--evaluate_base"):
         assert flag in done.stdout
-    assert shlex.split(done.stdout.splitlines()[0])[0] == "usage:"

@@ -1,0 +1,38 @@
+"""Files that another process may have been killed in the middle of writing."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+
+def is_complete(file: Path) -> bool:
+    """Whether a weight file (.bin, .pt, .safetensors) ends where its own table of contents says."""
+    size = file.stat().st_size
+    with open(file, "rb") as content:
+        start = content.read(8)
+        if file.suffix == ".safetensors":
+            header_size = int.from_bytes(start, "little")
+            if size < 8 + header_size:
+                return False
+            tensors = json.loads(content.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+            return size == 8 + header_size + max(ends, default=0)
+    # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.
+    return zipfile.is_zipfile(file) if start.startswith(b"PK") else size > 0
+
+
+def read_json(file: Path) -> dict | None:
+    """The object in a JSON file; None where there is no whole one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Replaces the file in one step: whoever reads it finds the old content or the new."""
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+    os.replace(partial, file)
