@@ -32,6 +32,8 @@ launch() {
     cores=$(getconf _NPROCESSORS_ONLN)
     threads=$((cores / NUM_PROCESSES))
     export NUM_PROCESSES TOKENIZERS_PARALLELISM=false
+    # Threads that spin while they wait take the cores from other jobs: a step of 1.5 s would take 10 on a busy machine.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     if [ "$NUM_PROCESSES" -eq 1 ]; then
         run_one "$@"
