@@ -18,6 +18,8 @@ RENAMED = {  # old flag -> new flag, and its value where the old one was a switc
     "per_gpu_train_batch_size": ("per_device_train_batch_size", None),
     "per_gpu_eval_batch_size": ("per_device_eval_batch_size", None),
     "no_cuda": ("use_cpu", None),
+    "gradient_checkpointing": ("activation_checkpointing", None),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", None),
     "group_by_length": ("train_sampling_strategy", "group_by_length"),
     "adafactor": ("optim", "adafactor"),
     "torchdynamo": ("torch_compile_backend", None),

@@ -45,7 +45,7 @@ launch "$ROOT/ptuning/main.py" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
     --gradient_accumulation_steps "$GRAD_ACCUM" \
-    --gradient_checkpointing "$GRADIENT_CHECKPOINTING" \
+    --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
     --max_steps "$MAX_STEPS" \
     --logging_steps 10 \
     --save_steps "$SAVE_STEPS" \
