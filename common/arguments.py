@@ -118,6 +118,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
     dry_run: bool = told("Check everything that can be checked, prepare the data, and stop before the model", False)
+    ddp_find_unused_parameters: bool | None = told("All that trains is used in every step", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
 

@@ -39,6 +39,8 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the Trainer calls this in every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.method.save(self.accelerator.unwrap_model(self.model), folder)
