@@ -1,0 +1,58 @@
+"""The chat: how answers are shown, streamed, broken off, and what happens when generating fails."""
+
+import pytest
+import torch
+
+from common.chat import process_response, stream_chat
+from common.encoding import build_prompt
+from common.loading import load_model
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("demo")
+
+
+@pytest.mark.parametrize(
+    ("generated", "shown"),  # as the original code shows them
+    [
+        ("你好,世界!", "你好，世界！"),
+        ("你好, 世界", "你好， 世界"),
+        ("a,b", "a,b"),
+        ("价格:3元;好?", "价格：3元；好？"),
+        ("[[训练时间]]年", "2023年年"),
+        (" 前后空格 ", "前后空格"),
+        ("a?好", "a？好"),
+        ("1:2", "1:2"),
+        ("(中文)?", "(中文)?"),
+        ("好,,好", "好，，好"),
+        ("好!!", "好！!"),
+    ],
+)
+def test_punctuation_is_shown_full_width_beside_chinese(generated, shown):
+    assert process_response(generated) == shown
+
+
+def test_the_stream_grows_into_the_whole_answer(model, demo_tokenizer):
+    history = [["你好", "你好，我是一个小小的演示模型。"]]
+    steps = list(stream_chat(model, demo_tokenizer, "类型#裙*颜色#白色", history, **GREEDY))
+    prompt = demo_tokenizer(build_prompt("类型#裙*颜色#白色", history), return_tensors="pt")
+    whole = model.generate(**prompt, **GREEDY)[0, prompt["input_ids"].shape[1] :]
+    assert steps[-1] == process_response(demo_tokenizer.decode(whole, skip_special_tokens=True))
+    assert len(steps) > 5
+    assert [len(step) for step in steps] == sorted(len(step) for step in steps)
+
+
+def test_an_answer_that_nobody_reads_on_ends(model, demo_tokenizer):
+    answer = stream_chat(model, demo_tokenizer, "类型#裙*颜色#白色", do_sample=False, max_new_tokens=10**6)
+    next(answer)
+    answer.close()  # returns when the generation has ended
+
+
+def test_an_error_while_generating_is_raised(demo_tokenizer):
+    broken = load_model("demo")
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    with pytest.raises(RuntimeError, match="nan"):
+        list(stream_chat(broken, demo_tokenizer, "你好", do_sample=True, max_new_tokens=4))
