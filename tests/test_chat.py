@@ -1,5 +1,7 @@
 """The chat: how answers are shown, streamed, broken off, and what happens when generating fails."""
 
+import threading
+
 import pytest
 import torch
 
@@ -46,9 +48,13 @@ def test_the_stream_grows_into_the_whole_answer(model, demo_tokenizer):
 
 
 def test_an_answer_that_nobody_reads_on_ends(model, demo_tokenizer):
-    answer = stream_chat(model, demo_tokenizer, "类型#裙*颜色#白色", do_sample=False, max_new_tokens=10**6)
+    before = threading.active_count()
+    endless = {"do_sample": False, "max_new_tokens": 10**6, "eos_token_id": None}
+    answer = stream_chat(model, demo_tokenizer, "类型#裙*颜色#白色", **endless)
     next(answer)
-    answer.close()  # returns when the generation has ended
+    assert threading.active_count() == before + 1
+    answer.close()
+    assert threading.active_count() == before
 
 
 def test_an_error_while_generating_is_raised(demo_tokenizer):
