@@ -4,6 +4,7 @@ A flag that transformers 5 renamed works under its old name too, with one line o
 """
 
 import difflib
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -121,6 +122,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     ddp_find_unused_parameters: bool | None = told("All that trains is used in every step", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
+
+    @property
+    def processes(self) -> int:
+        """How many train together: what the launcher said, which a check before the start must believe."""
+        return int(os.environ.get("NUM_PROCESSES") or self.world_size)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one step of the optimizer, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.processes
 
 
 def translate_old_flags(argv: list[str]) -> list[str]:

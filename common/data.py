@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizer
 from common.arguments import DataArguments
 from common.encoding import build_prompt, encode_eval, encode_train
 from common.errors import UserError
+from common.files import write_json
 from common.locking import cache_folder, guard
 
 ENCODING_VERSION = 1  # part of the cache key: to be raised when the same text shall become other tokens
@@ -53,10 +54,10 @@ def find_files(patterns: str) -> list[Path]:
 
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of every row of a JSON, JSON lines or CSV file; the place is named in error messages."""
-    if file.suffix.lower() == ".csv":
-        yield from read_csv(file)
-        return
     try:
+        if file.suffix.lower() == ".csv":
+            yield from read_csv(file)
+            return
         with open(file, encoding="utf-8-sig") as lines:
             start = lines.read(1)
             while start.isspace():
@@ -100,8 +101,6 @@ def read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if None in row or None in row.values():
                     raise UserError(f"{place}: this row has more or fewer fields than the header names.")
                 yield place, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
 
@@ -112,11 +111,16 @@ def check_object(place: str, row: Any) -> dict[str, Any]:
     return row
 
 
-def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
-    """The string in a column; "" for null. Raises UserError naming the columns that exist, or the wrong type."""
+def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:
+    """What stands in a column. Raises UserError naming the columns that exist."""
     if column not in row:
         raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --{flag}).")
-    value = row[column]
+    return row[column]
+
+
+def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
+    """The string in a column; "" for null. Raises UserError for what is no text."""
+    value = value_of(place, row, column, flag)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -128,9 +132,7 @@ def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
 
 def history_of(place: str, row: dict[str, Any], column: str) -> list[list[str]]:
     """Earlier rounds [[question, answer], …]; in CSV they are written as JSON; empty and null mean none."""
-    if column not in row:
-        raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --history_column).")
-    history = row[column]
+    history = value_of(place, row, column, "history_column")
     if isinstance(history, str):
         try:
             history = json.loads(history or "[]")
@@ -217,7 +219,7 @@ def write_dataset(
             reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
             raise UserError(f"{source}: no row with a question and an answer: {reason}.")
         writer.finalize()
-    (folder / "summary.json").write_text(json.dumps(summary, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / "summary.json", summary)
 
 
 def cache_key(

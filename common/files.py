@@ -5,6 +5,8 @@ import os
 import zipfile
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def is_complete(file: Path) -> bool:
     """Whether a weight file (.bin, .pt, .safetensors) ends where its own table of contents says."""
@@ -20,6 +22,12 @@ def is_complete(file: Path) -> bool:
             return size == 8 + header_size + max(ends, default=0)
     # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.
     return zipfile.is_zipfile(file) if start.startswith(b"PK") else size > 0
+
+
+def check_complete(file: Path) -> None:
+    """Raises UserError for a weight file that ends too early."""
+    if not is_complete(file):
+        raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
 
 
 def read_json(file: Path) -> dict | None:

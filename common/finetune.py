@@ -23,7 +23,6 @@ from common.output import (
     check_writable,
     is_finished,
     own,
-    process_count,
     resume_point,
     settings_of,
     start_run,
@@ -85,8 +84,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
-    if process_count(args) != args.world_size and not args.dry_run:
-        raise UserError(f"{process_count(args)} processes were asked for and {args.world_size} are running.")
+    if args.processes != args.world_size and not args.dry_run:
+        raise UserError(f"{args.processes} processes were asked for and {args.world_size} are running.")
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
@@ -187,7 +186,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokeniz
             trainer.state.log_history,
             metrics,
             steps,
-            samples=steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            samples=steps * args.rows_per_step,
             tokens=trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"],
             saved_to=Path(args.output_dir),
         )
@@ -210,13 +209,19 @@ def answer_rows(
     else:
         generation["max_new_tokens"] = data_args.val_max_target_length
     return generate_answers(
-        model, tokenizer, data.rows["prompt_ids"], args.per_device_eval_batch_size, description, **generation
+        model, tokenizer, list(data.rows["prompt_ids"]), args.per_device_eval_batch_size, description, **generation
     )
 
 
-def score_rows(*args) -> dict[str, float]:
-    """Scores of the answers that ``answer_rows`` generates from the same arguments."""
-    return score(answer_rows(*args), args[2].rows["reference"])
+def score_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizer,
+    data: Prepared,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> dict[str, float]:
+    """Scores of the model's answers to the rows of a split."""
+    return score(answer_rows(model, tokenizer, data, data_args, args), list(data.rows["reference"]))
 
 
 def predict(

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
-from common.files import is_complete, read_json
+from common.files import check_complete, read_json
 from common.locking import guard
 from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.prefix import attach_prefix, load_prefix, read_prefix
@@ -39,8 +39,8 @@ def resolve_model(name: str, revision: str = "main", cache_dir: str | None = Non
         ) from error
 
 
-def read_config(folder: Path) -> dict:
-    """config.json of a ChatGLM-6B checkpoint. Raises UserError for a missing, broken or unknown one."""
+def check_config(folder: Path) -> None:
+    """Raises UserError where config.json is missing or broken, or describes a model that is not supported."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is no model folder: it has no config.json.")
@@ -59,12 +59,11 @@ def read_config(folder: Path) -> dict:
             f"{folder} holds weights that are packed in {config['quantization_bit']} bit: use the 16-bit checkpoint "
             "with --quantization_bit, which needs as little memory."
         )
-    return config
 
 
 def check_model_folder(folder: Path) -> None:
     """Config, vocabulary and complete weights are there. Reads file ends only. Raises UserError naming what is not."""
-    read_config(folder)
+    check_config(folder)
     vocabulary = folder / ChatGLMTokenizer.vocab_files_names["vocab_file"]
     if not vocabulary.is_file():
         raise UserError(f"{folder} has no vocabulary: {vocabulary.name} is missing.")
@@ -79,8 +78,7 @@ def check_model_folder(folder: Path) -> None:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, though the index of {folder} names it.")
-        if not is_complete(file):
-            raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
+        check_complete(file)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizer:

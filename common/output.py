@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -17,27 +16,29 @@ from common.locking import hold
 SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.
 MODEL_SETTINGS = ("quantization_bit", "pre_seq_len", "prefix_projection")
-DATA_SETTINGS = ("dataset_name", "prompt_column", "response_column", "history_column", "source_prefix")
-LENGTH_SETTINGS = ("max_source_length", "max_target_length")
-
-
-def process_count(args: TrainingArguments) -> int:
-    """How many processes train together: what the launcher said, which a check before the start must believe."""
-    return int(os.environ.get("NUM_PROCESSES") or args.world_size)
+DATA_SETTINGS = (
+    "dataset_name",
+    "prompt_column",
+    "response_column",
+    "history_column",
+    "source_prefix",
+    "max_source_length",
+    "max_target_length",
+)
 
 
 def settings_of(model: Path, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
     """The settings that a continued training must share with its beginning."""
     settings: dict[str, object] = {"model": str(model.resolve())}
-    settings |= {name: asdict(model_args)[name] for name in MODEL_SETTINGS}
+    settings |= {name: vars(model_args)[name] for name in MODEL_SETTINGS}
     settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
-    settings |= {name: asdict(data_args)[name] for name in DATA_SETTINGS + LENGTH_SETTINGS}
+    settings |= {name: vars(data_args)[name] for name in DATA_SETTINGS}
     return settings | {
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "weight_decay": args.weight_decay,
         "seed": args.seed,
-        "rows_per_step": args.train_batch_size * args.gradient_accumulation_steps * process_count(args),
+        "rows_per_step": args.rows_per_step,
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
-from common.files import is_complete, read_json
+from common.files import check_complete, read_json
 
 KEY_PREFIX = "transformer.prefix_encoder."
 
@@ -73,7 +73,7 @@ def without_prefix(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def save_prefix(model: PreTrainedModel, folder: str | Path) -> None:
-    """Writes the prefix alone, float32 under the original names, and the config; loads in the original code too."""
+    """Writes the prefix alone, float32 under the original names, and the config, as the original code reads them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = model.base_model.prefix_encoder.state_dict(prefix=KEY_PREFIX)
@@ -91,8 +91,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     for file in prefix_files(folder):
-        if not is_complete(file):
-            raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy it again.")
+        check_complete(file)
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}

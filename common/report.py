@@ -89,12 +89,11 @@ def print_settings(
         "output": args.output_dir,
     }
     if args.do_train:
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         pairs["method"] = f"{method}, {trainable:,} trainable parameters"
         pairs["training"] = (
-            f"{length} of {rows} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
-            f"{args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
+            f"{length} of {args.rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
+            f"accumulated x {args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
         )
     print_pairs("settings", pairs)
 

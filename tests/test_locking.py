@@ -193,6 +193,8 @@ def test_sixteen_jobs_at_once_get_sixteen_ports(start):
 
 
 def test_a_port_can_be_bound():
+    port = free_port()
     with socket.socket() as listener:
-        listener.bind(("", free_port()))
+        listener.bind(("", port))
         listener.listen()
+        assert listener.getsockname()[1] == port
