@@ -1,6 +1,6 @@
 """Write a small sample in the schema of AdvertiseGen: attributes of a garment -> a Chinese advertisement.
 
-    python3 AdvertiseGen/generate.py             # train.json, dev.json, train_chat.json, dev_chat.json
+    python3 AdvertiseGen/generate.py             # train.json and dev.json; the conversations: conversations.py
 
 Every sentence is composed from the tables below. In each slot the first alternative is the house favourite and is
 taken more often than the others together: a model can learn the style, and no row can be solved by memory alone.
@@ -247,27 +247,6 @@ REMARKS = [
     "今年最想拥有的就是它",
 ]
 
-# key: (verb of the answer, questions). A question names no value: the answer must be looked up in the history.
-ASK = {
-    "材质": ("用的是", ["是什么料子做的？", "料子怎么样？"]),
-    "颜色": ("是", ["是什么颜色的？", "颜色好看吗？"]),
-    "风格": ("有一种", ["属于哪种风格？", "穿着是什么感觉？"]),
-    "图案": ("上面是", ["上面有图案吗？", "图案好看吗？"]),
-    "版型": ("用的是", ["版型怎么样？", "会不会挑身材？"]),
-    "衣领型": ("是", ["领子是什么样的？", "领口怎么设计的？"]),
-    "衣袖长": ("是", ["袖子有多长？", "袖长合适吗？"]),
-    "衣袖型": ("是", ["袖子是什么样的？", "袖子好看吗？"]),
-    "裙型": ("是", ["是哪种裙型？", "裙摆怎么样？"]),
-    "裙长": ("是", ["裙子有多长？", "长度合适吗？"]),
-    "裤型": ("是", ["是哪种裤型？", "裤型显瘦吗？"]),
-    "裤长": ("是", ["裤子有多长？", "长度合适吗？"]),
-    "鞋跟": ("是", ["鞋跟怎么样？", "鞋跟高不高？"]),
-    "鞋头": ("是", ["鞋头是什么样的？", "鞋头会挤脚吗？"]),
-    "工艺": ("用了", ["做工怎么样？", "用了什么工艺？"]),
-    "季节": ("适合", ["什么季节用合适？", "哪个季节能用上？"]),
-    "场景": ("适合", ["什么场合用合适？", "平时什么场合用？"]),
-}
-
 
 def read_table(text):
     """Rows "value/phrase/effect ..." -> {value: (phrase, effect)}."""
@@ -340,37 +319,6 @@ def advertise(attributes, rng):
     return text + choose(CLOSINGS[mood], rng).format(w=GARMENTS[kind][2]) + "。"
 
 
-def answer(attributes, key, rng):
-    """What the shop says about one attribute."""
-    phrase, effect = SELLING[key][dict(attributes)[key]]
-    return choose(["亲，{0}{1}，{2}哦。", "您好，{0}{1}，{2}。"], rng).format(ASK[key][0], phrase, effect)
-
-
-def random_turn(attributes, key, rng):
-    """One (question, answer) about an attribute, or (key None) about what to wear with the garment."""
-    measure, name, wear_with, _ = GARMENTS[attributes[0][1]]
-    if key is None:
-        question = choose([f"这{measure}{name}怎么搭配？", "那配什么好看？"], rng)
-        color = dict(attributes).get("颜色", "")
-        return question, f"亲，{color and color + '的'}{name}配上{wear_with}就很好看哦。"
-    if key == "颜色" and rng.random() < 0.4:
-        real, wanted = dict(attributes)["颜色"], rng.choice(list(SELLING["颜色"]))
-        return f"有{wanted}的吗？", f"有的亲，就是{real}哦。" if wanted == real else f"抱歉亲，只有{real}哦。"
-    return rng.choice(ASK[key][1]), answer(attributes, key, rng)
-
-
-def conversation(attributes, rng):
-    """A row of the chat files: the attributes come first, then up to three questions about them."""
-    opening = choose(["请介绍一下：{}", "帮我看看这款：{}"], rng).format(content_of(attributes))
-    turns = [[opening, advertise(attributes, rng)]]
-    topics = [key for key, _ in attributes if key in ASK] + [None]
-    rng.shuffle(topics)
-    for key in topics[: rng.choice([0, 1, 1, 2, 2, 2, 3])]:  # one row in seven has no history
-        turns.append(list(random_turn(attributes, key, rng)))
-    prompt, response = turns.pop()
-    return {"prompt": prompt, "response": response, "history": turns}
-
-
 def advertisement(attributes, rng):
     """A row of train.json and dev.json."""
     return {"content": content_of(attributes), "summary": advertise(attributes, rng)}
@@ -387,31 +335,33 @@ def make_rows(count, make_row, rng, seen):
     return rows
 
 
+def advertisement_rows(rng, seen):
+    """The rows of train.json and of dev.json: no dev row has the attributes of a train row."""
+    return make_rows(2000, advertisement, rng, seen), make_rows(200, advertisement, rng, seen)
+
+
 def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{path}: {len(rows)} rows")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(description):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output_dir", type=Path, default=HERE)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
 
-    # One `seen` for all files: no dev row has the attributes of a train row, nor a conversation those of either.
-    seen = set()
-    train = make_rows(2000, advertisement, rng, seen)
-    dev = make_rows(200, advertisement, rng, seen)
+
+def main():
+    args = parse_arguments(__doc__.splitlines()[0])
+    train, dev = advertisement_rows(random.Random(args.seed), set())
     assert not {row["content"] for row in train} & {row["content"] for row in dev}
     assert len({row["summary"] for row in train + dev}) == len(train) + len(dev)
     write_rows(args.output_dir / "train.json", train)
     write_rows(args.output_dir / "dev.json", dev)
-    write_rows(args.output_dir / "train_chat.json", make_rows(600, conversation, rng, seen))
-    write_rows(args.output_dir / "dev_chat.json", make_rows(60, conversation, rng, seen))
 
 
 if __name__ == "__main__":

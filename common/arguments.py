@@ -4,10 +4,14 @@ A flag that transformers 5 renamed works under its old name too, with one line o
 """
 
 import difflib
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
+
+# PEFT imports bitsandbytes, which then misses a kernel that only 4-bit training on some CPUs would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -64,19 +68,48 @@ def told(help_text: str, default=None, **kwargs):
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = told("demo, a folder with a ChatGLM checkpoint, or a hub id", "demo")
-    ptuning_checkpoint: str | None = told("Folder of a trained prefix: to evaluate it, or to train it further")
+    model_name_or_path: str = told("demo, demo3, a folder with a checkpoint, or a hub id", "demo")
     config_name: str | None = told("Folder or hub id of the config, where it is not the model's own")
     tokenizer_name: str | None = told("Folder or hub id of the tokenizer, where it is not the model's own")
     cache_dir: str | None = told("Where models from the hub are stored")
     model_revision: str = told("Branch, tag or commit of the model on the hub", "main")
     quantization_bit: int | None = told("Load the frozen base model in 4 or 8 bit (bitsandbytes)")
+
+
+@dataclass
+class PrefixArguments:
+    ptuning_checkpoint: str | None = told("Folder of a trained prefix: to evaluate it, or to train it further")
     pre_seq_len: int | None = told("P-Tuning v2: number of virtual tokens; read from the checkpoint when evaluating")
     prefix_projection: bool = told("P-Tuning v2: make the prefix with a two-layer network", False)
 
     def __post_init__(self):
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ValueError("--pre_seq_len must be at least 1")
+
+
+@dataclass
+class LoraArguments:
+    lora_checkpoint: str | None = told("Folder of a trained adapter: to evaluate it, or to train it further")
+    lora_rank: int = told("LoRA: rank of the two small matrices", 8)
+    lora_alpha: int = told("LoRA: the adapter is scaled by alpha / rank", 32)
+    lora_dropout: float = told("LoRA: dropout of the adapter's input", 0.1)
+    lora_target: str | None = told(
+        "LoRA: linear layers by commas, or all-linear; default: query_key_value (GLM-4: q_proj,k_proj,v_proj)"
+    )
+    use_rslora: bool = told("LoRA: scale by alpha / sqrt(rank) (rsLoRA), for large ranks", False)
+    use_dora: bool = told("LoRA: learn the magnitude of the weights apart from their direction (DoRA)", False)
+    loraplus_lr_ratio: float | None = told("LoRA: learning rate of the B matrices over that of the A's (LoRA+)")
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise ValueError("--lora_rank must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError("--lora_dropout must be at least 0 and below 1")
+
+
+@dataclass
+class NoArguments:
+    """Of full-parameter training: there is nothing to choose."""
 
 
 @dataclass
@@ -89,6 +122,8 @@ class DataArguments:
     prompt_column: str = told("Column with the question", "prompt")
     response_column: str = told("Column with the answer", "response")
     history_column: str | None = told("Column with earlier rounds: [[question, answer], ...]")
+    conversation_column: str | None = told("Column with a whole conversation: conversations, or messages of OpenAI")
+    text_column: str | None = told("Column with plain text, trained in blocks of --max_source_length tokens")
     source_prefix: str = told("Text put before every question", "")
     max_source_length: int = told("Longest question in tokens, the rest is cut off and reported", 1024)
     max_target_length: int = told("Longest answer in tokens, the rest is cut off and reported", 128)
@@ -103,10 +138,13 @@ class DataArguments:
     do_sample: bool = told("Sample when generating, as the official evaluation does; default: greedy", False)
     top_p: float = told("Sampling: share of probability to draw from", 0.7)
     temperature: float = told("Sampling: temperature", 0.95)
+    max_new_tokens: int | None = told("Longest generated answer in tokens; default: val_max_target_length")
     evaluate_base: bool = told("With --do_predict: also score the model without what was trained", False)
 
     def __post_init__(self):
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
+        if self.conversation_column and (self.history_column or self.text_column):
+            raise ValueError("--conversation_column can't be used with --history_column or --text_column")
         if self.max_source_length < 3 or self.max_target_length < 3:
             raise ValueError("--max_source_length and --max_target_length must be at least 3 tokens")
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
@@ -165,10 +203,13 @@ class FlagParser(HfArgumentParser):
         raise UserError(f"{message} (--help lists all flags).")
 
 
-def parse_arguments(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Reads the command line. Raises UserError for an unknown flag, naming the nearest known one, or a bad value."""
+def parse_arguments(method_arguments: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """(model, method, data, training) arguments of the command line; ``method_arguments`` is a method's dataclass.
+
+    Raises UserError for an unknown flag, naming the nearest known one, or a bad value.
+    """
     parser = FlagParser(
-        (ModelArguments, DataArguments, TrainingArguments),
+        (ModelArguments, method_arguments, DataArguments, TrainingArguments),
         usage="main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]",
         allow_abbrev=False,
     )

@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
 from common.collator import left_pad
-from common.encoding import History, build_prompt
+from common.encoding import History, encode_chat, stop_ids
+from common.tokenizers.chatglm import ChatGLMTokenizer
 
-# The vocabulary holds half-width punctuation only; between Chinese characters the full-width form is what people read.
+# The vocabulary of ChatGLM-6B holds half-width punctuation only; people read the full-width form between Chinese words.
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = "[\u4e00-\u9fff]"
 
 
-def process_response(text: str) -> str:
-    """The answer as the original code shows it: full-width punctuation beside Chinese characters."""
+def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The answer as the original code shows it: of ChatGLM-6B, full-width punctuation beside Chinese characters."""
     text = text.strip().replace("[[训练时间]]", "2023年")
+    if not isinstance(tokenizer, ChatGLMTokenizer):
+        return text
     for half, full in FULL_WIDTH.items():
         text = re.sub(rf"(?<={CHINESE}){re.escape(half)}|{re.escape(half)}(?={CHINESE})", full, text)
     return text
@@ -42,25 +45,32 @@ class StopOnEvent(StoppingCriteria):
 
 
 def stream_chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizer, query: str, history: History = (), **generation
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), **generation
 ) -> Iterator[str]:
     """The answer so far, longer with every token. ``generation`` goes to ``model.generate``.
 
     Generates in a thread, which ends when this iterator does; an error there is raised here.
     """
-    prompt_ids = tokenizer.build_inputs_with_special_tokens(tokenizer.encode_batch([build_prompt(query, history)])[0])
+    prompt_ids = encode_chat(tokenizer, query, history)
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()
     stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
     with ThreadPoolExecutor(1) as thread:
         answer = ""
-        written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)
+        written = thread.submit(
+            model.generate,
+            **inputs,
+            eos_token_id=stop_ids(tokenizer),
+            streamer=streamer,
+            stopping_criteria=stopping,
+            **generation,
+        )
         written.add_done_callback(lambda _: streamer.end())  # after an error too: nobody waits for ever
         try:
             for piece in streamer:
                 answer += piece
-                yield process_response(answer)
+                yield process_response(answer, tokenizer)
         finally:
             unwanted.set()
         written.result()

@@ -20,8 +20,9 @@ WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程�
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_name_or_path", default="demo", help="demo, a folder, or a hub id")
+    parser.add_argument("--model_name_or_path", default="demo", help="demo, demo3, a folder, or a hub id")
     parser.add_argument("--ptuning_checkpoint", help="folder of a trained prefix")
+    parser.add_argument("--lora_checkpoint", help="folder of a trained adapter")
     parser.add_argument("--quantization_bit", type=int, help="4 or 8")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--top_p", type=float, default=0.7)
@@ -35,6 +36,7 @@ def main() -> None:
         compute_dtype(device),
         args.quantization_bit,
         ptuning_checkpoint=args.ptuning_checkpoint,
+        adapter=args.lora_checkpoint,
     ).to(device)
     sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
     generation = {"max_new_tokens": args.max_new_tokens, **(sampling if args.temperature else {"do_sample": False})}

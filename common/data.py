@@ -1,14 +1,11 @@
 """Data files -> checked rows -> a tokenized data set, prepared once for all running jobs and cached on disk."""
 
-import csv
-import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,135 +14,45 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetsError
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
-from common.encoding import build_prompt, encode_eval, encode_train
+from common.encoding import EvalRow, TrainRow, Turn, encode_eval, encode_texts, encode_train
 from common.errors import UserError
 from common.files import write_json
+from common.formats import check_roles, read_messages, read_pair
 from common.locking import cache_folder, guard
+from common.rows import find_files, read_rows, text_of
+from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
-ENCODING_VERSION = 1  # part of the cache key: to be raised when the same text shall become other tokens
+ENCODING_VERSION = 2  # part of the cache key: to be raised when the same text shall become other tokens
 ROWS_PER_BATCH = 1000
+
+Example = str | list[Turn]
+"""A row as it was read: plain text, or a conversation; empty where there is nothing to learn."""
 
 
 @dataclass
 class Prepared:
     """A tokenized data set, and what happened to its rows on the way."""
 
-    rows: Dataset  # input_ids, labels; for evaluation also prompt_ids, reference
+    rows: Dataset  # input_ids, labels: for training and for the loss; empty where only answers are asked for
+    questions: Dataset  # prompt_ids, reference: to be answered; empty where there is only training
     files: list[str]
     dropped: int  # rows without a question or an answer
     first_dropped: str  # where the first of them stands
     truncated: int
+    shortened: int  # conversations that lost their oldest turns
+    total: int  # rows, or questions where there are any, before some were selected
+    unlabelled: int  # conversations of which nothing that is learned fits the lengths; they are left out
     cached: bool
 
-
-def find_files(patterns: str) -> list[Path]:
-    """Files named one by one, separated by commas, or by a glob. Raises UserError where one does not exist."""
-    files = []
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not found or not all(os.path.isfile(file) for file in found):
-            raise UserError(f"no data file {pattern} (looked in {os.getcwd()}).")
-        files += found
-    return [Path(file) for file in files]
-
-
-def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row of a JSON, JSON lines or CSV file; the place is named in error messages."""
-    try:
-        if file.suffix.lower() == ".csv":
-            yield from read_csv(file)
-            return
-        with open(file, encoding="utf-8-sig") as lines:
-            start = lines.read(1)
-            while start.isspace():
-                start = lines.read(1)
-            lines.seek(0)
-            yield from read_json_array(file, lines.read()) if start == "[" else read_json_lines(file, lines)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-
-
-def read_json_lines(file: Path, lines) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: broken JSON: {error}.") from error
-            yield place, check_object(place, row)
-
-
-def read_json_array(file: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}: broken JSON: {error.msg} at column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: broken JSON: {error}.") from error
-    for number, row in enumerate(rows, 1):
-        place = f"{file}, row {number}"
-        yield place, check_object(place, row)
-
-
-def read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            for row in reader:
-                place = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{place}: this row has more or fewer fields than the header names.")
-                yield place, row
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
-
-
-def check_object(place: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
-    return row
-
-
-def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:
-    """What stands in a column. Raises UserError naming the columns that exist."""
-    if column not in row:
-        raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --{flag}).")
-    return row[column]
-
-
-def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
-    """The string in a column; "" for null. Raises UserError for what is no text."""
-    value = value_of(place, row, column, flag)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: column {column!r} holds {type(value).__name__} {value!r:.40}, expected a string.")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{place}: column {column!r} holds half a character (a lone surrogate), which is no text.")
-    return value
-
-
-def history_of(place: str, row: dict[str, Any], column: str) -> list[list[str]]:
-    """Earlier rounds [[question, answer], …]; in CSV they are written as JSON; empty and null mean none."""
-    history = value_of(place, row, column, "history_column")
-    if isinstance(history, str):
-        try:
-            history = json.loads(history or "[]")
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: column {column!r} is not JSON: {error.msg}.") from error
-    history = history or []
-    if not isinstance(history, list) or not all(is_round(pair) for pair in history):
-        raise UserError(f"{place}: column {column!r} must hold [[question, answer], …], strings all.")
-    return history
-
-
-def is_round(pair: Any) -> bool:
-    return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+    def limit(self, count: int | None) -> None:
+        """Keeps only the first ``count`` rows and questions."""
+        if count is not None:
+            self.rows = self.rows.select(range(min(count, len(self.rows))))
+            self.questions = self.questions.select(range(min(count, len(self.questions))))
 
 
 def read_named(args: DataArguments, split: str) -> Dataset:
@@ -156,86 +63,126 @@ def read_named(args: DataArguments, split: str) -> Dataset:
         raise UserError(f"--dataset_name {args.dataset_name}, split {split}: {str(error).splitlines()[0]}") from error
 
 
-def read_pairs(args: DataArguments, files: list[Path], named: Dataset | None = None) -> Iterator[tuple[str, str, str]]:
-    """(place, prompt, response) of every row of all files, or of a data set by name."""
+def read_examples(
+    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, Example]]:
+    """(place, example) of every row of all files, or of a data set by name."""
     places: Iterator[tuple[str, dict[str, Any]]]
     if named is not None:
         places = ((f"{args.dataset_name}, row {number}", row) for number, row in enumerate(named, 1))
     else:
         places = (place_and_row for file in files for place_and_row in read_rows(file))
     for place, row in places:
-        query = text_of(place, row, args.prompt_column, "prompt_column")
-        response = text_of(place, row, args.response_column, "response_column")
-        history = history_of(place, row, args.history_column) if args.history_column else []
-        yield place, args.source_prefix + build_prompt(query, history) if query else "", response
+        if args.text_column:
+            yield place, text_of(place, row, args.text_column, "text_column")
+            continue
+        if args.conversation_column:
+            turns = read_messages(place, row, args.conversation_column)
+        else:
+            turns = read_pair(place, row, args.prompt_column, args.response_column, args.history_column)
+        check_roles(tokenizer, place, turns)
+        if not any(turn.loss for turn in turns):
+            turns = []
+        if args.source_prefix and turns:
+            last = max(index for index, turn in enumerate(turns) if turn.role == "user")
+            turns[last] = turns[last]._replace(content=args.source_prefix + turns[last].content)
+        yield place, turns
 
 
-def encode(
-    args: DataArguments, tokenizer: PreTrainedTokenizer, prompts: list[str], responses: list[str], evaluation: bool
-) -> tuple[dict[str, list], int]:
-    """Columns of the data set for a batch of rows, and how many of the rows were truncated."""
-    target_length = args.val_max_target_length if evaluation else args.max_target_length
-    rows = encode_train(tokenizer, prompts, responses, args.max_source_length, target_length)
-    columns: dict[str, list] = {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    truncated = [row.truncated for row in rows]
-    if evaluation:
-        asked = encode_eval(tokenizer, prompts, responses, args.max_source_length, target_length)
-        columns["prompt_ids"] = [row.prompt_ids for row in asked]
-        columns["reference"] = [row.reference for row in asked]
-        truncated = [row.truncated for row in asked]  # the prompt is cut one token earlier than in training
-    if args.ignore_pad_token_for_loss:
-        pad = tokenizer.pad_token_id
-        columns["labels"] = [[-100 if label == pad else label for label in labels] for labels in columns["labels"]]
-    return columns, sum(truncated)
+def training_rows(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, examples: list, split: str
+) -> list[TrainRow]:
+    target_length = args.max_target_length if split == "train" else args.val_max_target_length
+    if args.text_column:
+        return encode_texts(tokenizer, examples, args.max_source_length)
+    rows = encode_train(tokenizer, examples, args.max_source_length, target_length)
+    if not args.ignore_pad_token_for_loss:
+        return rows
+    pad = tokenizer.pad_token_id
+    return [row._replace(labels=[-100 if label == pad else label for label in row.labels]) for row in rows]
 
 
-def write_dataset(
-    folder: Path,
+def question_rows(args: DataArguments, tokenizer: PreTrainedTokenizerBase, examples: list, split: str) -> list[EvalRow]:
+    return encode_eval(tokenizer, examples, args.max_source_length, args.val_max_target_length)
+
+
+TABLES: dict[str, tuple[Callable, tuple[str, str]]] = {
+    "rows": (training_rows, ("input_ids", "labels")),
+    "questions": (question_rows, ("prompt_ids", "reference")),
+}
+
+
+def tables_of(split: str, args: DataArguments) -> list[str]:
+    """What is needed of a split: rows for the loss, questions to be answered."""
+    if split == "train" or args.text_column:
+        return ["rows"]
+    return ["rows", "questions"] if split == "validation" else ["questions"]
+
+
+def write_table(
+    file: Path,
+    table: str,
     args: DataArguments,
     source: str,
-    pairs: Iterator[tuple[str, str, str]],
-    tokenizer: PreTrainedTokenizer,
+    examples: Iterator[tuple[str, Example]],
+    tokenizer: PreTrainedTokenizerBase,
     split: str,
-) -> None:
-    """Tokenizes all rows into ``folder``: data.arrow, and summary.json with the counts.
+) -> dict[str, Any]:
+    """Tokenizes all examples into an Arrow file, batch by batch. Returns what happened to them.
 
-    A row without a question or without an answer is dropped, as in the official script.
+    An example without anything to learn is dropped, as in the official script.
     """
-    evaluation = split != "train"
-    summary: dict[str, Any] = {"rows": 0, "dropped": 0, "first_dropped": "", "truncated": 0}
-    with ArrowWriter(path=str(folder / "data.arrow")) as writer:
-        while batch := list(islice(pairs, ROWS_PER_BATCH)):
-            kept = [pair for pair in batch if pair[1] and pair[2]]
-            dropped = [place for place, prompt, response in batch if not (prompt and response)]
+    encode, names = TABLES[table]
+    summary: dict[str, Any] = dict.fromkeys(("rows", "dropped", "truncated", "shortened", "unlabelled"), 0)
+    summary["first_dropped"] = ""
+    with ArrowWriter(path=str(file)) as writer:
+        while batch := list(islice(examples, ROWS_PER_BATCH)):
+            dropped = [place for place, example in batch if not example]
             summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
             summary["dropped"] += len(dropped)
-            if kept:
-                prompts, responses = [pair[1] for pair in kept], [pair[2] for pair in kept]
-                columns, truncated = encode(args, tokenizer, prompts, responses, evaluation)
-                writer.write_batch(columns)
-                summary["rows"] += len(kept)
-                summary["truncated"] += truncated
+            rows = encode(args, tokenizer, [example for _, example in batch if example], split)
+            unlabelled = [row for row in rows if table == "rows" and max(row.labels) < 0]
+            summary["unlabelled"] += len(unlabelled)
+            summary["truncated"] += sum(row.truncated for row in rows)
+            summary["shortened"] += sum(row.dropped_turns > 0 for row in rows)
+            if unlabelled:
+                rows = [row for row in rows if max(row.labels) >= 0]
+            if rows:
+                columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
+                writer.write_batch({name: list(columns[name]) for name in names})
+                summary["rows"] += len(rows)
         if not summary["rows"]:
+            what = "text" if args.text_column else "a question and an answer"
             reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
-            raise UserError(f"{source}: no row with a question and an answer: {reason}.")
+            if summary["unlabelled"]:
+                reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
+            raise UserError(f"{source}: no row with {what}: {reason}.")
         writer.finalize()
-    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def cache_key(
-    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizer, split: str
+    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> str:
     """A hash of everything that decides what the tokenized rows are."""
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    vocabulary = hashlib.sha256(Path(tokenizer.vocab_file).read_bytes()).hexdigest()
     target_length = args.max_target_length if split == "train" else args.val_max_target_length
-    what = [ENCODING_VERSION, split, stats, None if named is None else named._fingerprint, vocabulary]
-    what += [args.prompt_column, args.response_column, args.history_column, args.source_prefix]
-    what += [args.max_source_length, target_length, args.ignore_pad_token_for_loss]
+    what = [ENCODING_VERSION, split, stats, None if named is None else named._fingerprint]
+    what += [vocabulary_hash(tokenizer), type(tokenizer).__name__, tokenizer.chat_template]
+    what += [args.prompt_column, args.response_column, args.history_column, args.conversation_column, args.text_column]
+    what += [args.source_prefix, args.max_source_length, target_length, args.ignore_pad_token_for_loss]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 
-def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizer, split: str) -> Prepared:
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    own = isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer))
+    vocabulary = Path(tokenizer.vocab_file).read_bytes() if own else tokenizer.backend_tokenizer.to_str().encode()
+    return hashlib.sha256(vocabulary).hexdigest()
+
+
+def prepare_dataset(
+    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Prepared:
     """The tokenized rows of one split (train, validation or test), from the cache or written to it.
 
     One of all running jobs does the work while the others wait for it. Raises UserError for bad files and rows.
@@ -244,6 +191,7 @@ def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTra
     named = None if files else read_named(args, split)
     key = cache_key(args, files, named, tokenizer, split)
     folder = cache_folder() / "datasets" / key
+    tables = tables_of(split, args)
     with guard("data set", folder):
         cached = folder.exists() and not args.overwrite_cache
         if not cached:
@@ -252,13 +200,26 @@ def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTra
                 shutil.rmtree(left_behind)
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
-                pairs = read_pairs(args, files, named)
-                write_dataset(partial, args, patterns or str(args.dataset_name), pairs, tokenizer, split)
+                for table in tables:
+                    examples = read_examples(args, files, named, tokenizer)
+                    source = patterns or str(args.dataset_name)
+                    summary = write_table(partial / f"{table}.arrow", table, args, source, examples, tokenizer, split)
+                write_json(partial / "summary.json", summary)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        rows = Dataset.from_file(str(folder / "data.arrow"))
-    names = [str(file) for file in files] or [str(args.dataset_name)]
-    return Prepared(rows, names, summary["dropped"], summary["first_dropped"], summary["truncated"], cached)
+        found = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in tables}
+    return Prepared(
+        found.get("rows", Dataset.from_dict({})),
+        found.get("questions", Dataset.from_dict({})),
+        [str(file) for file in files] or [str(args.dataset_name)],
+        summary["dropped"],
+        summary["first_dropped"],
+        summary["truncated"],
+        summary["shortened"],
+        summary["rows"],
+        summary["unlabelled"],
+        cached,
+    )

@@ -1,79 +1,340 @@
-"""Rows of text -> token ids and labels, exactly as the official training script encodes them."""
+"""Conversations and plain text -> token ids and labels, as the official code of each generation encodes them.
 
-from collections.abc import Sequence
+ChatGLM-6B and ChatGLM2-6B read a conversation as one text of numbered rounds, so that every answer that is trained is
+a row of its own. ChatGLM3-6B and GLM-4 read it as messages that begin with a role token: one row trains all answers.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedTokenizerBase
+
+from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 History = Sequence[Sequence[str]]
 """Earlier rounds of a conversation: [[query, answer], …]."""
 
 
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str  # system, user, assistant or observation
+    content: str
+    metadata: str = ""  # of an assistant turn: the name of the tool that it calls
+    loss: bool = False  # whether the model learns to write it
+
+
+Conversation = Sequence[Turn]
+
+
 class TrainRow(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # -100 where no loss is computed
-    truncated: bool
+    truncated: bool = False
+    dropped_turns: int = 0
 
 
 class EvalRow(NamedTuple):
     prompt_ids: list[int]
     reference: str
-    truncated: bool
+    truncated: bool = False
+    dropped_turns: int = 0
 
 
-def build_prompt(query: str, history: History = ()) -> str:
-    """The query alone, or all rounds in the form ``[Round 0]\\n问：…\\n答：…\\n[Round 1]\\n问：…\\n答：``.
-
-    For an empty history the official training script writes ``[Round 0]`` around the query while its evaluation and
-    its chat do not; here the bare query is written everywhere, so that a model is asked as it was trained.
-    """
-    if not history:
-        return query
-    rounds = [f"[Round {i}]\n问：{old_query}\n答：{answer}\n" for i, (old_query, answer) in enumerate(history)]
-    return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
+def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
+    """A question and its answer after earlier rounds, of which only the answer is learned."""
+    rounds = [(Turn("user", question), Turn("assistant", answer)) for question, answer in history]
+    return [*(turn for both in rounds for turn in both), Turn("user", query), Turn("assistant", response, loss=True)]
 
 
 def encode_train(
-    tokenizer: PreTrainedTokenizer,
-    prompts: list[str],
-    responses: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
     max_source_length: int,
     max_target_length: int,
 ) -> list[TrainRow]:
-    """Each row becomes ``prompt [gMASK] <sop> response <eop>``, labelled from <sop> on.
+    """The training rows of conversations.
 
-    The prompt is cut to ``max_source_length - 1`` tokens and the response to ``max_target_length - 2``. The position
-    of [gMASK] learns to predict <sop>, as in the original.
+    Numbered rounds: question (with the rounds before it) and answer are limited to their lengths, special tokens
+    counted as in the official scripts. Messages: the row is limited to both lengths and one more token. What is too
+    long loses its oldest rounds first.
     """
-    max_prompt, max_response = max_source_length - 1, max_target_length - 2
-    rows = []
-    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses), strict=True)
-    for prompt_ids, response_ids in encoded:
-        truncated = len(prompt_ids) > max_prompt or len(response_ids) > max_response
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids[:max_prompt], response_ids[:max_response])
-        context_length = input_ids.index(tokenizer.bos_token_id)
-        rows.append(TrainRow(input_ids, [-100] * context_length + input_ids[context_length:], truncated))
-    return rows
+    if type(tokenizer) in ROUND_FORMATS:
+        return train_rounds(tokenizer, conversations, max_source_length, max_target_length)
+    return train_messages(tokenizer, conversations, max_source_length, max_target_length)
 
 
 def encode_eval(
-    tokenizer: PreTrainedTokenizer,
-    prompts: list[str],
-    responses: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
     max_source_length: int,
     max_target_length: int,
 ) -> list[EvalRow]:
-    """The prompt of each row, cut to ``max_source_length`` with its special tokens, and the reference answer.
+    """For every answer that is trained: the prompt, at most ``max_source_length`` tokens, and the reference.
 
-    The reference is the response as it reads after encoding, cut to ``max_target_length - 2`` tokens: what the model
-    is scored against is what it could have learned, as in the original.
+    The reference is the answer as it reads after encoding, cut to ``max_target_length``: what the model is scored
+    against is what it could have learned, as in the original.
     """
-    max_prompt, max_response = max_source_length - 2, max_target_length - 2
+    if type(tokenizer) in ROUND_FORMATS:
+        return eval_rounds(tokenizer, conversations, max_source_length, max_target_length)
+    return eval_messages(tokenizer, conversations, max_source_length, max_target_length)
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = ()) -> list[int]:
+    """The prompt of a question after earlier rounds, as long as it is."""
+    return encode_eval(tokenizer, [conversation_of(query, "", history)], sys.maxsize, sys.maxsize)[0].prompt_ids
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_size: int) -> list[TrainRow]:
+    """Plain text for causal language modelling: blocks of at most ``block_size`` tokens, nothing is lost.
+
+    Every block begins as any text does in this model; the last one of a text ends with the end token.
+    """
     rows = []
-    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses), strict=True)
-    for prompt_ids, response_ids in encoded:
-        truncated = len(prompt_ids) > max_prompt or len(response_ids) > max_response
-        reference = tokenizer.decode(response_ids[:max_response], skip_special_tokens=True).strip()
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt_ids[:max_prompt])
-        rows.append(EvalRow(input_ids, reference, truncated))
+    for ids in encode_batch(tokenizer, texts):
+        start = start_of(tokenizer)
+        ids = [*ids, tokenizer.eos_token_id]
+        size = block_size - len(start)
+        for begin in range(0, len(ids), size):
+            block = ids[begin : begin + size]
+            rows.append(TrainRow(start + block, [-100] * len(start) + block))
+    return rows
+
+
+def start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that every text of this model begins with."""
+    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
+        return tokenizer.build_inputs_with_special_tokens([])
+    return tokenizer.apply_chat_template([], tokenize=True, return_dict=False)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the end token and, where there are roles, those whose turn it is after it."""
+    if isinstance(tokenizer, ChatGLM3Tokenizer):
+        return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
+    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
+        return [tokenizer.eos_token_id]
+    added = tokenizer.get_added_vocab()
+    return [tokenizer.eos_token_id, *(added[role] for role in ("<|user|>", "<|observation|>") if role in added)]
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text without special tokens added."""
+    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
+        return tokenizer.encode_batch(texts)
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+
+# Numbered rounds: ChatGLM-6B and ChatGLM2-6B
+
+
+class RoundFormat(NamedTuple):
+    """How the official training script of a generation counts and labels."""
+
+    prompt_specials: int  # special tokens that count as part of the question's length
+    answer_specials: int  # and of the answer's
+    unlabelled_specials: int  # those after (or before) the question that are not learned
+
+
+ROUND_FORMATS = {
+    ChatGLMTokenizer: RoundFormat(1, 2, 1),  # question [gMASK] <sop> answer <eop>, labelled from <sop> on
+    ChatGLM2Tokenizer: RoundFormat(2, 0, 2),  # [gMASK] sop question answer </s>, labelled from the answer on
+}
+
+
+def answered_rounds(conversations: Iterable[Conversation]) -> Iterator[tuple[list[list[str]], str, str]]:
+    """(history, query, answer) of every answer that is trained."""
+    for conversation in conversations:
+        history: list[list[str]] = []
+        for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
+            if answer.loss:
+                yield list(history), question.content, answer.content
+            history.append([question.content, answer.content])
+
+
+def encode_prompts(
+    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer, rounds: Sequence[tuple[History, str, str]], limit: int
+) -> list[tuple[list[int], int]]:
+    """(ids, dropped turns) of every question with the rounds before it; the oldest are dropped where it is too long."""
+    all_ids = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for history, query, _ in rounds])
+    prompts = []
+    for (history, query, _), ids in zip(rounds, all_ids, strict=True):
+        dropped = 0
+        while len(ids) > limit and dropped < len(history):
+            dropped += 1
+            ids = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
+        prompts.append((ids, 2 * dropped))
+    return prompts
+
+
+def train_rounds(
+    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer,
+    conversations: Sequence[Conversation],
+    max_source_length: int,
+    max_target_length: int,
+) -> list[TrainRow]:
+    """A row for every answer that is trained."""
+    rounds = list(answered_rounds(conversations))
+    row_format = ROUND_FORMATS[type(tokenizer)]
+    max_prompt = max_source_length - row_format.prompt_specials
+    max_answer = max_target_length - row_format.answer_specials
+    prompts = encode_prompts(tokenizer, rounds, max_prompt)
+    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
+    rows = []
+    for (prompt, dropped), answer in zip(prompts, answers, strict=True):
+        truncated = len(prompt) > max_prompt or len(answer) > max_answer
+        prompt = prompt[:max_prompt]
+        input_ids = tokenizer.build_inputs_with_special_tokens(prompt, answer[:max_answer])
+        unlabelled = len(prompt) + row_format.unlabelled_specials
+        rows.append(TrainRow(input_ids, [-100] * unlabelled + input_ids[unlabelled:], truncated, dropped))
+    return rows
+
+
+def eval_rounds(
+    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer,
+    conversations: Sequence[Conversation],
+    max_source_length: int,
+    max_target_length: int,
+) -> list[EvalRow]:
+    """A prompt for every answer that is trained; both lengths include two special tokens, as in the original."""
+    rounds = list(answered_rounds(conversations))
+    max_prompt, max_answer = max_source_length - 2, max_target_length - 2
+    prompts = encode_prompts(tokenizer, rounds, max_prompt)
+    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
+    rows = []
+    for (prompt, dropped), answer in zip(prompts, answers, strict=True):
+        truncated = len(prompt) > max_prompt or len(answer) > max_answer
+        reference = tokenizer.decode(answer[:max_answer], skip_special_tokens=True).strip()
+        prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
+        rows.append(EvalRow(prompt_ids, reference, truncated, dropped))
+    return rows
+
+
+# Messages: ChatGLM3-6B and GLM-4
+
+
+class Message(NamedTuple):
+    """A turn as tokens. The header (the role token) is given to the model, what follows it writes."""
+
+    turn: Turn
+    header: list[int]
+    body: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.header) + len(self.body)
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[list[Message]]:
+    """All turns of all conversations as tokens."""
+    turns = [turn for conversation in conversations for turn in conversation]
+    if isinstance(tokenizer, ChatGLM3Tokenizer):
+        metadata_ids = {text: tokenizer.encode_batch([f"{text}\n"])[0] for text in {turn.metadata for turn in turns}}
+        contents = tokenizer.encode_batch([turn.content for turn in turns])
+        messages = [
+            Message(turn, [tokenizer.get_command(f"<|{turn.role}|>")], metadata_ids[turn.metadata] + content)
+            for turn, content in zip(turns, contents, strict=True)
+        ]
+    else:
+        messages = [message for conversation in conversations for message in render(tokenizer, conversation)]
+    ends = list(accumulate(len(conversation) for conversation in conversations))
+    return [messages[end - len(conversation) : end] for conversation, end in zip(conversations, ends, strict=True)]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Iterator[Message]:
+    """A conversation through the tokenizer's own chat template: each message is what it adds to those before it."""
+    messages: list[dict[str, str]] = []
+    before = tokenizer.apply_chat_template([], tokenize=False)
+    for turn in conversation:
+        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages.append({"role": turn.role, "metadata": turn.metadata, "content": turn.content})
+        after = tokenizer.apply_chat_template(messages, tokenize=False)
+        header = asked.removeprefix(before) if turn.role == "assistant" and after.startswith(asked) else ""
+        body = after.removeprefix(before + header)
+        header_ids, body_ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (header, body)
+        )
+        yield Message(turn, header_ids, body_ids)
+        before = after
+
+
+def drop_oldest_rounds(messages: list[Message], excess: int) -> list[Message]:
+    """Leaves out rounds from the oldest on until ``excess`` tokens are saved; never the system turns or the last round.
+
+    A round is a user's turn and all that follows it up to the next one.
+    """
+    system = [message for message in messages if message.turn.role == "system"]
+    rest = messages[len(system) :]
+    starts = [index for index, message in enumerate(rest) if message.turn.role == "user" and index]
+    first = 0
+    for start in starts:
+        if sum(message.length for message in rest[:first]) >= excess:
+            break
+        first = start
+    return system + rest[first:]
+
+
+def cut_question(messages: list[Message], excess: int, keep: int) -> list[Message]:
+    """Cuts up to ``excess`` tokens off the end of the last question, of which ``keep`` tokens stay."""
+    index = max(i for i, message in enumerate(messages) if message.turn.role == "user")
+    question = messages[index]
+    body = question.body[: max(len(question.body) - max(excess, 0), min(keep, len(question.body)))]
+    return [*messages[:index], question._replace(body=body), *messages[index + 1 :]]
+
+
+def train_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    max_source_length: int,
+    max_target_length: int,
+) -> list[TrainRow]:
+    """One row a conversation, ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
+
+    A trained turn's role token is no label, but the token after the turn is: it ends it. If the last round alone is
+    too long, its question is cut, not below ``max_source_length``, and then the end of the row.
+    """
+    start, limit = start_of(tokenizer), max_source_length + max_target_length + 1
+    rows = []
+    for messages in encode_messages(tokenizer, conversations):
+        excess = len(start) + sum(message.length for message in messages) + 1 - limit
+        kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
+        too_long = len(start) + sum(message.length for message in kept) + 1 - limit
+        if too_long > 0:
+            kept = cut_question(kept, too_long, max_source_length)
+        input_ids, learned = list(start), [False] * len(start)  # learned: the next token is a label
+        for turn, header, body in kept:
+            input_ids += header + body
+            learned += [False] * (len(header) - 1) + [turn.loss] * (len(body) + min(len(header), 1))
+        input_ids.append(tokenizer.eos_token_id)
+        labels = [-100] + [token if label else -100 for token, label in zip(input_ids[1:], learned, strict=True)]
+        rows.append(TrainRow(input_ids[:limit], labels[:limit], too_long > 0, len(messages) - len(kept)))
+    return rows
+
+
+def eval_messages(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    max_source_length: int,
+    max_target_length: int,
+) -> list[EvalRow]:
+    """A prompt for every trained turn of the assistant, up to its role token."""
+    start = start_of(tokenizer)
+    rows = []
+    for messages in encode_messages(tokenizer, conversations):
+        for index, (turn, header, body) in enumerate(messages):
+            if turn.role != "assistant" or not turn.loss:
+                continue
+            before = messages[:index]
+            excess = len(start) + sum(message.length for message in before) + len(header) - max_source_length
+            kept = drop_oldest_rounds(before, excess) if excess > 0 else before
+            too_long = len(start) + sum(message.length for message in kept) + len(header) - max_source_length
+            if too_long > 0:
+                kept = cut_question(kept, too_long, keep=1)
+            prompt_ids = start + [token for _, head, text in kept for token in head + text] + header
+            reference = tokenizer.decode(body[:max_target_length], skip_special_tokens=True).strip()
+            truncated = too_long > 0 or len(body) > max_target_length
+            rows.append(EvalRow(prompt_ids, reference, truncated, len(before) - len(kept)))
     return rows

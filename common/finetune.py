@@ -1,22 +1,26 @@
 """The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
 
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.collator import TrainCollator
-from common.data import Prepared, find_files, prepare_dataset
+from common.data import Prepared, prepare_dataset
+from common.encoding import stop_ids
 from common.errors import UserError
 from common.loading import check_model_folder, compute_dtype, load_model, load_tokenizer, resolve_model
+from common.methods import Method
 from common.metrics import score
 from common.output import (
     check_space,
@@ -28,9 +32,9 @@ from common.output import (
     start_run,
 )
 from common.predict import generate_answers
-from common.prefix import check_prefix
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
-from common.trainer import FinetuneTrainer, Method
+from common.rows import find_files
+from common.trainer import FinetuneTrainer
 
 SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
     ("train", "do_train", "train_file", "max_train_samples"),
@@ -42,18 +46,18 @@ SPLITS = (  # split, the flag that asks for it, the flag that names its files, t
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    folder = check(model_args, data_args, args)
+    folder = check(method, model_args, data_args, args)
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     with own(output_dir) if args.process_index == 0 else nullcontext():
-        settings = settings_of(folder, model_args, data_args, args)
-        checkpoint = resume_point(args, settings) if args.do_train else None
+        settings = settings_of(folder, method, model_args, data_args, args)
+        checkpoint = resume_point(args, settings, method.files) if args.do_train else None
         set_seed(args.seed)
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
         if args.dry_run:
             return
-        model = build_model(model_args, args, folder)
+        model = build_model(method, model_args, args)
         if args.process_index == 0:
             print_settings(method.name, model, folder, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
@@ -63,14 +67,12 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
                 start_run(output_dir, settings, args.overwrite_output_dir and checkpoint is None)
             train(trainer, data["train"], tokenizer, checkpoint)
         if args.do_eval:
-            metrics = trainer.evaluate()
-            trainer.log_metrics("eval", metrics)
-            trainer.save_metrics("eval", metrics)
+            evaluate(method, trainer, data_args)
         if args.do_predict:
             predict(method, trainer, tokenizer, data["test"], data_args)
 
 
-def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
+def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
     """Finds out what can't work before anything is loaded. Returns the model's folder."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -80,6 +82,8 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
             find_files(patterns)
         elif vars(args)[flag] and not data_args.dataset_name:
             raise UserError(f"--{flag} needs --{file_flag}.")
+    if args.do_predict and data_args.text_column:
+        raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.label_smoothing_factor:
@@ -93,13 +97,14 @@ def check(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         )
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
-    if model_args.ptuning_checkpoint:
-        check_prefix(model_args.ptuning_checkpoint, model_args.pre_seq_len, model_args.prefix_projection or None)
+    method.check(args.do_train)
     check_writable(Path(args.output_dir))
     return folder
 
 
-def prepare(data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizer) -> dict[str, Prepared]:
+def prepare(
+    data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Prepared]:
     """The tokenized data of every split that is needed, cut to --max_*_samples."""
     data = {}
     # The other processes read what the first one has overwritten.
@@ -108,47 +113,44 @@ def prepare(data_args: DataArguments, args: TrainingArguments, tokenizer: PreTra
         if not vars(args)[flag]:
             continue
         prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
-        limit = vars(data_args)[limit_flag]
-        if limit is not None:
-            prepared.rows = prepared.rows.select(range(min(limit, len(prepared.rows))))
+        prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)
         data[split] = prepared
     return data
 
 
-def build_model(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> PreTrainedModel:
+def build_model(method: Method, model_args: ModelArguments, args: TrainingArguments) -> PreTrainedModel:
     """The model on this process's device, in 16 bit where that computes fast, with what is to be trained."""
     model = load_model(
-        folder,
+        model_args.model_name_or_path,
         compute_dtype(args.device),
         model_args.quantization_bit,
-        model_args.pre_seq_len,
-        model_args.prefix_projection,
-        model_args.ptuning_checkpoint,
-        model_args.config_name,
+        config_path=model_args.config_name,
+        **method.load_flags,
     )
     # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
-    return model
+    return method.attach(model)
 
 
 def build_trainer(
     method: Method,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     data: dict[str, Prepared],
     data_args: DataArguments,
     args: TrainingArguments,
 ) -> FinetuneTrainer:
     validation = data.get("validation")
     score_answers: Callable[[], dict[str, float]] | None = None
-    if args.predict_with_generate and validation:
+    if args.predict_with_generate and validation and len(validation.questions):
         score_answers = partial(score_rows, model, tokenizer, validation, data_args, args)
     args.prediction_loss_only = True  # answers are generated by common.predict, the Trainer computes the loss
     return FinetuneTrainer(
         method=method,
         score_answers=score_answers,
+        optimizers=(method.optimizer(model, args) if method.optimizer else None, None),
         model=model,
         args=args,
         train_dataset=data["train"].rows if "train" in data else None,
@@ -162,7 +164,9 @@ def build_trainer(
     )
 
 
-def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokenizer, checkpoint: Path | None) -> None:
+def train(
+    trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+) -> None:
     """Trains, from a checkpoint where there is one, and saves what was trained into the output folder."""
     args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
     if checkpoint:
@@ -192,48 +196,82 @@ def train(trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokeniz
         )
 
 
+@contextmanager
+def base_model(method: Method, trainer: FinetuneTrainer) -> Iterator[PreTrainedModel]:
+    """The trainer with the model as it is without what was trained."""
+    tuned = trainer.model
+    with method.base(tuned) as base:
+        trainer.model = base
+        try:
+            yield base
+        finally:
+            trainer.model = tuned
+
+
+def evaluate(method: Method, trainer: FinetuneTrainer, data_args: DataArguments) -> None:
+    """Writes eval_results.json: the loss on the validation set; beside the base's if asked; of text the perplexity."""
+    metrics = {}
+    if data_args.evaluate_base:
+        with base_model(method, trainer):
+            metrics = trainer.evaluate(metric_key_prefix="eval_base")
+    metrics |= trainer.evaluate()
+    if data_args.text_column:
+        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
 def answer_rows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     data_args: DataArguments,
     args: TrainingArguments,
     description: str = "generating",
 ) -> list[str]:
     """The model's answers to the rows of a split: greedy, with beams, or sampled, as the flags say."""
-    generation = {"do_sample": False, "num_beams": data_args.num_beams or args.generation_num_beams or 1}
+    generation: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": data_args.num_beams or args.generation_num_beams or 1,
+    }
+    generation["eos_token_id"] = stop_ids(tokenizer)
     if data_args.do_sample:
         generation |= {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
     if args.generation_max_length:  # in transformers this counts the question too
         generation["max_length"] = args.generation_max_length
     else:
-        generation["max_new_tokens"] = data_args.val_max_target_length
+        generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
     return generate_answers(
-        model, tokenizer, list(data.rows["prompt_ids"]), args.per_device_eval_batch_size, description, **generation
+        model, tokenizer, list(data.questions["prompt_ids"]), args.per_device_eval_batch_size, description, **generation
     )
 
 
 def score_rows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     data_args: DataArguments,
     args: TrainingArguments,
 ) -> dict[str, float]:
     """Scores of the model's answers to the rows of a split."""
-    return score(answer_rows(model, tokenizer, data, data_args, args), list(data.rows["reference"]))
+    return score(answer_rows(model, tokenizer, data, data_args, args), list(data.questions["reference"]))
 
 
 def predict(
-    method: Method, trainer: FinetuneTrainer, tokenizer: PreTrainedTokenizer, data: Prepared, data_args: DataArguments
+    method: Method,
+    trainer: FinetuneTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Prepared,
+    data_args: DataArguments,
 ) -> None:
     """Writes generated_predictions.txt, one {"labels", "predict"} a line, and scores it; beside the base if asked."""
-    args, references = trainer.args, list(data.rows["reference"])
+    args, references = trainer.args, list(data.questions["reference"])
     columns = {}
     for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
         if name == "base" and not data_args.evaluate_base:
             continue
-        with method.base(trainer.model) if name == "base" else nullcontext(trainer.model) as model:
+        with base_model(method, trainer) if name == "base" else nullcontext(trainer.model) as model:
             answers = answer_rows(model, tokenizer, data, data_args, args, f"{name} model")
         if trainer.is_world_process_zero():
             with open(Path(args.output_dir) / file_name, "w", encoding="utf-8") as file:

@@ -6,18 +6,31 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
 from common.files import check_complete, read_json
+from common.generations import generation_of
 from common.locking import guard
-from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.lora import adapter_config, load_adapter
 from common.prefix import attach_prefix, load_prefix, read_prefix
-from common.tokenizers.chatglm import ChatGLMTokenizer
 
-DEMOS = {"demo": Path(__file__).parent / "demo" / "chatglm"}
-HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model"]  # weights, config and vocabulary: never Python files
+DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = [
+    "*.json",
+    "*.bin",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+]  # weights, config and vocabulary: never Python files
 
 
 def resolve_model(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:
@@ -26,8 +39,10 @@ def resolve_model(name: str, revision: str = "main", cache_dir: str | None = Non
         return DEMOS[name]
     if Path(name).is_dir():
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"no model folder {name}: give demo, an existing folder, or a hub id like THUDM/chatglm-6b.")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(
+            f"no model folder {name}: give demo, demo3, an existing folder, or a hub id like THUDM/chatglm3-6b."
+        )
     try:
         with guard("model", name):
             return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES))
@@ -39,34 +54,15 @@ def resolve_model(name: str, revision: str = "main", cache_dir: str | None = Non
         ) from error
 
 
-def check_config(folder: Path) -> None:
-    """Raises UserError where config.json is missing or broken, or describes a model that is not supported."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
-    config = read_json(file)
-    if config is None:
-        raise UserError(f"{file} is no JSON object.")
-    kind = config.get("model_type")
-    if kind != "chatglm" or "inner_hidden_size" not in config:
-        raise UserError(f"{file} describes a model of type {kind!r} that is not ChatGLM-6B, the one supported here.")
-    if config.get("vocab_size") == 150528:
-        raise UserError(
-            f"{folder} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
-        )
-    if config.get("quantization_bit"):
-        raise UserError(
-            f"{folder} holds weights that are packed in {config['quantization_bit']} bit: use the 16-bit checkpoint "
-            "with --quantization_bit, which needs as little memory."
-        )
-
-
 def check_model_folder(folder: Path) -> None:
     """Config, vocabulary and complete weights are there. Reads file ends only. Raises UserError naming what is not."""
-    check_config(folder)
-    vocabulary = folder / ChatGLMTokenizer.vocab_files_names["vocab_file"]
-    if not vocabulary.is_file():
-        raise UserError(f"{folder} has no vocabulary: {vocabulary.name} is missing.")
+    generation = generation_of(folder)
+    if not (folder / generation.vocabulary).is_file():
+        others = [name for name in ("ice_text.model", "tokenizer.model", "tokenizer.json") if (folder / name).is_file()]
+        mixed = f" ({others[0]} belongs to another generation)" if others else ""
+        raise UserError(
+            f"{folder} is a {generation.name} without its vocabulary: {generation.vocabulary} is missing{mixed}."
+        )
     files = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.index.json"):
         content = read_json(index)
@@ -81,9 +77,26 @@ def check_model_folder(folder: Path) -> None:
         check_complete(file)
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizer:
-    """The tokenizer of a demo, a checkpoint folder or a hub id."""
-    return ChatGLMTokenizer.from_pretrained(resolve_model(str(path)))
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a demo, a checkpoint folder or a hub id. Raises UserError for one of another generation."""
+    folder = resolve_model(str(path))
+    generation = generation_of(folder)
+    if generation.key == "glm":
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, padding_side="left")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
+    try:
+        tokenizer = generation.tokenizer.from_pretrained(folder)
+    except RuntimeError as error:
+        vocabulary = folder / generation.vocabulary
+        raise UserError(f"{vocabulary} is no vocabulary of {generation.name}: copy or download it again.") from error
+    rows = generation.config.from_pretrained(folder).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{folder} mixes files of different models: {generation.vocabulary} has {tokenizer.vocab_size:,} tokens "
+            f"and the model {rows:,}."
+        )
+    return tokenizer
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -96,7 +109,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with double quantization, or LLM.int8(); the output layer, tied to the embedding, stays as it is."""
+    """NF4 with double quantization, or LLM.int8(); the output layer stays as it is."""
     if bits is None:
         return None
     if bits not in (4, 8):
@@ -107,7 +120,7 @@ def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesCon
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head"],
+        llm_int8_skip_modules=["lm_head", "output_layer"],
     )
 
 
@@ -118,9 +131,10 @@ def load_model(
     pre_seq_len: int | None = None,
     prefix_projection: bool = False,
     ptuning_checkpoint: str | Path | None = None,
+    adapter: str | Path | None = None,
     config_path: str | Path | None = None,
 ) -> PreTrainedModel:
-    """The model, in evaluation mode, with its prefix if one is asked for.
+    """The model, in evaluation mode, with its prefix or its LoRA adapter if one is asked for.
 
     A prefix is read from ``ptuning_checkpoint``, or from ``path`` if that holds base and prefix; its length and kind
     stand there. Where there is none, ``pre_seq_len`` makes a new, trainable one. Given both, they must agree.
@@ -128,9 +142,12 @@ def load_model(
     """
     folder = resolve_model(str(path))
     check_model_folder(folder)
-    config = ChatGLMConfig.from_pretrained(resolve_model(str(config_path or folder)))
+    generation = generation_of(folder)
+    config = generation.config.from_pretrained(resolve_model(str(config_path or folder)))
+    if generation.key in ("chatglm2", "chatglm3"):
+        config.generation = generation.key
     try:
-        model, report = ChatGLMForConditionalGeneration.from_pretrained(
+        model, report = generation.model.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -144,10 +161,29 @@ def load_model(
     if report["missing_keys"]:
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
-    if ptuning_checkpoint is None and config.pre_seq_len and read_prefix(folder):
+    # The name under which an adapter remembers its base: never a folder inside the hub's cache.
+    model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+    if adapter:
+        return load_adapter(model, adapter)
+    stored_length = None if generation.key == "glm" else config.pre_seq_len
+    if ptuning_checkpoint is None and stored_length and read_prefix(folder):
         ptuning_checkpoint = folder  # an old full checkpoint, base and prefix in one
+    if (ptuning_checkpoint or pre_seq_len) and generation.key == "glm":
+        raise UserError(f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder} is a {generation.name}.")
     if ptuning_checkpoint:
         load_prefix(model, ptuning_checkpoint, pre_seq_len, prefix_projection or None)
     elif pre_seq_len:
         attach_prefix(model, pre_seq_len, prefix_projection)
     return model
+
+
+def base_of_adapter(folder: str | Path, override: str | None = None) -> str:
+    """The base model that an adapter names, or the one given instead. Raises UserError where it is no longer there."""
+    named = adapter_config(folder).get("base_model_name_or_path") or ""
+    base = override or named
+    if base in DEMOS or Path(base).is_dir() or HUB_ID.fullmatch(base):
+        return base
+    raise UserError(
+        f"the base model of {folder} is not at {base or 'any place that it names'}: set MODEL (--model_name_or_path) "
+        "to where it is now, or base_model_name_or_path in adapter_config.json."
+    )

@@ -3,34 +3,38 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data import find_files
 from common.errors import UserError
 from common.files import is_complete, read_json, write_json
 from common.locking import hold
+from common.methods import Method
+from common.rows import find_files
 
 SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.
-MODEL_SETTINGS = ("quantization_bit", "pre_seq_len", "prefix_projection")
 DATA_SETTINGS = (
     "dataset_name",
     "prompt_column",
     "response_column",
     "history_column",
+    "conversation_column",
+    "text_column",
     "source_prefix",
     "max_source_length",
     "max_target_length",
 )
 
 
-def settings_of(model: Path, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> dict:
+def settings_of(
+    model: Path, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> dict:
     """The settings that a continued training must share with its beginning."""
-    settings: dict[str, object] = {"model": str(model.resolve())}
-    settings |= {name: vars(model_args)[name] for name in MODEL_SETTINGS}
+    settings: dict[str, object] = {"model": str(model.resolve()), "method": method.name}
+    settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
     settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
     settings |= {name: vars(data_args)[name] for name in DATA_SETTINGS}
     return settings | {
@@ -86,11 +90,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(filter(is_complete_checkpoint, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
+def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) -> Path | None:
     """The checkpoint to continue from; None to start from the beginning.
 
     An earlier training in the same folder is continued if its settings are these. Raises UserError if they differ,
-    or if the checkpoint that was asked for is not complete.
+    or if the checkpoint that was asked for is not complete. ``files``: what a finished training leaves, one of them.
     """
     folder = Path(args.output_dir)
     asked = args.resume_from_checkpoint
@@ -104,7 +108,7 @@ def resume_point(args: TrainingArguments, settings: dict) -> Path | None:
     if asked and not checkpoints:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
     earlier = read_json(folder / SETTINGS_FILE)
-    if earlier and (checkpoints or (folder / "pytorch_model.bin").exists()):
+    if earlier and (checkpoints or any((folder / name).exists() for name in files)):
         differing = [
             f"{name} was {earlier.get(name)!r}, now {value!r}"
             for name, value in settings.items()

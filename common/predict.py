@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.collator import left_pad
 
@@ -14,7 +14,7 @@ from common.collator import left_pad
 @torch.inference_mode()
 def generate_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     batch_size: int,
     description: str = "generating",

@@ -37,11 +37,12 @@ class PrefixEncoder(nn.Module):
         self.num_layers = config.num_hidden_layers
         self.kv_shape = (config.num_key_value_heads, config.head_dim)
         size = self.num_layers * 2 * config.num_key_value_heads * config.head_dim
-        self.embedding = nn.Embedding(pre_seq_len, config.hidden_size if projection else size)
+        embedding_size = config.prefix_projection_size if projection else size
+        self.embedding = nn.Embedding(pre_seq_len, embedding_size)
         self.trans: nn.Module = nn.Identity()
         if projection:
             self.trans = nn.Sequential(
-                nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
+                nn.Linear(embedding_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, size)
             )
         self.dropout = nn.Dropout(dropout)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data import Prepared
@@ -30,15 +30,19 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 def print_prepared(split: str, data: Prepared) -> None:
     """How many rows there are, and what was cut or left out: never in silence."""
     source = "from the cache" if data.cached else "tokenized"
-    total = len(data.rows.data)  # before --max_*_samples selected some
-    count = f"{total:,}" if total == len(data.rows) else f"{len(data.rows):,} of {total:,}"
+    rows = data.questions if len(data.questions) else data.rows
+    count = f"{data.total:,}" if data.total == len(rows) else f"{len(rows):,} of {data.total:,}"
     notes = [f"{count} rows {source}", f"{data.truncated:,} truncated"]
+    if data.shortened:
+        notes.append(f"{data.shortened:,} without their oldest turns")
     if data.dropped:
-        notes.append(f"{data.dropped:,} dropped for an empty question or answer, first {data.first_dropped}")
+        notes.append(f"{data.dropped:,} dropped with nothing to learn (an empty text?), first {data.first_dropped}")
+    if data.unlabelled:
+        notes.append(f"{data.unlabelled:,} dropped because nothing of their answers fits the lengths")
     console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
 
 
-def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer) -> None:
+def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
     """Every token of a row with its id and its label; - is a position without one."""
     pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
     cells = [

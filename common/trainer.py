@@ -1,22 +1,12 @@
 """The Trainer of transformers, told to save only what was trained and to score generated answers."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a fine-tuning method trains and saves; everything else is shared."""
-
-    name: str
-    save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
-    restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
-    base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
+from common.methods import Method
 
 
 class FinetuneTrainer(Trainer):

@@ -6,10 +6,12 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}
-PRE_SEQ_LEN=${PRE_SEQ_LEN:-$([ "$MODEL" = demo ] && echo 32 || echo 128)}   # both only name the folder
-LR=${LR:-2e-2}
+case $MODEL in
+    demo | demo3) PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
+    *) PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;     # 4, 8, or empty: 16 bit
+esac
+LR=${LR:-2e-2}                                           # like PRE_SEQ_LEN it only names the folder
 CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
-QUANTIZATION_BIT=${QUANTIZATION_BIT-$([ "$MODEL" = demo ] || echo 4)}    # 4, 8, or empty: 16 bit
 
 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
     --model_name_or_path "$MODEL" \

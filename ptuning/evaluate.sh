@@ -9,16 +9,20 @@ MODEL=${MODEL:-demo}                                     # the base that the pre
 TEST_FILE=${TEST_FILE:-${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the file holds conversations
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the file holds earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where it holds whole conversations, instead of the three
 
-PRE_SEQ_LEN=${PRE_SEQ_LEN:-$([ "$MODEL" = demo ] && echo 32 || echo 128)}   # both only name the folder:
-LR=${LR:-2e-2}                                           # what a prefix is stands in its checkpoint
+case $MODEL in
+    demo | demo3) PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
+    *) PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;     # 4, 8, or empty: 16 bit
+esac
+LR=${LR:-2e-2}                                           # like PRE_SEQ_LEN it only names the folder:
+                                                         # what a prefix is stands in its checkpoint
 CHECKPOINT=${CHECKPOINT:-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
 OUTPUT_DIR=${OUTPUT_DIR:-$CHECKPOINT}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
-QUANTIZATION_BIT=${QUANTIZATION_BIT-$([ "$MODEL" = demo ] || echo 4)}    # 4, 8, or empty: 16 bit
 
 launch "$ROOT/ptuning/main.py" \
     --do_predict \
@@ -26,6 +30,7 @@ launch "$ROOT/ptuning/main.py" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
+    ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
     --model_name_or_path "$MODEL" \
     --ptuning_checkpoint "$CHECKPOINT" \
     --output_dir "$OUTPUT_DIR" \

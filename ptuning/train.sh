@@ -6,23 +6,25 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-MODEL=${MODEL:-demo}                                     # demo, a folder, or a hub id
+MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold conversations
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold whole conversations, instead of the three
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-if [ "$MODEL" = demo ]; then
-    PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}
-    BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
-    GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} QUANTIZATION_BIT=${QUANTIZATION_BIT-}
-else
-    PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-3000}
-    BATCH_SIZE=${BATCH_SIZE:-1} GRAD_ACCUM=${GRAD_ACCUM:-16} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
-    GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4}
-fi
+case $MODEL in
+    demo | demo3)
+        PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}
+        BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
+    *)
+        PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-3000}
+        BATCH_SIZE=${BATCH_SIZE:-1} GRAD_ACCUM=${GRAD_ACCUM:-16} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;
+esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}               # tokens of the question
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}               # tokens of the answer
 SAVE_STEPS=${SAVE_STEPS:-1000}
@@ -38,6 +40,7 @@ launch "$ROOT/ptuning/main.py" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
+    ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \

@@ -11,7 +11,10 @@ export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_chat.json}
 export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt}
 export RESPONSE_COLUMN=${RESPONSE_COLUMN:-response}
 export HISTORY_COLUMN=${HISTORY_COLUMN:-history}         # [[question, answer], ...]
-export LR=${LR:-$([ "$MODEL" = demo ] && echo 1e-1 || echo 1e-2)}
+case $MODEL in
+    demo | demo3) export LR=${LR:-1e-1} ;;
+    *) export LR=${LR:-1e-2} ;;
+esac
 export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}
 export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 export OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/chat-$(basename "$MODEL")-$LR}

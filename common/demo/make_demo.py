@@ -1,6 +1,7 @@
-"""Make the shipped demo base: a small ChatGLM-6B in the original on-disk format, with a vocabulary of its own.
+"""Make a shipped demo base: a small ChatGLM-6B or ChatGLM3-6B in the original on-disk format, with its own vocabulary.
 
-    python common/demo/make_demo.py [--output_dir common/demo/chatglm] [--steps 2500]
+    python common/demo/make_demo.py chatglm         # into common/demo/chatglm
+    python common/demo/make_demo.py chatglm3        # into common/demo/chatglm3
 
 It is pre-trained on text of our own: asked with nothing but the attributes of a garment, it describes them plainly; it
 answers questions about them; and it writes an advertisement when it is asked for one in so many words. Fine-tuning
@@ -13,19 +14,23 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from AdvertiseGen import generate
+from AdvertiseGen import conversations, generate
 from common.collator import TrainCollator
-from common.encoding import build_prompt, encode_train
-from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.encoding import Turn, conversation_of, encode_train
+from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
 SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
 WHITE_SPACE = ["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 81))]
@@ -43,53 +48,78 @@ def held_out() -> set[str]:
 HELD_OUT = held_out()
 
 
-def random_example(rng: random.Random) -> tuple[str, str]:
-    """One (prompt, answer) of the pre-training text."""
+def random_example(rng: random.Random) -> list[Turn]:
+    """One conversation of the pre-training text."""
     attributes = generate.random_attributes(rng)
     content, description = generate.content_of(attributes), generate.plain_description(attributes)
     if content in HELD_OUT:
         return random_example(rng)
     kind = rng.random()
     if kind < 0.45:
-        return content, description
+        return conversation_of(content, description)
     if kind < 0.75:
-        return rng.choice(ASK_FOR_ADVERTISEMENT).format(content), generate.advertise(attributes, rng)
+        query = rng.choice(ASK_FOR_ADVERTISEMENT).format(content)
+        return conversation_of(query, generate.advertise(attributes, rng))
     if kind < 0.8:
-        return generate.GARMENTS[attributes[0][1]][1], generate.advertise(attributes, rng)
+        return conversation_of(generate.GARMENTS[attributes[0][1]][1], generate.advertise(attributes, rng))
     if kind < 0.98:
-        key, value = rng.choice([pair for pair in attributes if pair[0] in generate.ASK])
+        key, value = rng.choice([pair for pair in attributes if pair[0] in conversations.ASK])
         history = [[f"请介绍一下：{content}", description]]
-        return build_prompt(rng.choice(generate.ASK[key][1]), history), f"{key}是{value}。"
-    return rng.choice(GREETINGS), INTRODUCTION
+        return conversation_of(rng.choice(conversations.ASK[key][1]), f"{key}是{value}。", history)
+    return conversation_of(rng.choice(GREETINGS), INTRODUCTION)
 
 
-def train_vocabulary(folder: Path, rng: random.Random) -> ChatGLMTokenizer:
-    """Unigram pieces over the pre-training text, with bytes for whatever else a user may type."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as corpus:
-        for _ in range(20000):
-            corpus.writelines(f"{text}\n" for text in random_example(rng) if text)
-        corpus.flush()
-        sentencepiece.SentencePieceTrainer.train(
-            input=corpus.name,
-            model_prefix=str(folder / "ice_text"),
-            vocab_size=3500,
-            hard_vocab_limit=False,
-            character_coverage=1.0,
-            split_digits=True,
-            byte_fallback=True,
-            pad_id=3,
-            user_defined_symbols=WHITE_SPACE,
-            control_symbols=SPECIAL_TOKENS,
-            minloglevel=2,
-        )
-    (folder / "ice_text.vocab").unlink()
-    tokenizer = ChatGLMTokenizer(str(folder / "ice_text.model"))
-    tokenizer.save_pretrained(str(folder))
-    return tokenizer
+def write_corpus(file, rng: random.Random) -> None:
+    """Text for the vocabulary: what is learned in pre-training, and some tool calls, for their characters only.
+
+    Frequent sentences would become single pieces, in which the value that is to be copied into a call is hidden.
+    """
+    for _ in range(20000):
+        file.writelines(f"{turn.content}\n" for turn in random_example(rng))
+    for row in conversations.make_tool_rows(50, rng, known=set()):
+        file.writelines(f"{message.get('content') or message}\n" for message in row["conversations"])
+        file.write(json.dumps(row["tools"], ensure_ascii=False) + "\n")
+    file.flush()
 
 
-def new_model(tokenizer: ChatGLMTokenizer) -> ChatGLMForConditionalGeneration:
-    config = ChatGLMConfig(
+def make_chatglm_vocabulary(corpus: str, folder: Path) -> ChatGLMTokenizer:
+    """Unigram pieces, with bytes for whatever else a user may type."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=corpus,
+        model_prefix=str(folder / "ice_text"),
+        vocab_size=3500,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        split_digits=True,
+        byte_fallback=True,
+        pad_id=3,
+        user_defined_symbols=WHITE_SPACE,
+        control_symbols=SPECIAL_TOKENS,
+        minloglevel=2,
+    )
+    return ChatGLMTokenizer(str(folder / "ice_text.model"))
+
+
+def make_chatglm3_vocabulary(corpus: str, folder: Path) -> ChatGLM3Tokenizer:
+    """Byte-pair pieces of text as it stands, with bytes for whatever else a user may type."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=corpus,
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=2700,
+        max_sentencepiece_length=4,
+        character_coverage=1.0,
+        split_digits=True,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return ChatGLM3Tokenizer(str(folder / "tokenizer.model"))
+
+
+def chatglm_config(tokenizer: ChatGLMTokenizer) -> PreTrainedConfig:
+    return chatglm.ChatGLMConfig(
         vocab_size=EMBEDDING_ROWS,
         hidden_size=192,
         num_layers=6,
@@ -102,17 +132,48 @@ def new_model(tokenizer: ChatGLMTokenizer) -> ChatGLMForConditionalGeneration:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = ChatGLMForConditionalGeneration(config)
+
+
+def chatglm3_config(tokenizer: ChatGLM3Tokenizer) -> PreTrainedConfig:
+    return chatglm2.ChatGLMConfig(
+        padded_vocab_size=EMBEDDING_ROWS,
+        hidden_size=192,
+        num_layers=6,
+        num_attention_heads=6,
+        multi_query_group_num=2,
+        kv_channels=32,
+        ffn_hidden_size=512,
+        seq_length=1024,
+        generation="chatglm3",
+    )
+
+
+class Kind(NamedTuple):
+    """What a demo base is made of."""
+
+    make_vocabulary: Callable
+    make_config: Callable
+    model_class: type[PreTrainedModel]
+
+
+KINDS = {
+    "chatglm": Kind(make_chatglm_vocabulary, chatglm_config, chatglm.ChatGLMForConditionalGeneration),
+    "chatglm3": Kind(make_chatglm3_vocabulary, chatglm3_config, chatglm2.ChatGLMForConditionalGeneration),
+}
+
+
+def new_model(kind: Kind, config: PreTrainedConfig) -> PreTrainedModel:
+    model = kind.model_class(config)
     # transformers draws all weights with a deviation of 0.02, too little for a model that is this narrow.
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not model.lm_head:
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             module.reset_parameters()
-    nn.init.normal_(model.transformer.word_embeddings.weight, std=0.05)
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.05)
     return model
 
 
 def pretrain(
-    model: nn.Module, tokenizer: ChatGLMTokenizer, rng: random.Random, steps: int, batch_size: int, learning_rate: float
+    model: PreTrainedModel, tokenizer, rng: random.Random, steps: int, batch_size: int, learning_rate: float
 ) -> None:
     collate = TrainCollator(tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
@@ -120,10 +181,9 @@ def pretrain(
     model.train()
     start = time.monotonic()
     for step in range(1, steps + 1):
-        prompts, answers = zip(*(random_example(rng) for _ in range(batch_size)), strict=True)
-        rows = encode_train(tokenizer, list(prompts), list(answers), max_source_length=192, max_target_length=128)
-        batch = collate([row._asdict() for row in rows])
-        loss = model(**batch).loss
+        examples = [random_example(rng) for _ in range(batch_size)]
+        rows = encode_train(tokenizer, examples, max_source_length=192, max_target_length=128)
+        loss = model(**collate([row._asdict() for row in rows]), loss_only=True).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,40 +193,33 @@ def pretrain(
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
 
 
-def original_weights(model: ChatGLMForConditionalGeneration) -> dict[str, Tensor]:
-    """float16 but for the LayerNorms, and with the inverse frequencies of every layer, as the original stores them."""
-    weights = {name: tensor if "layernorm" in name else tensor.half() for name, tensor in model.state_dict().items()}
-    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
-    dim = model.config.head_dim // 2
-    inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()
-    for layer in range(model.config.num_layers):
-        weights[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = inv_freq.clone()
-    return weights
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent / "chatglm")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--output_dir", type=Path, help="default: beside this program")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
+    folder = args.output_dir or Path(__file__).resolve().parent / args.kind
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, rng = KINDS[args.kind], random.Random(args.seed)
     torch.manual_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = train_vocabulary(args.output_dir, rng)
-    model = new_model(tokenizer)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{len(tokenizer)} pieces, {parameters / 1e6:.2f} million parameters")
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as corpus:
+        write_corpus(corpus, rng)
+        tokenizer = kind.make_vocabulary(corpus.name, folder)
+    for listing in folder.glob("*.vocab"):
+        listing.unlink()
+    tokenizer.save_pretrained(str(folder))
+    model = new_model(kind, kind.make_config(tokenizer))
+    print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.2f} million parameters")
     pretrain(model, tokenizer, rng, args.steps, args.batch_size, args.learning_rate)
 
-    torch.save(original_weights(model), args.output_dir / "pytorch_model.bin")
-    config = model.config.to_dict() | {"architectures": ["ChatGLMModel"], "dtype": "float16", "torch_dtype": "float16"}
-    wanted = ["architectures", "model_type", *ChatGLMConfig.__annotations__, "torch_dtype"]
-    config_text = json.dumps({name: config[name] for name in wanted if config[name] is not None}, indent=2)
-    (args.output_dir / "config.json").write_text(config_text + "\n", encoding="utf-8")
+    torch.save(model.original_state_dict(), folder / "pytorch_model.bin")
+    model.config.dtype, model.config.architectures = "float16", ["ChatGLMModel"]
+    (folder / "config.json").write_text(model.config.to_json_string(), encoding="utf-8")
 
 
 if __name__ == "__main__":

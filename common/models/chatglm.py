@@ -9,7 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
+
+from common.models.loss import next_token_loss
 
 # The original code never hands the number of layers down to its blocks, so that every checkpoint,
 # whatever its depth, was trained with the residual scale of 28 layers.
@@ -55,6 +57,11 @@ class ChatGLMConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def prefix_projection_size(self) -> int:
+        """Width of the embedding that a prefix with projection starts from."""
+        return self.hidden_size
 
     def to_diff_dict(self) -> dict:
         """What config.json holds: ``torch_dtype`` too, without which the original code would load float32.
@@ -311,9 +318,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
 
-        The labels are shifted inside. The loss is the mean over labels, or their sum divided by ``num_items_in_batch``,
-        the number of labels of a whole accumulated batch. With ``loss_only`` no logits are returned, and those of
-        positions without a label are never computed.
+        The loss is that of ``next_token_loss``. With ``loss_only`` no logits are returned, and those of positions
+        without a label are never computed.
         """
         outputs = self.transformer(
             input_ids,
@@ -328,11 +334,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if not loss_only:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            labelled = targets != -100
-            scored = self.lm_head(hidden_states[labelled]) if logits is None else logits[labelled]  # [labels, v]
-            total = nn.functional.cross_entropy(scored.float(), targets[labelled], reduction="sum")
-            loss = total / (labelled.sum() if num_items_in_batch is None else num_items_in_batch)
+            loss = next_token_loss(self.lm_head, hidden_states, labels, logits, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -340,6 +342,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def original_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+        """The weights as the original stores them: the LayerNorms in float32, and with the inverse frequencies."""
+        weights = {name: w.float() if "layernorm" in name else w.to(dtype) for name, w in self.state_dict().items()}
+        dim = self.config.head_dim // 2
+        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()
+        for layer in range(self.config.num_layers):
+            weights[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = inv_freq.clone()
+        return weights | {"lm_head.weight": weights["transformer.word_embeddings.weight"]}
 
     # generate() counts positions in one dimension; these three keep the two of GLM: [b, 2, s].
 
@@ -356,7 +367,3 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         position_ids = model_kwargs.pop("position_ids").repeat_interleave(expand_size, dim=0)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, **model_kwargs)
         return input_ids, model_kwargs | {"position_ids": position_ids}
-
-
-AutoConfig.register("chatglm", ChatGLMConfig)
-AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration)

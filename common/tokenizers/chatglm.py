@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 
 import sentencepiece
 from transformers import PreTrainedTokenizer
@@ -85,7 +86,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return decode_whitespace(self.sp_model.decode(tokens))
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text without special tokens added, all texts in one call to sentencepiece."""
         if any(self._special_pattern.search(text) for text in texts):
             return [self.encode(text, add_special_tokens=False) for text in texts]
@@ -104,6 +105,17 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """``context [gMASK] <sop>``, followed by ``answer <eop>`` where there is an answer."""
         token_ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
         return token_ids if token_ids_1 is None else token_ids + token_ids_1 + [self.eos_token_id]
+
+    def build_prompt(self, query: str, history: Sequence[Sequence[str]] = ()) -> str:
+        """The query alone, or all rounds in the form ``[Round 0]\\n问：…\\n答：…\\n[Round 1]\\n问：…\\n答：``.
+
+        For an empty history the official training script writes ``[Round 0]`` around the query while its evaluation
+        and its chat do not; here the bare query is written everywhere, so that a model is asked as it was trained.
+        """
+        if not history:
+            return query
+        rounds = [f"[Round {i}]\n问：{old_query}\n答：{answer}\n" for i, (old_query, answer) in enumerate(history)]
+        return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
 
     def save_pretrained(self, save_directory: str, **kwargs) -> tuple[str, str]:
         """Writes ``ice_text.model`` and the fields of the original tokenizer_config.json that carry a meaning."""

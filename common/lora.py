@@ -1,0 +1,138 @@
+"""LoRA through PEFT: small trainable matrices beside frozen ones, in standard adapter folders with original names.
+
+LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import PreTrainedModel
+
+from common.arguments import LoraArguments, TrainingArguments
+from common.errors import UserError
+from common.files import check_complete, read_json
+
+# PEFT asks for this by the name that it had in transformers 4.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def adapter_config(folder: str | Path) -> dict:
+    """adapter_config.json of a LoRA adapter. Raises UserError where the folder holds none, or not a whole one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder} with a LoRA adapter.")
+    config = read_json(folder / "adapter_config.json")
+    if config is None:
+        raise UserError(f"{folder} holds no LoRA adapter: adapter_config.json is missing or broken.")
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder} holds an adapter of the kind {config.get('peft_type')}, not LORA.")
+    weights = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
+    if not weights:
+        raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")
+    check_complete(weights[0])
+    return config
+
+
+def check_adapter(folder: str | Path, args: LoraArguments) -> None:
+    """Raises UserError where a flag contradicts the adapter that is to be trained further."""
+    config = adapter_config(folder)
+    for flag, stored in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])):
+        given = vars(args)[flag]
+        if given not in (vars(LoraArguments())[flag], stored):
+            raise UserError(f"the adapter in {folder} was trained with --{flag} {stored}, not {given}: leave it out.")
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """The last part of the name of every linear layer."""
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
+    """A new adapter, float32 and trainable, on the frozen model. Raises UserError for a module that does not exist."""
+    default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
+    targets = args.lora_target or default
+    names = [name.strip() for name in targets.split(",")]
+    missing = [name for name in names if targets != "all-linear" and name.rpartition(".")[2] not in linear_names(model)]
+    if missing:
+        known = ", ".join(sorted(linear_names(model)))
+        raise UserError(f"--lora_target: the model has no linear layer {missing[0]}; there are {known}, or all-linear.")
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets if targets == "all-linear" else names,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """The model with a saved adapter, ours or any that PEFT wrote. Raises UserError for one of another model."""
+    targets = adapter_config(folder)["target_modules"]
+    names = linear_names(model)
+    foreign = [name for name in targets if name.rpartition(".")[2] not in names] if isinstance(targets, list) else []
+    if foreign:
+        raise UserError(
+            f"the adapter in {folder} belongs to another model: it changes {', '.join(sorted(foreign))}, "
+            f"and this one has {', '.join(sorted(names))}."
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # it may be trained further
+    adapted = get_peft_model(model, config)
+    try:
+        report: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        detail = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+        raise UserError(f"the adapter in {folder} belongs to a model of another size: {detail}") from error
+    misfits = [*report.unexpected_keys, *(key for key in report.missing_keys if "lora_" in key)]
+    if misfits:
+        raise UserError(f"the adapter in {folder} belongs to another model: {misfits[0]} does not fit.")
+    return adapted.eval()
+
+
+def save_lora(model: PeftModel, folder: str | Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, as PEFT does everywhere."""
+    model.save_pretrained(str(folder))
+
+
+def restore_lora(model: PeftModel, folder: str | Path) -> None:
+    """Reads a saved adapter back into the one that the model already has."""
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+
+
+@contextmanager
+def without_lora(model: PeftModel) -> Iterator[PeftModel]:
+    """The base model, as it is without its adapter."""
+    with model.disable_adapter():
+        yield model
+
+
+def loraplus_optimizer(model: PeftModel, args: TrainingArguments, ratio: float) -> torch.optim.Optimizer:
+    """LoRA+, https://arxiv.org/abs/2402.12354: the B matrices learn ``ratio`` times faster than the A matrices."""
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=args.learning_rate,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter added into its weights."""
+    return model.merge_and_unload(safe_merge=True)

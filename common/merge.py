@@ -1,0 +1,74 @@
+"""Add a LoRA adapter into its base model and write a full checkpoint in the original format.
+
+python common/merge.py --lora_checkpoint FOLDER --output_dir FOLDER [--model_name_or_path BASE]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from transformers import PreTrainedModel
+
+from common.encoding import encode_chat
+from common.errors import UserError, exit_on_user_error
+from common.files import read_json
+from common.loading import base_of_adapter, load_model, load_tokenizer, resolve_model
+from common.lora import merge_adapter
+from common.output import check_space, check_writable
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+SAMPLE = "你好，请介绍一下你自己。"
+TOLERANCE = 1e-3  # of logits in float32, where adding up in another order changes the last digits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter")
+    parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the adapter names")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for the merged checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the merged weights")
+    parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
+    args = parser.parse_args()
+
+    base = base_of_adapter(args.lora_checkpoint, args.model_name_or_path)
+    folder = resolve_model(base)
+    if (read_json(folder / "config.json") or {}).get("quantization_config"):
+        raise UserError(
+            f"{folder} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
+        )
+    if (args.output_dir / "config.json").exists():
+        raise UserError(f"{args.output_dir} already holds a checkpoint: choose another --output_dir.")
+    check_writable(args.output_dir)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    check_space(args.output_dir, sum(file.stat().st_size for file in weights))
+
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, torch.float32, adapter=args.lora_checkpoint)
+    sample = torch.tensor([encode_chat(tokenizer, SAMPLE)])
+    with torch.no_grad():
+        adapted = model(sample).logits
+        model = merge_adapter(model)
+        difference = (model(sample).logits - adapted).abs().max().item()
+    if difference > TOLERANCE:
+        raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
+    save(model, args.output_dir, DTYPES[args.dtype], args.max_shard_size)
+    tokenizer.save_pretrained(str(args.output_dir))
+    print(f"merged {args.lora_checkpoint} into {base} (logits within {difference:.1g}): {args.output_dir}")
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """The weights in ``dtype``, of ChatGLM with the names and the buffers of the original checkpoints."""
+    if model.config.model_type == "chatglm":
+        weights = model.original_state_dict(dtype)
+    else:
+        weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

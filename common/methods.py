@@ -1,0 +1,106 @@
+"""The fine-tuning methods: what each trains, saves and reads back. Everything else is shared."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from common.arguments import LoraArguments, PrefixArguments, TrainingArguments
+from common.errors import UserError
+from common.loading import load_model
+from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
+from common.prefix import check_prefix, restore_prefix, save_prefix, without_prefix
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    checkpoint: str | None  # what was trained before, to evaluate it or to train it further
+    settings: dict[str, Any]  # what a continued training must share with its beginning
+    check: Callable[[bool], None]  # raises UserError for what can't work; told whether to train
+    load_flags: dict[str, Any]  # flags of load_model
+    save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
+    restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
+    base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
+    attach: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model  # what load_model has not attached
+    optimizer: Callable[[PreTrainedModel, TrainingArguments], torch.optim.Optimizer] | None = None
+    files: tuple[str, ...] = field(default=())  # names of what ``save`` writes, of which one is there
+
+
+def p_tuning(args: PrefixArguments) -> Method:
+    """P-Tuning v2: keys and values in front of every layer."""
+
+    def check(do_train: bool) -> None:
+        if args.ptuning_checkpoint:
+            check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
+        elif do_train and not args.pre_seq_len:
+            raise UserError("--do_train needs --pre_seq_len, the number of virtual tokens to train.")
+
+    return Method(
+        name="P-Tuning v2",
+        checkpoint=args.ptuning_checkpoint,
+        settings={"pre_seq_len": args.pre_seq_len, "prefix_projection": args.prefix_projection},
+        check=check,
+        load_flags=vars(args),
+        save=save_prefix,
+        restore=restore_prefix,
+        base=without_prefix,
+        files=("pytorch_model.bin",),
+    )
+
+
+def lora(args: LoraArguments) -> Method:
+    """LoRA: small matrices beside frozen ones."""
+
+    def check(do_train: bool) -> None:
+        if args.lora_checkpoint:
+            check_adapter(args.lora_checkpoint, args)
+
+    return Method(
+        name="LoRA",
+        checkpoint=args.lora_checkpoint,
+        settings={name: value for name, value in vars(args).items() if name != "lora_checkpoint"},
+        check=check,
+        load_flags={"adapter": args.lora_checkpoint},
+        attach=lambda model: model if args.lora_checkpoint else attach_lora(model, args),
+        save=save_lora,
+        restore=restore_lora,
+        base=without_lora,
+        optimizer=partial(loraplus_optimizer, ratio=args.loraplus_lr_ratio) if args.loraplus_lr_ratio else None,
+        files=("adapter_model.safetensors",),
+    )
+
+
+def full() -> Method:
+    """Full-parameter training: every weight, saved under its original name."""
+    return Method(
+        name="full-parameter training",
+        checkpoint=None,
+        settings={},
+        check=lambda do_train: None,
+        load_flags={},
+        save=save_full,
+        restore=restore_full,
+        base=reload_base,
+        files=("model.safetensors", "model.safetensors.index.json"),
+    )
+
+
+def save_full(model: PreTrainedModel, folder: Path) -> None:
+    """A folder that loads by itself, but for the tokenizer, which is saved beside it."""
+    model.save_pretrained(folder)
+
+
+def restore_full(model: PreTrainedModel, folder: Path) -> None:
+    model.load_state_dict(load_model(folder, model.dtype).state_dict())
+
+
+@contextmanager
+def reload_base(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model as it was before the training, read again."""
+    yield load_model(model.name_or_path, model.dtype).to(model.device)

@@ -1,0 +1,19 @@
+"""LoRA: trains small matrices beside the frozen ones (`--lora_rank`, `--lora_target`), saved as a PEFT adapter.
+
+Takes the flags of ptuning/main.py for everything else; `python main.py --help` lists them all.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.arguments import LoraArguments, parse_arguments
+from common.errors import exit_on_user_error
+from common.finetune import run
+from common.methods import lora
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        model_args, lora_args, data_args, training_args = parse_arguments(LoraArguments)
+        run(lora(lora_args), model_args, data_args, training_args)

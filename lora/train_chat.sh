@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Trains an adapter on whole conversations, with system prompts and tools. All else is train.sh.
+#     bash train_chat.sh                                 the shipped ChatGLM3 demo on the shipped conversations
+#     MODEL=THUDM/chatglm3-6b TRAIN_FILE=chat.json VALIDATION_FILE=chat_dev.json bash train_chat.sh
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+export MODEL=${MODEL:-demo3}
+export TRAIN_FILE=${TRAIN_FILE:-$HERE/../AdvertiseGen/train_tools.json}
+export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_tools.json}
+export CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-conversations}     # "messages" for files in the format of OpenAI
+export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}
+export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
+case $MODEL in
+    # A new skill, not only a new style: it takes all layers and more steps.
+    demo | demo3) export LR=${LR:-5e-3} LORA_TARGET=${LORA_TARGET:-all-linear} MAX_STEPS=${MAX_STEPS:-400} ;;
+    *) export LR=${LR:-5e-5} ;;
+esac
+export OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/chat-$(basename "$MODEL")-$LR}
+
+exec bash "$HERE/train.sh" "$@"
