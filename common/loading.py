@@ -161,8 +161,8 @@ def load_model(
     if report["missing_keys"]:
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
-    # The name under which an adapter remembers its base: never a folder inside the hub's cache.
-    model.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+    # The name under which adapter and prefix remember their base: never a folder inside the hub's cache.
+    model.name_or_path = model.config.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
     if adapter:
         return load_adapter(model, adapter)
     stored_length = None if generation.key == "glm" else config.pre_seq_len
@@ -177,11 +177,16 @@ def load_model(
     return model
 
 
+def is_base(name: str) -> bool:
+    """Whether a name can be that of a model: a demo's, a folder's, or a hub id."""
+    return name in DEMOS or bool(name) and Path(name).is_dir() or HUB_ID.fullmatch(name) is not None
+
+
 def base_of_adapter(folder: str | Path, override: str | None = None) -> str:
     """The base model that an adapter names, or the one given instead. Raises UserError where it is no longer there."""
     named = adapter_config(folder).get("base_model_name_or_path") or ""
     base = override or named
-    if base in DEMOS or Path(base).is_dir() or HUB_ID.fullmatch(base):
+    if is_base(base):
         return base
     raise UserError(
         f"the base model of {folder} is not at {base or 'any place that it names'}: set MODEL (--model_name_or_path) "

@@ -102,6 +102,13 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
 
+def holds_prefix_only(folder: str | Path) -> bool:
+    """Whether a checkpoint is a prefix without the model that it belongs to."""
+    file = Path(folder) / "pytorch_model.bin"
+    names = torch.load(file, map_location="meta", weights_only=True) if file.is_file() else {}
+    return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
+
+
 def prefix_files(folder: Path) -> list[Path]:
     """The weight files that may hold a prefix: where there is an index, only those it names for one."""
     for index in folder.glob("*.index.json"):

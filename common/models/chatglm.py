@@ -70,7 +70,7 @@ class ChatGLMConfig(PreTrainedConfig):
         """
         fields = super().to_diff_dict()
         fields.pop("auto_map", None)
-        return fields | {"torch_dtype": fields.get("dtype")}
+        return fields | {"_name_or_path": self.name_or_path, "torch_dtype": fields.get("dtype")}
 
 
 def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,8 @@ class ChatGLMConfig(PreTrainedConfig):
         fields = super().to_diff_dict()
         fields.pop("auto_map", None)
         written_out = {name: self.to_dict()[name] for name in ("padded_vocab_size", "add_qkv_bias", "eos_token_id")}
-        return fields | written_out | ORIGINAL_SWITCHES | {"torch_dtype": fields.get("dtype")}
+        named = {"_name_or_path": self.name_or_path, "torch_dtype": fields.get("dtype")}
+        return fields | written_out | ORIGINAL_SWITCHES | named
 
 
 # What the original code must read in a config.json to build this architecture.

@@ -1,0 +1,60 @@
+"""Answer one question with what was trained: an adapter, a prefix, or a full checkpoint.
+
+python common/inference_hf.py CHECKPOINT --prompt "你好"
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from common.chat import stream_chat
+from common.errors import UserError, exit_on_user_error
+from common.files import read_json
+from common.loading import base_of_adapter, compute_dtype, is_base, load_model, load_tokenizer
+from common.prefix import holds_prefix_only
+
+
+def find_base(checkpoint: str, given: str | None) -> tuple[str, dict[str, Any]]:
+    """The base model of a checkpoint, and the flag of ``load_model`` that adds what was trained."""
+    folder = Path(checkpoint)
+    if (folder / "adapter_config.json").is_file():
+        return base_of_adapter(checkpoint, given), {"adapter": checkpoint}
+    if not holds_prefix_only(folder):
+        return given or checkpoint, {}
+    base = given or (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
+    if not is_base(base):
+        raise UserError(
+            f"the base model of the prefix in {folder} is not at {base or 'any place that it names'}: "
+            "give --model_name_or_path."
+        )
+    return base, {"ptuning_checkpoint": checkpoint}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="folder of what was trained, or any model")
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the checkpoint names")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--top_p", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    args = parser.parse_args()
+
+    base, trained = find_base(args.checkpoint, args.model_name_or_path)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    tokenizer = load_tokenizer(base)
+    model = load_model(base, compute_dtype(device), **trained).to(device)
+    sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
+    generation = {"max_new_tokens": args.max_new_tokens, **(sampling if args.temperature else {"do_sample": False})}
+    *_, answer = "", *stream_chat(model, tokenizer, args.prompt, **generation)
+    print(answer)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
