@@ -55,13 +55,13 @@ def stream_chat(
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()
+    generation = {"eos_token_id": stop_ids(tokenizer)} | generation
     stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
     with ThreadPoolExecutor(1) as thread:
         answer = ""
         written = thread.submit(
             model.generate,
             **inputs,
-            eos_token_id=stop_ids(tokenizer),
             streamer=streamer,
             stopping_criteria=stopping,
             **generation,

@@ -1,11 +1,13 @@
 """Data files -> checked rows -> a tokenized data set, prepared once for all running jobs and cached on disk."""
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -99,7 +101,10 @@ def training_rows(
     if not args.ignore_pad_token_for_loss:
         return rows
     pad = tokenizer.pad_token_id
-    return [row._replace(labels=[-100 if label == pad else label for label in row.labels]) for row in rows]
+    return [
+        row._replace(labels=[-100 if label == pad else label for label in row.labels]) if pad in row.labels else row
+        for row in rows
+    ]
 
 
 def question_rows(args: DataArguments, tokenizer: PreTrainedTokenizerBase, examples: list, split: str) -> list[EvalRow]:
@@ -161,6 +166,16 @@ def write_table(
     return summary
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Millions of short lists wake the collector of cycles again and again, half of the time for nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def cache_key(
     args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> str:
@@ -200,10 +215,12 @@ def prepare_dataset(
                 shutil.rmtree(left_behind)
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
+                source = patterns or str(args.dataset_name)
                 for table in tables:
                     examples = read_examples(args, files, named, tokenizer)
-                    source = patterns or str(args.dataset_name)
-                    summary = write_table(partial / f"{table}.arrow", table, args, source, examples, tokenizer, split)
+                    with without_collector():
+                        file = partial / f"{table}.arrow"
+                        summary = write_table(file, table, args, source, examples, tokenizer, split)
                 write_json(partial / "summary.json", summary)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)

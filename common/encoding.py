@@ -93,11 +93,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block
 
     Every block begins as any text does in this model; the last one of a text ends with the end token.
     """
+    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    size = block_size - len(start)
     rows = []
     for ids in encode_batch(tokenizer, texts):
-        start = start_of(tokenizer)
-        ids = [*ids, tokenizer.eos_token_id]
-        size = block_size - len(start)
+        ids = [*ids, end]
         for begin in range(0, len(ids), size):
             block = ids[begin : begin + size]
             rows.append(TrainRow(start + block, [-100] * len(start) + block))
@@ -296,7 +296,8 @@ def train_messages(
     A trained turn's role token is no label, but the token after the turn is: it ends it. If the last round alone is
     too long, its question is cut, not below ``max_source_length``, and then the end of the row.
     """
-    start, limit = start_of(tokenizer), max_source_length + max_target_length + 1
+    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    limit = max_source_length + max_target_length + 1
     rows = []
     for messages in encode_messages(tokenizer, conversations):
         excess = len(start) + sum(message.length for message in messages) + 1 - limit
@@ -304,12 +305,18 @@ def train_messages(
         too_long = len(start) + sum(message.length for message in kept) + 1 - limit
         if too_long > 0:
             kept = cut_question(kept, too_long, max_source_length)
-        input_ids, learned = list(start), [False] * len(start)  # learned: the next token is a label
+        input_ids, labels = list(start), [-100] * len(start)
+        ends_answer = False  # the next token ends a turn that is learned
         for turn, header, body in kept:
-            input_ids += header + body
-            learned += [False] * (len(header) - 1) + [turn.loss] * (len(body) + min(len(header), 1))
-        input_ids.append(tokenizer.eos_token_id)
-        labels = [-100] + [token if label else -100 for token, label in zip(input_ids[1:], learned, strict=True)]
+            given = len(header) or 1  # tokens at the start of a turn that the model does not write
+            ids = header + body
+            input_ids += ids
+            labels += [-100] * given + ids[given:] if turn.loss else [-100] * len(ids)
+            if ends_answer:
+                labels[-len(ids)] = ids[0]
+            ends_answer = turn.loss
+        input_ids.append(end)
+        labels.append(end if ends_answer else -100)
         rows.append(TrainRow(input_ids[:limit], labels[:limit], too_long > 0, len(messages) - len(kept)))
     return rows
 

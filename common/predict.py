@@ -1,14 +1,45 @@
 """Batched generation of answers to a list of prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.collator import left_pad
+
+
+class PackedLinear(nn.Module):
+    """A Linear without bias whose weight was brought into the order in which oneDNN reads it, once for all calls.
+
+    For the few rows of a generation step and a large vocabulary that takes half the time of a plain Linear on a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, None, "none", [], "")
+
+
+@contextmanager
+def packed_head(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """On a CPU, the model with a packed output layer, for generation in batches of ``rows``."""
+    head = model.get_output_embeddings()
+    packable = type(head) is nn.Linear and head.bias is None and torch.backends.mkldnn.is_available()
+    if not packable or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
+        yield
+        return
+    model.set_output_embeddings(PackedLinear(head, rows))
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)
 
 
 @torch.inference_mode()
@@ -32,13 +63,14 @@ def generate_answers(
     model.eval()
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
-    for batch in batches[state.process_index :: state.num_processes]:
-        inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        output = model.generate(**inputs, use_cache=True, **generation)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        answers += zip(batch, (text.strip() for text in texts), strict=True)
-        bar.update(len(batch) * state.num_processes)
+    with packed_head(model, batch_size):
+        for batch in batches[state.process_index :: state.num_processes]:
+            inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            output = model.generate(**inputs, use_cache=True, **generation)
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers += zip(batch, (text.strip() for text in texts), strict=True)
+            bar.update(len(batch) * state.num_processes)
     bar.close()
     model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]

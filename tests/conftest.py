@@ -1,4 +1,7 @@
-"""What several test files share: the tiny ChatGLM-6B checkpoint, its golden numbers, and the two vocabularies."""
+"""What several test files share: the tiny ChatGLM-6B checkpoint, its golden numbers, and the two vocabularies.
+
+The same of ChatGLM2-6B and ChatGLM3-6B stands in conftest_chatglm2.py.
+"""
 
 import hashlib
 import json
@@ -24,6 +27,8 @@ from torch import Tensor
 
 from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.tokenizers.chatglm import ChatGLMTokenizer
+
+pytest_plugins = ["conftest_chatglm2"]
 
 TINY_WEIGHTS_SHA256 = "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984"
 # The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
@@ -98,16 +103,30 @@ def draw_tiny_weights() -> dict[str, Tensor]:
     return weights
 
 
-def check_tiny_weights(weights: dict[str, Tensor]) -> None:
+def check_tiny_weights(weights: dict[str, Tensor], sha256: str) -> None:
     """The weights are those that the goldens were made with, bit for bit."""
     digest = hashlib.sha256()
     for tensor in weights.values():
         digest.update(tensor.numpy().tobytes())
-    if digest.hexdigest() == TINY_WEIGHTS_SHA256:
+    if digest.hexdigest() == sha256:
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    assert capability not in ("AVX2", "AVX512"), "draw_tiny_weights does not follow the recipe"
+    assert capability not in ("AVX2", "AVX512"), "the draws do not follow the recipe"
     pytest.skip(f"needs a CPU with AVX2: torch.randn rounds differently here ({capability}), the goldens do not apply")
+
+
+def write_poison(folder: Path) -> None:
+    """Python files under the names of the original's that leave ``executed`` in the folder when they are run."""
+    # The path is absolute, because transformers would run a copy of the file in another folder.
+    poison = f"open({str(folder / 'executed')!r}, 'w').close()\nraise SystemExit('code of the checkpoint was run')\n"
+    for name in ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"):
+        (folder / name).write_text(poison)
+
+
+def load_arrays(file: Path) -> dict[str, Tensor]:
+    with np.load(file) as arrays:
+        goldens = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return {name: array.long() if array.dtype == torch.int32 else array for name, array in goldens.items()}
 
 
 def read_json(name: str) -> dict:
@@ -119,14 +138,11 @@ def tiny_weights(tmp_path_factory) -> Path:
     """The tiny checkpoint as the original stores one, with Python files that leave ``executed`` when they are run."""
     folder = tmp_path_factory.mktemp("tiny")
     weights = draw_tiny_weights()
-    check_tiny_weights(weights)
+    check_tiny_weights(weights, TINY_WEIGHTS_SHA256)
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(TINY_CONFIG, indent=2))
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2))
-    # The path is absolute, because transformers would run a copy of the file in another folder.
-    poison = f"open({str(folder / 'executed')!r}, 'w').close()\nraise SystemExit('code of the checkpoint was run')\n"
-    for name in ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"):
-        (folder / name).write_text(poison)
+    write_poison(folder)
     return folder
 
 
@@ -161,9 +177,7 @@ def small_model() -> ChatGLMForConditionalGeneration:
 
 @pytest.fixture(scope="session")
 def model_goldens() -> dict[str, Tensor]:
-    with np.load(GOLDENS / "model.npz") as arrays:
-        goldens = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return {name: array.long() if array.dtype == torch.int32 else array for name, array in goldens.items()}
+    return load_arrays(GOLDENS / "model.npz")
 
 
 @pytest.fixture(scope="session")
@@ -182,12 +196,14 @@ def metrics_goldens() -> dict:
 
 
 @pytest.fixture(scope="session")
-def real_rows() -> Callable[[str], dict]:
-    """Goldens over rows of the real AdvertiseGen, whose text is not ours to ship: name -> content of the file."""
+def real_rows() -> Callable[..., dict]:
+    """Goldens over rows of the real AdvertiseGen, whose text is not ours to ship: name of the file -> its content."""
     folder = os.environ.get("ORIGINAL_GOLDENS")
     if not folder:
-        pytest.skip("needs goldens over real AdvertiseGen rows: set ORIGINAL_GOLDENS=/folder/with/tokenizer.json")
-    return lambda name: json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        pytest.skip(
+            "needs goldens over real AdvertiseGen rows: set ORIGINAL_GOLDENS=/folder/with/chatglm-6b/tokenizer.json"
+        )
+    return lambda name, model="chatglm-6b": json.loads((Path(folder) / model / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")

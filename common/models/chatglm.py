@@ -344,8 +344,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def original_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-        """The weights as the original stores them: the LayerNorms in float32, and with the inverse frequencies."""
-        weights = {name: w.float() if "layernorm" in name else w.to(dtype) for name, w in self.state_dict().items()}
+        """The weights as the original stores them: the norms in float32, the inverse frequencies, no prefix."""
+        own = {name: w for name, w in self.state_dict().items() if "prefix_encoder." not in name}
+        weights = {name: w.float() if "layernorm" in name else w.to(dtype) for name, w in own.items()}
         dim = self.config.head_dim // 2
         inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()
         for layer in range(self.config.num_layers):

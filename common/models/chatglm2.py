@@ -333,6 +333,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def original_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
-        """The weights as the original stores them, with the inverse frequencies."""
-        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
+        """The weights as the original stores them, without a prefix and with the inverse frequencies."""
+        own = {name: w for name, w in self.state_dict().items() if "prefix_encoder." not in name}
+        weights = {name: w.to(dtype) for name, w in own.items()}
         return weights | {"transformer.rotary_pos_emb.inv_freq": inverse_frequencies(self.config).half()}

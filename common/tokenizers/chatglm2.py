@@ -71,7 +71,11 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        return self.sp_model.decode([index for index in token_ids if index < self.sp_model.get_piece_size()])
+        return self.sp_model.decode([index for index in token_ids if self.is_text(index)])
+
+    def is_text(self, index: int) -> bool:
+        """Whether an id stands for text: no special token, nor <unk> (the pad), <s> or </s>, nor no id at all."""
+        return self.sp_model.bos_id() < index < self.sp_model.get_piece_size() and index != self.sp_model.eos_id()
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -87,13 +91,13 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
         return "\n\n".join(texts)
 
     def _pad(self, encoded_inputs, *args, **kwargs) -> dict:
-        """Also pads ``position_ids``, with 0 before the first token, as the original does."""
+        """Also pads ``position_ids``, with 0 where there is a pad, as the original does."""
         length = len(encoded_inputs["input_ids"])
-        encoded_inputs.setdefault("position_ids", list(range(length)))
+        position_ids = encoded_inputs.pop("position_ids", list(range(length)))
         encoded_inputs = super()._pad(encoded_inputs, *args, **kwargs)
-        missing = len(encoded_inputs["input_ids"]) - length
-        encoded_inputs["position_ids"] = [0] * missing + encoded_inputs["position_ids"]
-        return encoded_inputs
+        pads = [0] * (len(encoded_inputs["input_ids"]) - length)
+        on_the_left = (kwargs.get("padding_side") or self.padding_side) == "left"
+        return {**encoded_inputs, "position_ids": pads + position_ids if on_the_left else position_ids + pads}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> tuple[str, str]:
         """Writes ``tokenizer.model`` and the fields of the original tokenizer_config.json that carry a meaning."""
@@ -137,9 +141,9 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             return super()._decode(token_ids)
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         pieces = self.sp_model.get_piece_size()
-        known = [index for index in token_ids if index < self.vocab_size]
+        shown = [index for index in token_ids if self.is_text(index) or pieces <= index < self.vocab_size]
         parts = []
-        for is_text, run in groupby(known, lambda index: index < pieces):
+        for is_text, run in groupby(shown, self.is_text):
             ids = list(run)
             parts.append(self.sp_model.decode(ids) if is_text else "".join(self.convert_ids_to_tokens(ids)))
         return " ".join(parts)

@@ -1,7 +1,7 @@
-"""Speed of P-Tuning v2 and of evaluation on the CPU, beside the way in which the official scripts do the same.
+"""Speed of training, evaluation and preprocessing on the CPU, beside the way in which the official scripts do the same.
 
     python tests/bench/speed.py                                      a small random model and the shipped rows
-    python tests/bench/speed.py --shape 92M --vocabulary ice_text.model --data /path/to/AdvertiseGen/dev.json
+    python tests/bench/speed.py --kind chatglm3-lora --shape large --vocabulary tokenizer.model --data DEV.json
 
 The baseline runs in the same process on the same weights and rows, in the official manner: rows padded to 128
 positions, logits of every position, gradient checkpointing; evaluation row by row. CPU seconds are taken with one
@@ -9,7 +9,9 @@ thread, wall time with all. A report of the official code itself stands in RESUL
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,48 +20,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
-from common.arguments import DataArguments
+from common.arguments import DataArguments, LoraArguments
 from common.collator import TrainCollator
-from common.data import read_pairs
+from common.data import prepare_dataset, read_examples
 from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
-from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.lora import attach_lora
+from common.models import chatglm, chatglm2
 from common.predict import generate_answers
 from common.prefix import attach_prefix
 from common.report import console
 from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPES = {  # hidden, layers, heads, inner; the vocabulary is the original's size
-    "8M": (64, 4, 4, 256),
-    "92M": (512, 8, 8, 2048),
-}
 BATCH, LENGTH, PREFIX = 4, 64, 128
+TOKENIZERS = {"chatglm": ChatGLMTokenizer, "chatglm2": ChatGLM2Tokenizer, "chatglm3": ChatGLM3Tokenizer}
+# The vocabularies are of the original's size: shape -> (hidden, layers, heads, inner).
+SHAPES = {
+    "chatglm": {"small": (64, 4, 4, 256), "large": (512, 8, 8, 2048)},
+    "chatglm2": {"small": (64, 4, 4, 172), "large": (512, 8, 8, 1408)},
+}
 
 
-def make_model(shape: str, tokenizer: ChatGLMTokenizer) -> ChatGLMForConditionalGeneration:
-    hidden, layers, heads, inner = SHAPES[shape]
+def make_model(generation: str, shape: str, tokenizer: PreTrainedTokenizer) -> PreTrainedModel:
+    """Random weights. No end token: every row generates to the end, so that all ways do the same work."""
     torch.manual_seed(0)
-    model = ChatGLMForConditionalGeneration(
-        ChatGLMConfig(
+    if generation == "chatglm":
+        hidden, layers, heads, inner = SHAPES["chatglm"][shape]
+        return chatglm.ChatGLMForConditionalGeneration(
+            chatglm.ChatGLMConfig(
+                hidden_size=hidden,
+                num_layers=layers,
+                num_attention_heads=heads,
+                inner_hidden_size=inner,
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                mask_token_id=tokenizer.mask_token_id,
+                gmask_token_id=tokenizer.gmask_token_id,
+                eos_token_id=None,
+            )
+        )
+    hidden, layers, heads, inner = SHAPES["chatglm2"][shape]
+    return chatglm2.ChatGLMForConditionalGeneration(
+        chatglm2.ChatGLMConfig(
             hidden_size=hidden,
             num_layers=layers,
             num_attention_heads=heads,
-            inner_hidden_size=inner,
-            bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            mask_token_id=tokenizer.mask_token_id,
-            gmask_token_id=tokenizer.gmask_token_id,
-            eos_token_id=None,  # every row generates to the end, so that both ways do the same work
+            kv_channels=hidden // heads,
+            ffn_hidden_size=inner,
+            eos_token_id=None,
         )
     )
+
+
+def attach(method: str, model: PreTrainedModel) -> PreTrainedModel:
+    if method == "lora":
+        return attach_lora(model, LoraArguments())
     attach_prefix(model, PREFIX)
     return model
 
 
 def training_step(model, collate, rows, loss_only: bool) -> Callable[[int], None]:
-    optimizer = torch.optim.AdamW(model.transformer.prefix_encoder.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
 
     def step(index: int) -> None:
         batch = collate([rows[(index * BATCH + i) % len(rows)]._asdict() for i in range(BATCH)])
@@ -100,8 +125,8 @@ def report(title: str, unit: str, per_call: int, ways: dict[str, Callable[[int],
     console().print(table)
 
 
-def bench_training(model, tokenizer, prompts, responses, repeats: int) -> None:
-    rows = encode_train(tokenizer, prompts, responses, LENGTH, LENGTH)
+def bench_training(title: str, model, tokenizer, examples, repeats: int) -> None:
+    rows = encode_train(tokenizer, examples, LENGTH, LENGTH)
     pad = tokenizer.pad_token_id
     padded, dynamic = TrainCollator(pad, pad_to=2 * LENGTH), TrainCollator(pad)
     model.train()
@@ -109,6 +134,7 @@ def bench_training(model, tokenizer, prompts, responses, repeats: int) -> None:
     def checkpointed(step: Callable[[int], None]) -> Callable[[int], None]:
         def with_checkpointing(index: int) -> None:
             model.activation_checkpointing_enable()
+            model.enable_input_require_grads()
             step(index)
             model.activation_checkpointing_disable()
 
@@ -120,11 +146,11 @@ def bench_training(model, tokenizer, prompts, responses, repeats: int) -> None:
         "+ logits of labels only": checkpointed(training_step(model, dynamic, rows, loss_only=True)),
         "+ no checkpointing (ours)": training_step(model, dynamic, rows, loss_only=True),
     }
-    report(f"P-Tuning v2 ({PREFIX}), batches of {BATCH} rows", "step", BATCH, ways, repeats)
+    report(f"{title}, batches of {BATCH} rows", "step", BATCH, ways, repeats)
 
 
-def bench_evaluation(model, tokenizer, prompts, responses) -> None:
-    rows = [row.prompt_ids for row in encode_eval(tokenizer, prompts, responses, LENGTH, LENGTH)][:32]
+def bench_evaluation(model, tokenizer, examples) -> None:
+    rows = [row.prompt_ids for row in encode_eval(tokenizer, examples, LENGTH, LENGTH)][:32]
     model.eval()
 
     def answer(size: int) -> Callable[[int], None]:
@@ -135,24 +161,50 @@ def bench_evaluation(model, tokenizer, prompts, responses) -> None:
     report(f"evaluation, 32 rows, {LENGTH} new tokens", "row", len(rows), ways, 1)
 
 
+def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
+    """The whole way from a file to the cached data set, on one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CHATGLM_CACHE"] = folder
+        file = Path(folder) / "rows.json"
+        file.write_text(data.read_text(encoding="utf-8") * 20, encoding="utf-8")
+        start = time.process_time()
+        prepared = prepare_dataset(columns, str(file), tokenizer, "train")
+        seconds = time.process_time() - start
+    os.sched_setaffinity(0, cores)
+    console().print(
+        f"preprocessing: {len(prepared.rows):,} rows, {len(prepared.rows) / seconds:,.0f} rows/s on one core"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="8M")
-    parser.add_argument("--vocabulary", type=Path, help="ice_text.model; default: the demo's")
+    parser.add_argument("--kind", choices=[f"{name}-{how}" for name in TOKENIZERS for how in ("prefix", "lora")])
+    parser.add_argument("--shape", choices=["small", "large"], default="small")
+    parser.add_argument("--vocabulary", help="ice_text.model or tokenizer.model; default: a demo's")
     parser.add_argument("--data", type=Path, default=ROOT / "AdvertiseGen" / "dev.json")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--only", choices=["training", "evaluation"])
+    parser.add_argument("--only", choices=["training", "evaluation", "preprocessing"])
+    parser.set_defaults(kind="chatglm-prefix")
     args = parser.parse_args()
-    tokenizer = ChatGLMTokenizer(str(args.vocabulary)) if args.vocabulary else load_tokenizer("demo")
-    columns = DataArguments(prompt_column="content", response_column="summary")
-    pairs = list(read_pairs(columns, [args.data]))
-    prompts, responses = [pair[1] for pair in pairs], [pair[2] for pair in pairs]
-    model = make_model(args.shape, tokenizer)
-    console().print(f"{args.shape}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
+    generation, method = args.kind.split("-")
+    demo = "demo" if generation == "chatglm" else "demo3"
+    tokenizer = TOKENIZERS[generation](args.vocabulary) if args.vocabulary else load_tokenizer(demo)
+    columns = DataArguments(
+        prompt_column="content", response_column="summary", max_source_length=LENGTH, max_target_length=LENGTH
+    )
+    if args.only in (None, "preprocessing"):
+        bench_preprocessing(columns, tokenizer, args.data)
+    if args.only == "preprocessing":
+        return
+    examples = [example for _, example in read_examples(columns, [args.data], None, tokenizer)]
+    model = attach(method, make_model(generation, args.shape, tokenizer))
+    console().print(f"{args.kind}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
     if args.only != "evaluation":
-        bench_training(model, tokenizer, prompts, responses, args.steps)
+        bench_training(args.kind, model, tokenizer, examples, args.steps)
     if args.only != "training":
-        bench_evaluation(model, tokenizer, prompts, responses)
+        bench_evaluation(model, tokenizer, examples)
 
 
 CORES = torch.get_num_threads()

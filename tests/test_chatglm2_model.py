@@ -1,0 +1,404 @@
+"""ChatGLM2-6B and ChatGLM3-6B against the numbers of the original code: logits, losses, gradients, ids, files."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
+from transformers import AutoModelForCausalLM
+
+from common.generations import GENERATIONS
+from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, inverse_frequencies
+from common.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
+
+CASES = ["train_b4", "train_rounds", "train_trunc"]
+PREFIXES = ["prefix_proj0", "prefix_proj1"]
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+only_chatglm3 = pytest.mark.parametrize("generation", ["chatglm3-6b"], indirect=True)
+
+
+def training_batch(goldens: dict, name: str) -> dict:
+    return batch_of(goldens, name, "input_ids", "labels", "attention_mask", "position_ids")
+
+
+def left_padded(goldens: dict) -> dict:
+    """Four prompts of different lengths, as generate() takes them."""
+    return batch_of(goldens, "leftpad_batch", "input_ids", "attention_mask")
+
+
+def single_prompts(goldens: dict) -> list:
+    """The same prompts, each alone and without padding: [1, s]."""
+    batch = left_padded(goldens)
+    rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [input_ids[real][None] for input_ids, real in rows]
+
+
+def check_training_case(model, goldens: dict, training_goldens: dict, case: str, tuned: str = "") -> None:
+    """Logits of the tokens, which are all that matters of a padded batch, and the loss."""
+    batch = training_batch(goldens, case)
+    output = model(**batch)
+    check_logits(output.logits, goldens, tuned + case, batch["attention_mask"].bool())
+    assert output.loss.item() == pytest.approx(training_goldens[tuned + case]["loss"], rel=1e-4)
+
+
+def check_gradient_norms(model, goldens: dict, expected: dict, case: str) -> None:
+    """Of every parameter that trains."""
+    model(**training_batch(goldens, case), loss_only=True).loss.backward()
+    found = {name: weight.grad.norm().item() for name, weight in model.named_parameters() if weight.requires_grad}
+    assert found == pytest.approx(expected["grad_norms"], rel=1e-4)
+
+
+def check_greedy(model, goldens: dict, expected, **settings) -> None:
+    """Batched with and without cache, and row by row."""
+    batch = left_padded(goldens)
+    length = batch["input_ids"].shape[1]
+    for use_cache in (True, False):
+        output = model.generate(**batch, **GREEDY, **settings, use_cache=use_cache)
+        assert torch.equal(output[:, length:], expected)
+    for input_ids, row in zip(single_prompts(goldens), expected, strict=True):
+        assert torch.equal(model.generate(input_ids, **GREEDY, **settings)[0, input_ids.shape[1] :], row)
+
+
+@pytest.fixture(params=PREFIXES)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def prefix_model(kind, generation, fresh_tiny2_model) -> ChatGLMForConditionalGeneration:
+    """The tiny model with a prefix of the original, in eval mode: the goldens know no dropout."""
+    load_prefix(fresh_tiny2_model, generation.goldens / kind)
+    return fresh_tiny2_model
+
+
+@pytest.fixture
+def lora_model(generation, fresh_tiny2_model):
+    """The tiny model with an adapter that the official script saved."""
+    from peft import PeftModel  # takes seconds
+
+    return PeftModel.from_pretrained(fresh_tiny2_model, generation.goldens / "lora_adapter", is_trainable=True).eval()
+
+
+# Forward
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_training_rows(tiny2_model, goldens2, training_goldens2, case):
+    check_training_case(tiny2_model, goldens2, training_goldens2, case)
+
+
+@torch.no_grad()
+def test_left_padded_batch(tiny2_model, goldens2):
+    batch = batch_of(goldens2, "leftpad_batch", "input_ids", "attention_mask", "position_ids")
+    check_logits(tiny2_model(**batch).logits, goldens2, "leftpad_batch", batch["attention_mask"].bool())
+
+
+@torch.no_grad()
+def test_single_prompts(tiny2_model, goldens2):
+    """Without a mask everything is a token, and positions count from 0."""
+    for index, input_ids in enumerate(single_prompts(goldens2)):
+        check_logits(tiny2_model(input_ids).logits, goldens2, f"single_{index}")
+
+
+@torch.no_grad()
+def test_text_in_pieces_equals_text_at_once(tiny2_model, goldens2):
+    """Positions and the mask go on where the cache ends."""
+    input_ids = single_prompts(goldens2)[0]
+    cache, logits = None, []
+    for piece in input_ids.split(20, dim=1):
+        output = tiny2_model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    assert len(logits) > 2
+    check_logits(torch.cat(logits, dim=1), goldens2, "single_0")
+
+
+@torch.no_grad()
+def test_eager_attention_equals_sdpa(fresh_tiny2_model, goldens2):
+    """It also shows what is attended to: no pad and nothing that comes later."""
+    fresh_tiny2_model.set_attn_implementation("eager")
+    batch = batch_of(goldens2, "leftpad_batch", "input_ids", "attention_mask", "position_ids")
+    real = batch["attention_mask"].bool()
+    output = fresh_tiny2_model(**batch, output_attentions=True)
+    check_logits(output.logits, goldens2, "leftpad_batch", real)
+    length = real.shape[1]
+    visible = torch.ones(length, length).tril().bool() & real[:, None]
+    assert len(output.attentions) == 4
+    for weights in output.attentions:
+        assert weights.shape == (4, 4, length, length)
+        seen = weights.transpose(1, 2)[real]  # [tokens, h, t]
+        hidden = ~visible[real][:, None].expand_as(seen)
+        assert seen[hidden].max() == 0
+        torch.testing.assert_close(seen.sum(-1), torch.ones(len(seen), 4))
+
+
+@torch.no_grad()
+def test_hidden_states(tiny2_model, goldens2):
+    """What goes into the first layer, what comes out of each, and at last what the head reads."""
+    input_ids = single_prompts(goldens2)[0]
+    output = tiny2_model(input_ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 5
+    assert torch.equal(output.hidden_states[0], tiny2_model.get_input_embeddings()(input_ids))
+    assert torch.equal(tiny2_model.get_output_embeddings()(output.hidden_states[-1]), output.logits)
+    assert tiny2_model(input_ids).hidden_states is None
+
+
+@torch.no_grad()
+def test_half_precision_is_near_the_original(tiny2_folder, goldens2):
+    """The original rounds more in float16 than we do: equal to within its own distance from float32."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny2_folder).eval()
+    assert model.dtype == torch.float16  # that of the checkpoint
+    batch = training_batch(goldens2, "train_b4")
+    logits = model(**{key: value[:1] for key, value in batch.items()}).logits.float()
+    difference = logits[..., goldens2["cols"]] - goldens2["half_train_b4/lg_cols"]
+    assert difference[batch["attention_mask"][:1].bool()].abs().max() < 0.03
+
+
+@pytest.mark.parametrize("ratio, base", [(1, 10_000), (50, 500_000)])
+def test_rotary_base(ratio, base):
+    """rope_ratio multiplies the base, and with it the context that the angles can tell apart."""
+    found = inverse_frequencies(ChatGLMConfig(kv_channels=128, rope_ratio=ratio))
+    assert found.tolist() == pytest.approx([base ** (-pair / 32) for pair in range(32)], rel=1e-5)
+
+
+@torch.no_grad()
+def test_rope_ratio_of_the_config_is_used(small2_model, tmp_path):
+    input_ids = torch.arange(3, 40)[None]
+    before = small2_model(input_ids).logits
+    small2_model.config.rope_ratio = 50
+    stretched = small2_model(input_ids).logits
+    assert (stretched - before).abs().max() > 1e-5
+    small2_model.save_pretrained(tmp_path)
+    loaded = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(input_ids).logits, stretched)
+
+
+# Training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", ["train_b4", "train_rounds"])
+def test_gradient_norms(fresh_tiny2_model, goldens2, training_goldens2, case, checkpointing):
+    model = fresh_tiny2_model.train()
+    forwards = []
+    model.transformer.encoder.layers[2].mlp.register_forward_pre_hook(lambda *args: forwards.append(1))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    assert len(training_goldens2[case]["grad_norms"]) == 31
+    check_gradient_norms(model, goldens2, training_goldens2[case], case)
+    assert len(forwards) == 1 + checkpointing
+
+
+@torch.no_grad()
+def test_loss_alone(tiny2_model, goldens2, training_goldens2):
+    batch = training_batch(goldens2, "train_rounds")
+    output = tiny2_model(**batch, loss_only=True)
+    assert output.logits is None
+    assert output.loss.item() == pytest.approx(training_goldens2["train_rounds"]["loss"], rel=1e-5)
+    counted = int((batch["labels"][:, 1:] != -100).sum())
+    for loss_only in (False, True):
+        loss = tiny2_model(**batch, loss_only=loss_only, num_items_in_batch=counted).loss
+        torch.testing.assert_close(loss, output.loss, **RELATIVE)
+
+
+def test_micro_batches_sum_to_the_whole_batch(fresh_tiny2_model, goldens2):
+    """With num_items_in_batch a token counts the same in whichever micro batch it stands."""
+    batch = training_batch(goldens2, "train_trunc")
+    batch["labels"][0, :-4] = -100
+    parts = [{key: value[row : row + 1] for key, value in batch.items()} for row in (0, 1)]
+    counts = [int((part["labels"] != -100).sum()) for part in parts]
+    assert counts[0] != counts[1]
+    whole = gradients(fresh_tiny2_model, batch)
+    summed = [gradients(fresh_tiny2_model, part, num_items_in_batch=sum(counts)) for part in parts]
+    for name, gradient in whole.items():
+        assert relative_error(summed[0][name] + summed[1][name], gradient) < 1e-4, name
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_left_padded_training_rows_have_finite_gradients(small2_model, attention):
+    """A pad at the left sees nothing at all: softmax over no key must not end as nan."""
+    small2_model.set_attn_implementation(attention)
+    input_ids = torch.tensor([[0, 0, 0, 7, 8, 9, 10, 2], [3, 4, 5, 6, 7, 8, 9, 2]])
+    labels = torch.where(torch.arange(8) >= 5, input_ids, -100)
+    loss = small2_model.train()(input_ids, attention_mask=(input_ids != 0).long(), labels=labels).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in small2_model.parameters())
+
+
+# Generation
+
+
+def test_greedy(tiny2_model, goldens2, generation):
+    check_greedy(tiny2_model, goldens2, goldens2["generate_base/new"], eos_token_id=generation.eos_token_id)
+
+
+def test_rows_end_at_any_of_the_end_tokens(tiny2_model, goldens2):
+    """Two tokens that the rows meet early are made end tokens: each row ends at its first, pads follow."""
+    expected = goldens2["generate_base/new"].clone()
+    ends = torch.stack([expected[0, 4], expected[1, 9]])
+    for row in expected:
+        index = torch.isin(row, ends).nonzero()[:1, 0]
+        for end in index.tolist():
+            row[end + 1 :] = 0
+    lengths = (expected != 0).sum(1)
+    assert lengths[0] <= 5 and lengths[1] <= 10 and lengths.max() > lengths.min()
+    batch = left_padded(goldens2)
+    output = tiny2_model.generate(**batch, **GREEDY, eos_token_id=[2, *ends.tolist()])
+    assert torch.equal(output[:, batch["input_ids"].shape[1] :], expected[:, : lengths.max()])
+
+
+def test_beam_search_is_equal_batched_and_single(tiny2_model, goldens2):
+    batch = left_padded(goldens2)
+    settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    batched = tiny2_model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    assert not torch.equal(batched, goldens2["generate_base/new"][:, :8])  # or it would say nothing about beams
+    for input_ids, row in zip(single_prompts(goldens2), batched, strict=True):
+        assert torch.equal(tiny2_model.generate(input_ids, **settings)[0, input_ids.shape[1] :], row)
+
+
+def test_sampling_of_a_padded_batch(tiny2_model, goldens2):
+    """From nothing but the best token the greedy ids are drawn, as often as asked; from all tokens others."""
+    batch = left_padded(goldens2)
+    length, expected = batch["input_ids"].shape[1], goldens2["generate_base/new"][:, :4]
+    settings = {"do_sample": True, "max_new_tokens": 4, "num_return_sequences": 2}
+    best = tiny2_model.generate(**batch, **settings, top_k=1)[:, length:]
+    assert torch.equal(best, expected.repeat_interleave(2, dim=0))
+    torch.manual_seed(0)
+    drawn = tiny2_model.generate(**batch, **settings, top_k=0, temperature=2.0)[:, length:]
+    assert drawn.shape == best.shape and not torch.equal(drawn, best)
+
+
+# Prefix
+
+
+@pytest.mark.parametrize("case", CASES[:2])
+@torch.no_grad()
+def test_prefix_logits_and_loss(prefix_model, kind, goldens2, training_goldens2, case):
+    check_training_case(prefix_model, goldens2, training_goldens2, case, f"{kind}_")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prefix_gradient_norms(prefix_model, kind, goldens2, training_goldens2, checkpointing):
+    prefix_model.train()
+    prefix_model.transformer.prefix_encoder.dropout.p = 0.0
+    if checkpointing:
+        prefix_model.gradient_checkpointing_enable()
+    check_gradient_norms(prefix_model, goldens2, training_goldens2[f"{kind}_train_b4"], "train_b4")
+
+
+def test_prefix_greedy(prefix_model, kind, goldens2, generation):
+    check_greedy(prefix_model, goldens2, goldens2[f"generate_{kind}/new"], eos_token_id=generation.eos_token_id)
+
+
+@torch.no_grad()
+def test_prefix_does_not_shift_positions(prefix_model, goldens2):
+    input_ids = single_prompts(goldens2)[0]
+    positions = torch.arange(input_ids.shape[1])[None]
+    logits = prefix_model(input_ids).logits
+    torch.testing.assert_close(prefix_model(input_ids, position_ids=positions).logits, logits, **LOGITS)
+    mask = torch.ones_like(input_ids)
+    torch.testing.assert_close(prefix_model(input_ids, attention_mask=mask).logits, logits, **LOGITS)
+    assert (prefix_model(input_ids, position_ids=positions + 16).logits - logits).abs().max() > 1
+
+
+@torch.no_grad()
+def test_prefix_stands_in_the_cache_once(prefix_model, goldens2):
+    input_ids = single_prompts(goldens2)[0]
+    first = prefix_model(input_ids[:, :20], use_cache=True)
+    assert first.past_key_values.get_seq_length() == 36
+    rest = prefix_model(input_ids[:, 20:], past_key_values=first.past_key_values)
+    logits = torch.cat((first.logits, rest.logits), dim=1)
+    torch.testing.assert_close(logits, prefix_model(input_ids).logits, **LOGITS)
+
+
+@torch.no_grad()
+def test_without_prefix_is_the_base_model(prefix_model, goldens2):
+    input_ids = single_prompts(goldens2)[0]
+    tuned = prefix_model(input_ids).logits
+    with without_prefix(prefix_model) as base:
+        check_logits(base(input_ids).logits, goldens2, "single_0")
+    assert torch.equal(prefix_model(input_ids).logits, tuned)
+    assert (tuned[..., goldens2["cols"]] - goldens2["single_0/lg_cols"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@torch.no_grad()
+def test_prefix_save_and_load(small2_model, tmp_path, projection):
+    """Names and shapes are the original's: the embedding is as wide as all keys and values, with projection too."""
+    attach_prefix(small2_model, 5, projection)
+    shapes = {"embedding.weight": (5, 64)}
+    if projection:
+        shapes |= {"trans.0.weight": (32, 64), "trans.0.bias": (32,), "trans.2.weight": (64, 32), "trans.2.bias": (64,)}
+    logits = small2_model(torch.arange(9)[None]).logits
+    save_prefix(small2_model, tmp_path)
+    stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    prefix = "transformer.prefix_encoder."
+    assert {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in stored.items()} == shapes
+    assert all(name.startswith(prefix) for name in stored)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["pre_seq_len"], config["prefix_projection"]) == (5, projection)
+    attach_prefix(small2_model, 7)
+    load_prefix(small2_model, tmp_path)
+    assert torch.equal(small2_model(torch.arange(9)[None]).logits, logits)
+
+
+# LoRA
+
+
+@only_chatglm3
+def test_official_lora_adapter(lora_model, goldens2, training_goldens2):
+    with torch.no_grad():
+        check_training_case(lora_model, goldens2, training_goldens2, "train_b4", "lora_")
+    check_gradient_norms(lora_model, goldens2, training_goldens2["lora_train_b4"], "train_b4")
+
+
+@only_chatglm3
+def test_official_lora_adapter_greedy(lora_model, goldens2, generation):
+    expected = goldens2["generate_lora/new"]
+    check_greedy(lora_model, goldens2, expected, eos_token_id=generation.eos_token_id)
+
+
+# Files
+
+
+def original_tensors(folder) -> dict:
+    tensors = {}
+    for file in sorted(folder.glob("*.bin")):
+        tensors |= torch.load(file, weights_only=True)
+    assert len(tensors) == 32
+    return tensors
+
+
+def test_nothing_of_the_checkpoint_folder_is_executed(tiny2_folder, generation):
+    """Also through the Auto classes, which find ours once they are registered."""
+    registered = GENERATIONS[generation.name.removesuffix("-6b")]
+    for model_class in (ChatGLMForConditionalGeneration, AutoModelForCausalLM):
+        model = model_class.from_pretrained(tiny2_folder)
+        assert type(model) is registered.model is ChatGLMForConditionalGeneration
+        assert type(model.config) is registered.config is ChatGLMConfig
+    assert not (tiny2_folder / "executed").exists()
+
+
+@torch.no_grad()
+def test_save_and_load(tiny2_folder, tiny2_model, goldens2, tmp_path):
+    tiny2_model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    assert saved == original_tensors(tiny2_folder).keys() - {"transformer.rotary_pos_emb.inv_freq"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    original = json.loads((tiny2_folder / "config.json").read_text())
+    ignored = {"torch_dtype", "auto_map", "transformers_version", "_name_or_path", "architectures"}
+    assert {name for name in original.keys() - ignored if config.get(name) != original[name]} == set()
+    assert config["torch_dtype"] == "float32" and "auto_map" not in config
+    loaded = ChatGLMForConditionalGeneration.from_pretrained(tmp_path).eval()
+    input_ids = single_prompts(goldens2)[0]
+    assert torch.equal(loaded(input_ids).logits, tiny2_model(input_ids).logits)
+
+
+def test_original_state_dict_is_the_original_checkpoint(tiny2_folder, tiny2_model):
+    original, ours = original_tensors(tiny2_folder), tiny2_model.original_state_dict()
+    assert ours.keys() == original.keys()
+    for name, tensor in original.items():
+        assert ours[name].dtype == torch.float16 and torch.equal(ours[name], tensor), name
