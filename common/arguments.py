@@ -4,14 +4,10 @@ A flag that transformers 5 renamed works under its old name too, with one line o
 """
 
 import difflib
-import logging
 import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
-
-# PEFT imports bitsandbytes, which then misses a kernel that only 4-bit training on some CPUs would use.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 

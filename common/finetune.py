@@ -182,7 +182,8 @@ def train(
             print(f"continuing from {checkpoint}", flush=True)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
-    trainer.save_metrics("train", metrics)
+    trainable = trainer.model.num_parameters(only_trainable=True)
+    trainer.save_metrics("train", metrics | {"trainable_parameters": trainable})
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start["global_step"]

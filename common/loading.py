@@ -161,6 +161,7 @@ def load_model(
     if report["missing_keys"]:
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
+    model.generation_config.bos_token_id = config.bos_token_id
     # The name under which adapter and prefix remember their base: never a folder inside the hub's cache.
     model.name_or_path = model.config.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
     if adapter:

@@ -104,8 +104,11 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def save_lora(model: PeftModel, folder: str | Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, as PEFT does everywhere."""
-    model.save_pretrained(str(folder))
+    """Writes adapter_config.json and adapter_model.safetensors, as PEFT does everywhere.
+
+    PEFT would look on the hub whether the vocabulary was extended, to save the embedding too; here it never is.
+    """
+    model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def restore_lora(model: PeftModel, folder: str | Path) -> None:

@@ -1,0 +1,6 @@
+"""What all methods and all generations of models share."""
+
+import logging
+
+# transformers imports PEFT and that bitsandbytes, which on some CPUs misses a kernel that few will ever use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
