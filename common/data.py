@@ -216,11 +216,14 @@ def prepare_dataset(
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
             try:
                 source = patterns or str(args.dataset_name)
+                summary: dict[str, Any] = {}
                 for table in tables:
                     examples = read_examples(args, files, named, tokenizer)
                     with without_collector():
                         file = partial / f"{table}.arrow"
+                        unlabelled = summary.get("unlabelled", 0)
                         summary = write_table(file, table, args, source, examples, tokenizer, split)
+                        summary["unlabelled"] += unlabelled  # only rows have labels
                 write_json(partial / "summary.json", summary)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(partial, folder)

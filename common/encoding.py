@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -108,7 +109,8 @@ def start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that every text of this model begins with."""
     if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
         return tokenizer.build_inputs_with_special_tokens([])
-    return tokenizer.apply_chat_template([], tokenize=True, return_dict=False)
+    text = rendered(tokenizer, []) if tokenizer.chat_template else ""
+    return tokenizer(text, add_special_tokens=not text)["input_ids"]
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -247,18 +249,32 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Iterator[Message]:
     """A conversation through the tokenizer's own chat template: each message is what it adds to those before it."""
     messages: list[dict[str, str]] = []
-    before = tokenizer.apply_chat_template([], tokenize=False)
+    before = rendered(tokenizer, messages)
     for turn in conversation:
-        asked = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        header = ""
+        if turn.role == "assistant":
+            header = rendered(tokenizer, messages, add_generation_prompt=True).removeprefix(before)
         messages.append({"role": turn.role, "metadata": turn.metadata, "content": turn.content})
-        after = tokenizer.apply_chat_template(messages, tokenize=False)
-        header = asked.removeprefix(before) if turn.role == "assistant" and after.startswith(asked) else ""
-        body = after.removeprefix(before + header)
+        after = rendered(tokenizer, messages)
+        body = after.removeprefix(before).removeprefix(header)
         header_ids, body_ids = (
             tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (header, body)
         )
         yield Message(turn, header_ids, body_ids)
         before = after
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """What the chat template makes of messages; apply_chat_template would refuse to do it with none."""
+    texts, _ = render_jinja_template(
+        conversations=[list(messages)],
+        chat_template=tokenizer.chat_template,
+        add_generation_prompt=add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    )
+    return texts[0]
 
 
 def drop_oldest_rounds(messages: list[Message], excess: int) -> list[Message]:
@@ -277,12 +293,18 @@ def drop_oldest_rounds(messages: list[Message], excess: int) -> list[Message]:
     return system + rest[first:]
 
 
-def cut_question(messages: list[Message], excess: int, keep: int) -> list[Message]:
-    """Cuts up to ``excess`` tokens off the end of the last question, of which ``keep`` tokens stay."""
-    index = max(i for i, message in enumerate(messages) if message.turn.role == "user")
-    question = messages[index]
-    body = question.body[: max(len(question.body) - max(excess, 0), min(keep, len(question.body)))]
-    return [*messages[:index], question._replace(body=body), *messages[index + 1 :]]
+def cut_given(messages: list[Message], excess: int, keep: int) -> list[Message]:
+    """Cuts the ends of what is given to the model, the longest message first, until ``excess`` tokens are saved.
+
+    Given are questions, system prompts and results of tools that are not learned; ``keep`` of their tokens stay.
+    """
+    given = [i for i, (turn, _, _) in enumerate(messages) if turn.role != "assistant" and not turn.loss]
+    lengths = {i: len(messages[i].body) for i in given}
+    for _ in range(min(excess, sum(lengths.values()) - keep)):
+        lengths[max(given, key=lambda i: lengths[i])] -= 1
+    return [
+        message._replace(body=message.body[: lengths.get(i, len(message.body))]) for i, message in enumerate(messages)
+    ]
 
 
 def train_messages(
@@ -294,7 +316,7 @@ def train_messages(
     """One row a conversation, ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
     A trained turn's role token is no label, but the token after the turn is: it ends it. If the last round alone is
-    too long, its question is cut, not below ``max_source_length``, and then the end of the row.
+    too long, what is given there is cut, not below ``max_source_length``, and then the end of the row.
     """
     start, end = start_of(tokenizer), tokenizer.eos_token_id
     limit = max_source_length + max_target_length + 1
@@ -304,7 +326,7 @@ def train_messages(
         kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
         too_long = len(start) + sum(message.length for message in kept) + 1 - limit
         if too_long > 0:
-            kept = cut_question(kept, too_long, max_source_length)
+            kept = cut_given(kept, too_long, keep=max_source_length)
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # the next token ends a turn that is learned
         for turn, header, body in kept:
@@ -339,7 +361,7 @@ def eval_messages(
             kept = drop_oldest_rounds(before, excess) if excess > 0 else before
             too_long = len(start) + sum(message.length for message in kept) + len(header) - max_source_length
             if too_long > 0:
-                kept = cut_question(kept, too_long, keep=1)
+                kept = cut_given(kept, too_long, keep=0)
             prompt_ids = start + [token for _, head, text in kept for token in head + text] + header
             reference = tokenizer.decode(body[:max_target_length], skip_special_tokens=True).strip()
             truncated = too_long > 0 or len(body) > max_target_length

@@ -97,7 +97,7 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
         )
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
-    method.check(args.do_train)
+    method.check(folder, args.do_train)
     check_writable(Path(args.output_dir))
     return folder
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from common.encoding import ROUND_FORMATS, Turn, conversation_of
 from common.errors import UserError
 from common.rows import check_text, json_of, text_of, value_of
+from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation", "tool")
 
@@ -28,7 +29,7 @@ def read_history(place: str, row: dict[str, Any], column: str) -> list[list[str]
     history = json_of(place, f"column {column!r}", value_of(place, row, column, "history_column")) or []
     if not isinstance(history, list) or not all(is_round(pair) for pair in history):
         raise UserError(f"{place}: column {column!r} must hold [[question, answer], …], strings all.")
-    return history
+    return [[check_text(place, f"column {column!r}", text) for text in pair] for pair in history]
 
 
 def is_round(pair: Any) -> bool:
@@ -39,16 +40,17 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
     """A conversation of the ChatGLM3 repository ({"tools": …, "conversations": [{"role", "content"}, …]}) or of OpenAI.
 
     A row's tools become the first system turn. System and user turns are not learned, nor is what a tool returned;
-    all other turns are, and a turn's own ``loss`` decides otherwise. Raises UserError for what is no conversation.
+    all other turns are, and a turn's own ``loss`` decides otherwise. A field that is null counts as left out, as
+    tables write it. Raises UserError for what is no conversation.
     """
     messages = json_of(place, f"column {column!r}", value_of(place, row, column, "conversation_column"))
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: column {column!r} must hold a list of messages, and not an empty one.")
-    tools = json_of(place, "column 'tools'", row.get("tools"))
-    turns = [Turn("system", json.dumps(tools, ensure_ascii=False))] if tools else []
+    turns = read_tools(place, row.get("tools"))
     spoken = False  # anything but the system prompt
     for number, message in enumerate(messages, 1):
         here = f"{place}, message {number}"
+        message = present_fields(here, message)
         role = check_role(here, message)
         if role == "system" and number > 1:
             raise UserError(f"{here}: a system message comes first and only once.")
@@ -61,59 +63,99 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
     return turns
 
 
-def check_role(place: str, message: Any) -> str:
-    role = message.get("role") if isinstance(message, dict) else None
+def read_tools(place: str, value: Any) -> list[Turn]:
+    """The system turn that offers a row's tools, if it has any."""
+    tools = json_of(place, "column 'tools'", value)
+    if not tools:
+        return []
+    if not isinstance(tools, (list, dict)):
+        raise UserError(f"{place}: column 'tools' must hold a list of tools, not {tools!r:.40}.")
+    text = json.dumps(tools, ensure_ascii=False)
+    return [Turn("system", check_text(place, "column 'tools'", text))]
+
+
+def present_fields(place: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise UserError(f'{place}: expected a message like {{"role": "user", "content": …}}, found {message!r:.40}.')
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def check_role(place: str, message: dict[str, Any]) -> str:
+    role = message.get("role")
     if role not in ROLES:
         raise UserError(f"{place}: unknown role {role!r}; there are {', '.join(ROLES)}.")
     if not isinstance(message.get("loss", False), bool):
         raise UserError(f"{place}: loss must be true or false, not {message['loss']!r}.")
+    if "tool_calls" in message and role != "assistant":
+        raise UserError(f"{place}: only the assistant calls tools, not {role}.")
     return role
 
 
 def read_message(place: str, role: str, message: dict[str, Any]) -> list[Turn]:
     """One message as turns: a call of a tool and what it returned are two, in the roles that ChatGLM3 has."""
     loss = message.get("loss", role not in ("system", "user"))
-    if role == "tool" and "name" in message and "parameters" in message:  # the format of the ChatGLM3 repository
-        call = call_turn(place, message["name"], message["parameters"], loss)
-        return [call, Turn("observation", as_text(message.get("observation")))]
-    if role == "tool":  # OpenAI's: only what the tool returned
-        return [Turn("observation", as_text(message.get("content")), loss=message.get("loss", False))]
-    content = message.get("content")
-    if role == "observation" and not isinstance(content, str):
-        content = as_text(content)
-    text = check_text(place, "content", content)
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{place}: tool_calls must hold a list of calls.")
-    functions = [call.get("function") or call for call in calls]
-    turns = [call_turn(place, call.get("name"), call.get("arguments"), loss) for call in functions]
+    if role == "tool" and "content" not in message:  # the format of the ChatGLM3 repository: a call with its result
+        call = read_call(place, message.get("name"), message.get("parameters"), loss)
+        return (
+            [call, Turn("observation", result_of(place, message["observation"]))]
+            if "observation" in message
+            else [call]
+        )
+    if role in ("tool", "observation"):  # what a tool returned; under the name of OpenAI it is not learned by default
+        if "content" not in message:
+            raise UserError(f"{place}: {role} without content: what did the tool return?")
+        learned = message.get("loss", role == "observation")
+        return [Turn("observation", result_of(place, message["content"]), loss=learned)]
+    text = check_text(place, "content", message.get("content"))
+    calls = [read_openai_call(place, call, loss) for call in message.get("tool_calls", [])]
     metadata = check_text(place, "metadata", message.get("metadata"))
-    return [*([Turn(role, text, metadata, loss)] if text or not turns else []), *turns]
+    return [*([Turn(role, text, metadata, loss)] if text or not calls else []), *calls]
 
 
-def call_turn(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
+def read_openai_call(place: str, call: Any, loss: bool) -> Turn:
+    """{"function": {"name": …, "arguments": "{…}"}}"""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise UserError(f'{place}: tool_calls must hold [{{"function": {{"name": …, "arguments": …}}}}, …].')
+    return read_call(place, function.get("name"), function.get("arguments"), loss)
+
+
+def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
     """The assistant's turn that calls a tool, in the words that ChatGLM3 was trained with."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{place}: a tool call needs a "name".')
     parameters = json_of(place, f"the parameters of {name}", parameters) or {}
-    if not isinstance(name, str) or not isinstance(parameters, dict):
-        raise UserError(f'{place}: a tool call needs a name and parameters like {{"city": "北京"}}.')
-    keywords = [ast.keyword(arg=key, value=ast.Constant(value)) for key, value in parameters.items()]
+    if not isinstance(parameters, dict):
+        raise UserError(f'{place}: the parameters of {name} must be like {{"city": "北京"}}, not {parameters!r:.40}.')
+    given = {key: ast.Constant(value) for key, value in parameters.items() if value is not None}
+    keywords = [ast.keyword(key, value) for key, value in given.items() if key.isidentifier()]
+    other = [key for key in given if not key.isidentifier()]
+    if other:
+        keywords.append(
+            ast.keyword(None, ast.Dict([ast.Constant(key) for key in other], [given[key] for key in other]))
+        )
     call = ast.unparse(ast.Call(func=ast.Name("tool_call"), args=[], keywords=keywords))
-    return Turn("assistant", f"```python\n{call}\n```", metadata=name, loss=loss)
+    content = check_text(place, f"the parameters of {name}", f"```python\n{call}\n```")
+    return Turn("assistant", content, metadata=check_text(place, "name", name), loss=loss)
 
 
-def as_text(value: Any) -> str:
+def result_of(place: str, value: Any) -> str:
     """What a tool returned: text as it stands, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return check_text(place, "the result", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def check_roles(tokenizer: PreTrainedTokenizerBase, place: str, turns: list[Turn]) -> None:
     """Raises UserError where a conversation needs roles that this generation of models does not have."""
     if type(tokenizer) not in ROUND_FORMATS:
+        if not isinstance(tokenizer, ChatGLM3Tokenizer) and not tokenizer.chat_template:
+            raise UserError(f"{tokenizer.name_or_path} has no chat template: use the chat model for conversations.")
         return
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
-        if turn.role != expected or turn.metadata:
-            what = "calls a tool" if turn.metadata else f"has the role {turn.role}"
+        what = "calls a tool" if turn.metadata else f"has the role {turn.role}" if turn.role != expected else ""
+        if turn.role == "user" and turn.loss:
+            what = "is a question that is to be learned"
+        if what:
             raise UserError(
                 f"{place}: turn {number + 1} {what}, but ChatGLM-6B and ChatGLM2-6B know only user and assistant in "
                 "turn: use a ChatGLM3 or GLM-4 model for these conversations."

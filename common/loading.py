@@ -77,6 +77,13 @@ def check_model_folder(folder: Path) -> None:
         check_complete(file)
 
 
+def check_takes_prefix(folder: Path) -> None:
+    """Raises UserError for a model whose code is not ours: it has no place for a prefix."""
+    generation = generation_of(folder)
+    if generation.key == "glm":
+        raise UserError(f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder} is a {generation.name}.")
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a demo, a checkpoint folder or a hub id. Raises UserError for one of another generation."""
     folder = resolve_model(str(path))
@@ -169,8 +176,8 @@ def load_model(
     stored_length = None if generation.key == "glm" else config.pre_seq_len
     if ptuning_checkpoint is None and stored_length and read_prefix(folder):
         ptuning_checkpoint = folder  # an old full checkpoint, base and prefix in one
-    if (ptuning_checkpoint or pre_seq_len) and generation.key == "glm":
-        raise UserError(f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder} is a {generation.name}.")
+    if ptuning_checkpoint or pre_seq_len:
+        check_takes_prefix(folder)
     if ptuning_checkpoint:
         load_prefix(model, ptuning_checkpoint, pre_seq_len, prefix_projection or None)
     elif pre_seq_len:

@@ -65,8 +65,9 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_siz
         weights = model.original_state_dict(dtype)
     else:
         weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    model.config.dtype = dtype
     model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    model.config.dtype = dtype  # save_pretrained takes that of the model in memory
+    model.config.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
-from common.loading import load_model
+from common.loading import check_takes_prefix, load_model
 from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
 from common.prefix import check_prefix, restore_prefix, save_prefix, without_prefix
 
@@ -22,7 +22,7 @@ class Method:
     name: str
     checkpoint: str | None  # what was trained before, to evaluate it or to train it further
     settings: dict[str, Any]  # what a continued training must share with its beginning
-    check: Callable[[bool], None]  # raises UserError for what can't work; told whether to train
+    check: Callable[[Path, bool], None]  # (model's folder, whether to train): raises UserError for what can't work
     load_flags: dict[str, Any]  # flags of load_model
     save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
     restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
@@ -35,7 +35,8 @@ class Method:
 def p_tuning(args: PrefixArguments) -> Method:
     """P-Tuning v2: keys and values in front of every layer."""
 
-    def check(do_train: bool) -> None:
+    def check(folder: Path, do_train: bool) -> None:
+        check_takes_prefix(folder)
         if args.ptuning_checkpoint:
             check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
         elif do_train and not args.pre_seq_len:
@@ -57,7 +58,7 @@ def p_tuning(args: PrefixArguments) -> Method:
 def lora(args: LoraArguments) -> Method:
     """LoRA: small matrices beside frozen ones."""
 
-    def check(do_train: bool) -> None:
+    def check(folder: Path, do_train: bool) -> None:
         if args.lora_checkpoint:
             check_adapter(args.lora_checkpoint, args)
 
@@ -82,7 +83,7 @@ def full() -> Method:
         name="full-parameter training",
         checkpoint=None,
         settings={},
-        check=lambda do_train: None,
+        check=lambda folder, do_train: None,
         load_flags={},
         save=save_full,
         restore=restore_full,

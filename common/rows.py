@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from common.errors import UserError
 
+BLANK = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
 CHUNK = 1 << 20  # characters of a JSON array that are read at a time
 
 
@@ -54,28 +56,49 @@ def read_json_lines(file: Path, lines: TextIO) -> Iterator[tuple[str, dict[str, 
 
 def read_json_array(file: Path, text: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of an array one by one; only what is not yet a whole object is kept in memory."""
-    decode = json.JSONDecoder().raw_decode
-    buffer, line, number, opened = "", 1, 0, False
+    buffer, begin, line, number, state = "", 0, 1, 0, "start"
     while True:
-        rest = buffer.lstrip("[ \t\r\n" if not opened else ", \t\r\n")
-        line += buffer[: len(buffer) - len(rest)].count("\n")
-        buffer, opened = rest, opened or bool(rest)
-        if buffer.startswith("]"):
-            return
+        begin = BLANK.match(buffer, begin).end()  # type: ignore[union-attr]
         try:
-            row, end = decode(buffer)
-        except (ValueError, RecursionError) as error:
+            state, begin, row = next_of_array(buffer, begin, state)
+        except ValueError as error:
             more = text.read(CHUNK)
-            if not more:
-                found = line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
-                raise UserError(f"{file}, line {found}: broken JSON: {error}.") from error
-            buffer += more
-            continue
-        line += buffer[:end].count("\n")
-        buffer = buffer[end:]
-        number += 1
-        place = f"{file}, row {number}"
-        yield place, check_object(place, row)
+            if more:  # perhaps the error is only that the buffer ends here
+                line += buffer.count("\n", 0, begin)
+                buffer, begin = buffer[begin:] + more, 0
+                continue
+            if state == "end" and begin == len(buffer):
+                return
+            where = error.pos if isinstance(error, json.JSONDecodeError) else begin
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            line += buffer.count("\n", 0, where)
+            raise UserError(f"{file}, line {line}: broken JSON: {reason}.") from error
+        if row is not None:
+            number += 1
+            place = f"{file}, row {number}"
+            yield place, check_object(place, row)
+
+
+def next_of_array(buffer: str, begin: int, state: str) -> tuple[str, int, Any]:
+    """(state after it, where it ends, the row or None) of what stands at ``begin``, where no blank is.
+
+    The states: start, first (a row or the end may come), next (a comma or the end), row (a row must come), end.
+    Raises ValueError for anything else.
+    """
+    char = buffer[begin : begin + 1]
+    if state == "start" and char == "[":
+        return "first", begin + 1, None
+    if state in ("first", "next") and char == "]":
+        return "end", begin + 1, None
+    if state == "next" and char == ",":
+        return "row", begin + 1, None
+    if state in ("first", "row"):
+        try:
+            row, end = DECODER.raw_decode(buffer, begin)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        return "next", end, [] if row is None else row  # null is no object either
+    raise ValueError("text after the array" if state == "end" else "a comma or ] is missing")
 
 
 def read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.arguments import parse_arguments
+from common.arguments import LoraArguments, NoArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
@@ -13,8 +13,13 @@ OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.jso
 
 
 def test_the_official_flags_mean_what_they_meant():
-    model_args, data_args, args = parse_arguments(OFFICIAL_TRAIN.split())
-    assert (model_args.pre_seq_len, model_args.quantization_bit, model_args.prefix_projection) == (128, 4, False)
+    model_args, prefix_args, data_args, args = parse_arguments(PrefixArguments, OFFICIAL_TRAIN.split())
+    assert (model_args.model_name_or_path, model_args.quantization_bit) == ("chatglm-6b", 4)
+    assert (prefix_args.pre_seq_len, prefix_args.prefix_projection, prefix_args.ptuning_checkpoint) == (
+        128,
+        False,
+        None,
+    )
     assert (data_args.max_source_length, data_args.max_target_length, data_args.val_max_target_length) == (64, 64, 64)
     assert (data_args.overwrite_cache, data_args.ignore_pad_token_for_loss) == (True, True)
     assert (args.overwrite_output_dir, args.max_steps, args.learning_rate) == (True, 3000, 0.02)
@@ -36,7 +41,7 @@ def test_the_official_flags_mean_what_they_meant():
     ],
 )
 def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
-    args = parse_arguments([*old, "--output_dir", "out"])[2]
+    args = parse_arguments(PrefixArguments, [*old, "--output_dir", "out"])[3]
     assert vars(args)[name] == value
     advice = capsys.readouterr().err.splitlines()
     assert len(advice) == (0 if old[-1] == "false" else 1)
@@ -49,10 +54,36 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
         ("--lerning_rate 1", "unknown flag --lerning_rate: did you mean --learning_rate"),
         ("--learning_rate fast", "learning_rate.*invalid float value: 'fast'"),
         ("--max_source_length 1", "at least 3 tokens"),
+        ("--pre_seq_len 0", "--pre_seq_len must be at least 1"),
+        ("--max_train_samples 0", "--max_train_samples must be at least 1"),
+        ("--conversation_column a --history_column b", "--conversation_column can't be used with --history_column"),
+        ("--conversation_column a --text_column b", "--conversation_column can't be used with .* --text_column"),
         ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
     ],
 )
 def test_bad_flags_are_named_in_one_sentence(argv, says):
     with pytest.raises(UserError, match=says) as error:
-        parse_arguments(argv.split())
+        parse_arguments(PrefixArguments, argv.split())
     assert "\n" not in str(error.value)
+
+
+def test_the_flags_of_lora_have_the_official_defaults():
+    args = parse_arguments(LoraArguments, "--lora_rank 16 --lora_target dense,dense_h_to_4h --use_rslora".split())[1]
+    assert (args.lora_rank, args.lora_target, args.use_rslora) == (16, "dense,dense_h_to_4h", True)
+    assert (args.lora_alpha, args.lora_dropout) == (32, 0.1)
+    assert (args.use_dora, args.loraplus_lr_ratio, args.lora_checkpoint) == (False, None, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "says"),
+    [
+        (LoraArguments, "--lora_rank 0", "--lora_rank must be at least 1"),
+        (LoraArguments, "--lora_dropout 1", "--lora_dropout must be at least 0 and below 1"),
+        (LoraArguments, "--pre_seq_len 8", "unknown flag --pre_seq_len"),
+        (PrefixArguments, "--lora_rank 8", "unknown flag --lora_rank"),
+        (NoArguments, "--lora_rank 8", "unknown flag --lora_rank"),
+    ],
+)
+def test_a_method_refuses_the_flags_of_another(method, flags, says):
+    with pytest.raises(UserError, match=says):
+        parse_arguments(method, flags.split())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.chat import process_response, stream_chat
-from common.encoding import build_prompt
 from common.loading import load_model
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -33,16 +33,25 @@ def model():
         ("好!!", "好！!"),
     ],
 )
-def test_punctuation_is_shown_full_width_beside_chinese(generated, shown):
-    assert process_response(generated) == shown
+def test_punctuation_is_shown_full_width_beside_chinese(generated, shown, demo_tokenizer):
+    assert process_response(generated, demo_tokenizer) == shown
+
+
+@pytest.mark.parametrize(
+    ("generated", "shown"),
+    [("你好,世界!", "你好,世界!"), (" 你好，世界 \n", "你好，世界"), ("[[训练时间]]年", "2023年年")],
+)
+def test_punctuation_of_chatglm2_is_shown_as_it_is(generated, shown, small_vocabulary):
+    """Its vocabulary holds both forms."""
+    assert process_response(generated, ChatGLM2Tokenizer(str(small_vocabulary))) == shown
 
 
 def test_the_stream_grows_into_the_whole_answer(model, demo_tokenizer):
     history = [["你好", "你好，我是一个小小的演示模型。"]]
     steps = list(stream_chat(model, demo_tokenizer, "类型#裙*颜色#白色", history, **GREEDY))
-    prompt = demo_tokenizer(build_prompt("类型#裙*颜色#白色", history), return_tensors="pt")
+    prompt = demo_tokenizer(demo_tokenizer.build_prompt("类型#裙*颜色#白色", history), return_tensors="pt")
     whole = model.generate(**prompt, **GREEDY)[0, prompt["input_ids"].shape[1] :]
-    assert steps[-1] == process_response(demo_tokenizer.decode(whole, skip_special_tokens=True))
+    assert steps[-1] == process_response(demo_tokenizer.decode(whole, skip_special_tokens=True), demo_tokenizer)
     assert len(steps) > 5
     assert [len(step) for step in steps] == sorted(len(step) for step in steps)
 

@@ -1,4 +1,4 @@
-"""Data files of every form, what is wrong with bad ones, and the cache that all running jobs share."""
+"""Data files of every form, read as a stream; what is wrong with bad ones; the cache that all running jobs share."""
 
 import csv
 import json
@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from common import rows
 from common.arguments import DataArguments
-from common.data import find_files, prepare_dataset, read_rows
+from common.data import prepare_dataset
+from common.encoding import encode_batch
 from common.errors import UserError
+from common.rows import find_files, read_rows
 
 BAD_INPUTS = Path(__file__).parent / "bad_inputs"
 ROWS = [{"content": f"类型#裙*颜色#{color}", "summary": f"{color}的裙子。"} for color in ("白色", "黑色", "红色")]
@@ -93,6 +96,22 @@ def test_history_becomes_rounds_and_must_be_pairs(tmp_path, demo_tokenizer):
         prepare_dataset(args, str(BAD_INPUTS / "history.json"), demo_tokenizer, "train")
 
 
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, suffix):
+    lines = ["颜色，材质。\n" * 9, "", "短", None]
+    file = write_lines(tmp_path / "texts.json", [{"text": text} for text in lines])
+    if suffix == "csv":
+        file = tmp_path / "texts.csv"
+        with open(file, "w", encoding="utf-8", newline="") as table:
+            csv.writer(table).writerows([["text", "other"], *([text, "x"] for text in lines)])
+    prepared = prepare_dataset(adgen(text_column="text", max_source_length=16), str(file), demo_tokenizer, "train")
+    assert (prepared.dropped, prepared.truncated, prepared.unlabelled) == (2, 0, 0)
+    assert all(len(ids) <= 16 for ids in prepared.rows["input_ids"])
+    together = [token for ids in prepared.rows["input_ids"] for token in ids[2:]]
+    ids = encode_batch(demo_tokenizer, [lines[0], lines[2]])
+    assert together == [*ids[0], demo_tokenizer.eos_token_id, *ids[1], demo_tokenizer.eos_token_id]
+
+
 def test_truncated_and_dropped_rows_are_counted(tmp_path, demo_tokenizer):
     empty = {"content": "类型#裙", "summary": ""}
     file = write_lines(tmp_path / "rows.json", [*ROWS, {"content": "长" * 90, "summary": "短"}, empty, empty])
@@ -100,7 +119,79 @@ def test_truncated_and_dropped_rows_are_counted(tmp_path, demo_tokenizer):
     assert (len(train.rows), train.truncated, train.dropped) == (4, 1, 2)
     assert train.first_dropped.endswith("rows.json, line 5")
     test = prepare_dataset(adgen(), str(file), demo_tokenizer, "test")
-    assert (len(test.rows), test.truncated, test.dropped) == (4, 1, 2)
+    assert (len(test.questions), test.truncated, test.dropped) == (4, 1, 2)
+
+
+# A JSON array is read as a stream
+
+ARRAYS = [
+    '[{"a": "x"}, {"a": "}],["}]',
+    ' \n[\n {"a": 1, "b": [1, {"c": "\\"\\u4e00\\\\"}]}\n ,\n{"a": null} ]\n',
+    '[{"a": "裙" , "b": 1.5e3},{}]',
+    "[]",
+    " [ \n]",
+]
+BROKEN_ARRAYS = [
+    '[\n{"a": 1},\n{"a" 2}\n]',
+    '[\n{"a": 1},\n{"a": 2}\n',
+    '[\n{"a": 1}\n{"a": 2}\n]',
+    '[\n{"a": 1},\n,{"a": 2}\n]',
+    '[\n,{"a": 1}]',
+    '[{"a": 1}]\n{"a": 2}',
+    '[\n{"a": "un\nfinished"}]',
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
+@pytest.mark.parametrize("text", ARRAYS)
+def test_an_array_gives_what_json_reads_however_it_is_cut_into_chunks(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    file = tmp_path / "array.json"
+    file.write_text(text, encoding="utf-8")
+    found = list(read_rows(file))
+    assert [row for _, row in found] == json.loads(text)
+    assert [place for place, _ in found] == [f"{file}, row {number}" for number in range(1, len(found) + 1)]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize("text", BROKEN_ARRAYS)
+def test_a_broken_array_is_refused_at_the_line_where_json_refuses_it(tmp_path, monkeypatch, text, chunk):
+    monkeypatch.setattr(rows, "CHUNK", chunk)
+    file = tmp_path / "array.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+    with pytest.raises(UserError, match=f"array.json, line {expected.value.lineno}: broken JSON"):
+        list(read_rows(file))
+
+
+PREPARE_BIG = """
+import resource, sys
+from common.arguments import DataArguments
+from common.data import prepare_dataset
+from common.loading import load_tokenizer
+args = DataArguments(prompt_column="content", response_column="summary", max_source_length=64, max_target_length=64)
+tokenizer = load_tokenizer("demo")
+for file in sys.argv[1:]:
+    prepared = prepare_dataset(args, file, tokenizer, "train")
+    print(len(prepared.rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_big_files_are_prepared_in_little_memory(tmp_path, monkeypatch):
+    """16 MB of JSON lines, then of an array: the peak grows by less than the size of the file."""
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
+    row = json.dumps({"content": "类型#裙", "summary": "白色的裙子。", "other": "x" * 2000}, ensure_ascii=False)
+    count, files = 8000, [write_lines(tmp_path / "small.json", ROWS), tmp_path / "lines.json", tmp_path / "array.json"]
+    files[1].write_text(f"{row}\n" * count, encoding="utf-8")
+    files[2].write_text("[" + ",\n".join([row] * count) + "]", encoding="utf-8")
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", PREPARE_BIG, *map(str, files)]
+    said = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
+    counts, (small, *peaks) = zip(*(map(int, line.split()) for line in said.splitlines()), strict=True)
+    assert counts == (3, count, count)
+    for file, peak in zip(files[1:], peaks, strict=True):
+        assert peak - small < file.stat().st_size / 1e6, file
 
 
 def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_tokenizer, monkeypatch):
@@ -113,6 +204,9 @@ def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_token
     assert texts(prepare_dataset(named, None, demo_tokenizer, "train"), demo_tokenizer) == expected
     with pytest.raises(UserError, match="split test"):
         prepare_dataset(named, None, demo_tokenizer, "test")
+
+
+# The cache
 
 
 def test_the_cache_is_used_until_file_or_settings_change(tmp_path, demo_tokenizer):

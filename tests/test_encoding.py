@@ -1,31 +1,85 @@
-"""Rows of text -> ids and labels -> batches: as the official scripts encode them."""
+"""Conversations and texts -> ids and labels -> batches: as the official scripts of each generation encode them."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_arrays
 
 from common.collator import TrainCollator, left_pad
-from common.encoding import build_prompt, encode_eval, encode_train
+from common.encoding import (
+    Turn,
+    conversation_of,
+    encode_batch,
+    encode_chat,
+    encode_eval,
+    encode_texts,
+    encode_train,
+    stop_ids,
+)
+from common.formats import read_messages
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 CONTENT = "类型#裙*材质#棉*颜色#白色*风格#简约*裙长#连衣裙"
 SUMMARY = "这条白色的连衣裙，简约大方，棉的质感柔软舒适。"
+PAIR = [conversation_of(CONTENT, SUMMARY)]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_batch(tokenizer, [text])[0]
 
 
-# With the original vocabulary: the rows of the official scripts
+def pairs(contents: Sequence[str], summaries: Sequence[str]) -> list[list[Turn]]:
+    return [conversation_of(content, summary) for content, summary in zip(contents, summaries, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def dev_rows(real_rows) -> tuple[list[str], list[str]]:
-    rows = real_rows("tokenizer.json")["dev"][:8]
+def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
+    return ChatGLM2Tokenizer(str(small_vocabulary))
+
+
+@pytest.fixture(scope="module")
+def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
+    return ChatGLM3Tokenizer(str(small_vocabulary))
+
+
+# With the original vocabularies: the rows of the official scripts
+
+
+def original(name: str) -> Path:
+    """A file of the goldens over rows of the real AdvertiseGen, whose text is not ours to ship."""
+    file = Path(os.environ.get("ORIGINAL_GOLDENS", "")) / name
+    if not os.environ.get("ORIGINAL_GOLDENS") or not file.is_file():
+        pytest.skip(f"needs goldens over real AdvertiseGen rows: set ORIGINAL_GOLDENS=/folder/with/{name}")
+    return file
+
+
+def original_json(name: str) -> dict:
+    return json.loads(original(name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def dev_rows() -> tuple[list[str], list[str]]:
+    rows = original_json("chatglm-6b/tokenizer.json")["dev"]
     return [row["content"]["text"] for row in rows], [row["summary"]["text"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_model() -> str:
+    vocabulary = os.environ.get("TOKENIZER_MODEL")
+    if not vocabulary:
+        pytest.skip(
+            "needs the original vocabulary: set TOKENIZER_MODEL=/path/to/tokenizer.model (of THUDM/chatglm2-6b)"
+        )
+    return vocabulary
 
 
 def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
     """Padded to 64 + 64 as the official script pads, every row is equal."""
-    rows = encode_train(real_tokenizer, dev_rows[0][:4], dev_rows[1][:4], 64, 64)
+    rows = encode_train(real_tokenizer, pairs(dev_rows[0][:4], dev_rows[1][:4]), 64, 64)
     collate = TrainCollator(real_tokenizer.pad_token_id, pad_to=128)
     batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     assert torch.equal(batch["input_ids"], model_goldens["train_64_64/input_ids"])
@@ -36,7 +90,7 @@ def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
 def test_official_evaluation_rows(real_tokenizer, dev_rows, tokenizer_goldens):
     """The references are compared as text; the official ones still carry the two special tokens of a prompt."""
     golden = tokenizer_goldens["official_eval"]
-    rows = encode_eval(real_tokenizer, *dev_rows, 64, 64)
+    rows = encode_eval(real_tokenizer, pairs(dev_rows[0][:8], dev_rows[1][:8]), 64, 64)
     batch = left_pad([row.prompt_ids for row in rows], real_tokenizer.pad_token_id)
     assert batch["input_ids"].tolist() == golden["input_ids"]
     for row, label_ids in zip(rows, golden["labels"], strict=True):
@@ -46,28 +100,100 @@ def test_official_evaluation_rows(real_tokenizer, dev_rows, tokenizer_goldens):
 
 def test_official_conversation(real_tokenizer, generation_goldens):
     golden = generation_goldens["prompts"]["history1"]
-    prompt = build_prompt("那它是哪一年创建的", [["你好", "你好，我是人工智能助手。"]])
-    assert prompt == golden["text"]
-    assert encode_eval(real_tokenizer, [prompt], [""], 64, 64)[0].prompt_ids == golden["input_ids"]
+    query, history = "那它是哪一年创建的", [["你好", "你好，我是人工智能助手。"]]
+    assert real_tokenizer.build_prompt(query, history) == golden["text"]
+    assert (
+        encode_eval(real_tokenizer, [conversation_of(query, "", history)], 64, 64)[0].prompt_ids
+        == (golden["input_ids"])
+    )
 
 
-# With any vocabulary
+def check_official_rows(rows, case: str, pad_to: int) -> None:
+    """Equal to the first rows of a golden, padded as the official script of ChatGLM2 pads: with labels of -100."""
+    golden = load_arrays(original(f"chatglm2-6b/{case}.npz"))
+    collate = TrainCollator(pad_token_id=0, pad_to=pad_to)
+    batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    assert torch.equal(batch["input_ids"], golden["input_ids"][: len(rows)])
+    assert torch.equal(batch["labels"], golden["labels"][: len(rows)])
 
 
-def test_prompt_without_history_is_the_query():
+@pytest.mark.parametrize(
+    ("case", "first", "count", "max_source", "max_target"), [("train_b4", 0, 4, 64, 128), ("train_trunc", 7, 2, 20, 10)]
+)
+def test_official_training_rows_of_chatglm2(tokenizer_model, dev_rows, case, first, count, max_source, max_target):
+    contents, summaries = (texts[first : first + count] for texts in dev_rows)
+    rows = encode_train(ChatGLM2Tokenizer(tokenizer_model), pairs(contents, summaries), max_source, max_target)
+    check_official_rows(rows, case, max_source + max_target + 1)
+    assert [row.truncated for row in rows] == ([True] * 2 if case == "train_trunc" else [False, True, False, False])
+
+
+def test_official_rounds_of_chatglm2(tokenizer_model, dev_rows):
+    """Three rows with no, one and two earlier rounds. The third is too long: the official script cuts its question."""
+    tokenizer = ChatGLM2Tokenizer(tokenizer_model)
+    histories = [[], [["你好", "你好！有什么可以帮您？"]], [["1+1=?", "2"], ["Translate: 苹果\n", "apple"]]]
+    chats = [conversation_of(dev_rows[0][4 + i], dev_rows[1][4 + i], history) for i, history in enumerate(histories)]
+    rows = encode_train(tokenizer, chats, 96, 64)
+    check_official_rows(rows[:2], "train_history", 161)
+    assert [row.dropped_turns for row in rows] == [0, 0, 2]
+    whole = encode_train(tokenizer, chats, 1000, 64)[2]
+    golden = load_arrays(original("chatglm2-6b/train_history.npz"))["input_ids"][2].tolist()
+    assert whole.input_ids[:96] == golden[:96]
+
+
+def test_official_evaluation_rows_of_chatglm2(tokenizer_model, dev_rows):
+    """The official references still carry the two special tokens of a prompt."""
+    tokenizer, golden = ChatGLM2Tokenizer(tokenizer_model), original_json("chatglm2-6b/index.json")["eval_preprocess"]
+    rows = encode_eval(tokenizer, pairs(dev_rows[0][10:14], dev_rows[1][10:14]), 64, 64)
+    batch = left_pad([row.prompt_ids for row in rows], tokenizer.pad_token_id)
+    assert batch["input_ids"].tolist() == golden["input_ids"]
+    assert [row.reference for row in rows] == [tokenizer.decode(ids).strip() for ids in golden["labels"]]
+
+
+def official_messages(case: dict) -> list[list[Turn]]:
+    return [read_messages("row", {"messages": messages}, "messages") for messages in case["conversations"]]
+
+
+@pytest.mark.parametrize(("case", "rows"), [("train_b4", slice(0, 4)), ("train_multiturn", slice(1, 3))])
+def test_official_training_rows_of_chatglm3(tokenizer_model, case, rows):
+    """All that fit the lengths, with and without system prompt, call and observation."""
+    golden = original_json("chatglm3-6b/index.json")["process_batch"][case]
+    lengths = golden["max_input_length"], golden["max_output_length"]
+    found = encode_train(ChatGLM3Tokenizer(tokenizer_model), official_messages(golden)[rows], *lengths)
+    assert [row.input_ids for row in found] == golden["input_ids"][rows]
+    assert [row.labels for row in found] == golden["labels"][rows]
+
+
+@pytest.mark.parametrize(("case", "kept"), [("train_b4", [0, 2, 3]), ("train_multiturn", [0, 2, 3, 4])])
+def test_official_evaluation_rows_of_chatglm3(tokenizer_model, case, kept):
+    """The official script leaves out rows whose prompt is too long; of the references it keeps the end token."""
+    golden = original_json("chatglm3-6b/index.json")
+    conversations, golden = official_messages(golden["process_batch"][case]), golden["process_batch_eval"][case]
+    tokenizer = ChatGLM3Tokenizer(tokenizer_model)
+    rows = encode_eval(tokenizer, conversations, golden["max_input_length"], golden["max_output_length"])
+    assert len(rows) == len(kept) + 1
+    assert [rows[index].prompt_ids for index in kept] == golden["input_ids"]
+    references = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in golden["output_ids"]]
+    assert [rows[index].reference for index in kept] == references
+
+
+# ChatGLM-6B, with any vocabulary
+
+
+def test_prompt_without_history_is_the_query(demo_tokenizer):
+    build_prompt = demo_tokenizer.build_prompt
     assert build_prompt("你好") == build_prompt("你好", []) == "你好"
 
 
-def test_prompt_with_history():
+def test_prompt_with_history(demo_tokenizer):
     history = [["你好", "您好"], ["几点", "三点"]]
-    assert build_prompt("谢谢", history) == (
+    assert demo_tokenizer.build_prompt("谢谢", history) == (
         "[Round 0]\n问：你好\n答：您好\n[Round 1]\n问：几点\n答：三点\n[Round 2]\n问：谢谢\n答："
     )
 
 
 def test_training_row(demo_tokenizer):
     """Labelled is everything after [gMASK], which itself learns to predict <sop>."""
-    row = encode_train(demo_tokenizer, [CONTENT], [SUMMARY], 64, 64)[0]
+    row = encode_train(demo_tokenizer, PAIR, 64, 64)[0]
     prompt, answer = ids_of(demo_tokenizer, CONTENT), ids_of(demo_tokenizer, SUMMARY)
     sop, eop, gmask = demo_tokenizer.bos_token_id, demo_tokenizer.eos_token_id, demo_tokenizer.gmask_token_id
     assert row.input_ids == [*prompt, gmask, sop, *answer, eop]
@@ -78,7 +204,7 @@ def test_training_row(demo_tokenizer):
 @pytest.mark.parametrize("max_source, max_target", [(8, 64), (64, 6), (8, 6)])
 def test_cut_training_row(demo_tokenizer, max_source, max_target):
     """The prompt loses its end before [gMASK], the answer before <eop>: both markers stay."""
-    row = encode_train(demo_tokenizer, [CONTENT], [SUMMARY], max_source, max_target)[0]
+    row = encode_train(demo_tokenizer, PAIR, max_source, max_target)[0]
     prompt = ids_of(demo_tokenizer, CONTENT)[: max_source - 1]
     answer = ids_of(demo_tokenizer, SUMMARY)[: max_target - 2]
     assert row.input_ids == demo_tokenizer.build_inputs_with_special_tokens(prompt, answer)
@@ -90,21 +216,21 @@ def test_cut_is_told_from_a_row_that_just_fits(demo_tokenizer):
     prompt, answer = len(ids_of(demo_tokenizer, CONTENT)), len(ids_of(demo_tokenizer, SUMMARY))
     fits = [(prompt + 1, answer + 2, False), (prompt, answer + 2, True), (prompt + 1, answer + 1, True)]
     for max_source, max_target, truncated in fits:
-        assert encode_train(demo_tokenizer, [CONTENT], [SUMMARY], max_source, max_target)[0].truncated is truncated
+        assert encode_train(demo_tokenizer, PAIR, max_source, max_target)[0].truncated is truncated
     fits = [(prompt + 2, answer + 2, False), (prompt + 1, answer + 2, True), (prompt + 2, answer + 1, True)]
     for max_source, max_target, truncated in fits:
-        assert encode_eval(demo_tokenizer, [CONTENT], [SUMMARY], max_source, max_target)[0].truncated is truncated
+        assert encode_eval(demo_tokenizer, PAIR, max_source, max_target)[0].truncated is truncated
 
 
 def test_evaluation_row(demo_tokenizer):
-    row = encode_eval(demo_tokenizer, [CONTENT], [f" {SUMMARY}\n"], 64, 64)[0]
+    row = encode_eval(demo_tokenizer, [conversation_of(CONTENT, f" {SUMMARY}\n")], 64, 64)[0]
     assert row.prompt_ids == demo_tokenizer.encode(CONTENT)
     assert row.reference == demo_tokenizer.decode(ids_of(demo_tokenizer, SUMMARY)) and not row.truncated
 
 
 def test_cut_evaluation_row(demo_tokenizer):
     """The two special tokens are part of max_source_length here, so that a prompt never gets longer."""
-    row = encode_eval(demo_tokenizer, [CONTENT], [SUMMARY], 10, 8)[0]
+    row = encode_eval(demo_tokenizer, PAIR, 10, 8)[0]
     kept = ids_of(demo_tokenizer, CONTENT)[:8]
     assert row.prompt_ids == [*kept, demo_tokenizer.gmask_token_id, demo_tokenizer.bos_token_id]
     assert row.reference == demo_tokenizer.decode(ids_of(demo_tokenizer, SUMMARY)[:6]) and row.truncated
@@ -112,16 +238,240 @@ def test_cut_evaluation_row(demo_tokenizer):
 
 def test_rows_keep_their_order(demo_tokenizer):
     contents, summaries = [f"类型#裙{i}" for i in range(5)], [f"好看{i}" for i in range(5)]
-    rows = encode_train(demo_tokenizer, contents, summaries, 64, 64)
-    assert rows == [encode_train(demo_tokenizer, [c], [s], 64, 64)[0] for c, s in zip(contents, summaries, strict=True)]
+    rows = encode_train(demo_tokenizer, pairs(contents, summaries), 64, 64)
+    assert rows == [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
 
 
 def test_a_typed_mask_token_does_not_move_the_labels(demo_tokenizer):
     """[MASK] in the data once broke training: the label must start after our own [gMASK] <sop>."""
-    row = encode_train(demo_tokenizer, ["位于[MASK]的[gMASK]"], ["好看"], 64, 64)[0]
+    row = encode_train(demo_tokenizer, [conversation_of("位于[MASK]的[gMASK]", "好看")], 64, 64)[0]
     gmask_index = row.input_ids.index(demo_tokenizer.gmask_token_id)
     assert row.labels[: gmask_index + 1] == [-100] * (gmask_index + 1)
     assert row.labels[gmask_index + 1 :] == row.input_ids[gmask_index + 1 :]
+
+
+# Numbered rounds: ChatGLM-6B and ChatGLM2-6B
+
+THREE_ROUNDS = [
+    Turn("user", "你好"),
+    Turn("assistant", "hello", loss=True),
+    Turn("user", "今天天气怎么样"),
+    Turn("assistant", "你好天气"),
+    Turn("user", "world"),
+    Turn("assistant", "白色", loss=True),
+]
+
+
+@pytest.fixture(params=["chatglm", "chatglm2"])
+def rounds_tokenizer(request, demo_tokenizer, tokenizer2):
+    return demo_tokenizer if request.param == "chatglm" else tokenizer2
+
+
+def test_training_row_of_chatglm2(tokenizer2):
+    """Labelled are the answer and the token that ends it."""
+    row = encode_train(tokenizer2, [conversation_of("你好", "hello")], 64, 64)[0]
+    prompt, answer = ids_of(tokenizer2, "[Round 1]\n\n问：你好\n\n答："), ids_of(tokenizer2, "hello")
+    end = tokenizer2.eos_token_id
+    assert row.input_ids == [tokenizer2.get_command("[gMASK]"), tokenizer2.get_command("sop"), *prompt, *answer, end]
+    assert row.labels == [-100] * (len(prompt) + 2) + [*answer, end]
+
+
+def test_cut_row_of_chatglm2_is_told_from_one_that_just_fits(tokenizer2):
+    """The special tokens are part of the question's length; the end token comes on top of the answer's."""
+    pair = [conversation_of("你好", "hello world")]
+    prompt, answer = (len(ids_of(tokenizer2, text)) for text in ("[Round 1]\n\n问：你好\n\n答：", "hello world"))
+    fits = [(prompt + 2, answer, False), (prompt + 1, answer, True), (prompt + 2, answer - 1, True)]
+    for max_source, max_target, truncated in fits:
+        row = encode_train(tokenizer2, pair, max_source, max_target)[0]
+        assert row.truncated is truncated
+        assert len(row.input_ids) == max_source + max_target + 1
+        assert sum(label != -100 for label in row.labels) == max_target + 1
+
+
+def test_every_answer_that_is_learned_is_a_row_of_rounds(rounds_tokenizer):
+    """The untrained answer in between is part of the history."""
+    train = encode_train(rounds_tokenizer, [THREE_ROUNDS, THREE_ROUNDS[:2]], 200, 64)
+    contents = [turn.content for turn in THREE_ROUNDS]
+    first = conversation_of(*contents[:2])
+    last = conversation_of(*contents[4:], history=[contents[:2], contents[2:4]])
+    assert train == encode_train(rounds_tokenizer, [first, last, first], 200, 64)
+    rows = encode_eval(rounds_tokenizer, [THREE_ROUNDS], 200, 64)
+    assert [row.reference for row in rows] == ["hello", "白色"]
+    assert rows[1].prompt_ids == encode_chat(rounds_tokenizer, "world", [contents[:2], contents[2:4]])
+
+
+def test_too_long_rounds_lose_the_oldest_first(rounds_tokenizer):
+    """Exactly as many as needed; the last question is cut only when it alone is too long."""
+    texts = [turn.content for turn in THREE_ROUNDS]
+    history, query, answer = [texts[:2], texts[2:4]], texts[4], texts[5]
+    chat = [conversation_of(query, answer, history)]
+    lengths = [
+        len(ids_of(rounds_tokenizer, rounds_tokenizer.build_prompt(query, history[dropped:]))) for dropped in range(3)
+    ]
+    assert lengths[0] > lengths[1] > lengths[2]
+    for encode in (encode_train, encode_eval):
+        specials = 1 if encode is encode_train and rounds_tokenizer.eos_token == "<eop>" else 2
+        for dropped, length in enumerate(lengths):
+            short = encode(rounds_tokenizer, [conversation_of(query, answer, history[dropped:])], 200, 64)[0]
+            found = encode(rounds_tokenizer, chat, length + specials, 64)[0]
+            assert found == short._replace(dropped_turns=2 * dropped)
+        cut = encode(rounds_tokenizer, chat, lengths[2] + specials - 1, 64)[0]
+        assert (cut.truncated, cut.dropped_turns) == (True, 4)
+
+
+# Messages: ChatGLM3-6B
+
+MESSAGES = [
+    Turn("system", "你好"),
+    Turn("user", "今天天气怎么样"),
+    Turn("assistant", "get_weather", metadata="天气", loss=True),
+    Turn("observation", "白色"),
+    Turn("assistant", "hello", loss=True),
+    Turn("user", "world"),
+    Turn("assistant", "简约", loss=True),
+]
+
+
+def message_ids(tokenizer, turns: Sequence[Turn]) -> list[list[int]]:
+    return [tokenizer.build_single_message(turn.role, turn.metadata, turn.content) for turn in turns]
+
+
+def learn(*losses: bool) -> list[Turn]:
+    return [turn._replace(loss=loss) for turn, loss in zip(MESSAGES, losses, strict=True)]
+
+
+def expected_row(tokenizer, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+    """A turn that is learned: not its role token, but its text and the token after it."""
+    input_ids, labels, ends_learned = list(tokenizer.prefix_ids), [-100, -100], False
+    for turn, (role, *text) in zip(turns, message_ids(tokenizer, turns), strict=True):
+        input_ids += [role, *text]
+        labels.append(role if ends_learned else -100)
+        labels += text if turn.loss else [-100] * len(text)
+        ends_learned = turn.loss
+    end = tokenizer.eos_token_id
+    return [*input_ids, end], [*labels, end if ends_learned else -100]
+
+
+def test_labels_of_messages(tokenizer3):
+    """Written out once: no role token that the model is given, but the one that ends an answer is learned."""
+    row = encode_train(tokenizer3, [MESSAGES], 200, 64)[0]
+    system, user, call, result, answer, question, last = message_ids(tokenizer3, MESSAGES)
+    end = tokenizer3.eos_token_id
+    assert row.input_ids == [
+        *tokenizer3.prefix_ids, *system, *user, *call, *result, *answer, *question, *last, end
+    ]  # fmt: skip
+    assert row.labels == [
+        *[-100] * (2 + len(system) + len(user)),
+        *[-100, *call[1:], tokenizer3.get_command("<|observation|>")],
+        *[-100] * (len(result) - 1),
+        *[-100, *answer[1:], tokenizer3.get_command("<|user|>")],
+        *[-100] * (len(question) - 1),
+        *[-100, *last[1:], end],
+    ]
+    assert (row.input_ids, row.labels) == expected_row(tokenizer3, MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        (False, False, True, True, True, False, True),  # an observation that is learned
+        (False, True, False, False, False, False, False),  # a question, and nothing of the assistant
+        (True, False, True, False, False, True, True),
+        (False, False, False, False, True, False, False),
+    ],
+)
+def test_every_turn_decides_about_its_own_loss(tokenizer3, losses):
+    row = encode_train(tokenizer3, [learn(*losses)], 200, 64)[0]
+    assert (row.input_ids, row.labels) == expected_row(tokenizer3, learn(*losses))
+
+
+def test_of_a_pair_with_history_only_the_last_answer_is_learned(tokenizer3):
+    row = encode_train(tokenizer3, [conversation_of("world", "简约", [["你好", "hello"]])], 200, 64)[0]
+    answer = message_ids(tokenizer3, [Turn("assistant", "简约")])[0]
+    assert [label for label in row.labels if label != -100] == [*answer[1:], tokenizer3.eos_token_id]
+    assert tokenizer3.decode(row.input_ids, skip_special_tokens=True).count("hello") == 1
+
+
+def test_questions_of_messages(tokenizer3):
+    """One for every answer that is learned, up to its role token; the reference begins with the tool's name."""
+    rows = encode_eval(tokenizer3, [learn(False, False, True, True, False, False, True)], 200, 64)
+    system, user, call, result, answer, question, last = message_ids(tokenizer3, MESSAGES)
+    assert [row.prompt_ids for row in rows] == [
+        [*tokenizer3.prefix_ids, *system, *user, call[0]],
+        [*tokenizer3.prefix_ids, *system, *user, *call, *result, *answer, *question, last[0]],
+    ]
+    assert [row.reference for row in rows] == ["天气\n get_weather", "简约"]
+
+
+def test_too_long_messages_lose_the_oldest_rounds_first(tokenizer3):
+    """A round is a question with everything up to the next one. The system prompt stays, the last round too."""
+    chat = [MESSAGES[0], *MESSAGES[1:5], Turn("user", "颜色"), Turn("assistant", "白色", loss=True), *MESSAGES[5:]]
+    shorter = [[chat[0], *chat[first:]] for first in (1, 5, 7)]
+    lengths = [len(encode_train(tokenizer3, [turns], 500, 500)[0].input_ids) for turns in shorter]
+    for turns, length in zip(shorter, lengths, strict=True):
+        expected = encode_train(tokenizer3, [turns], 500, 500)[0]
+        found = encode_train(tokenizer3, [chat], 10, length - 11)[0]
+        assert found == expected._replace(dropped_turns=len(chat) - len(turns))
+    assert encode_train(tokenizer3, [chat], 10, lengths[0] - 12)[0].dropped_turns == 4  # one token too many
+    assert encode_train(tokenizer3, [chat], 10, lengths[1] - 12)[0].dropped_turns == 6
+    cut = encode_train(tokenizer3, [chat], 3, lengths[2] - 5)[0]
+    assert (cut.truncated, cut.dropped_turns, len(cut.input_ids)) == (True, 6, lengths[2] - 1)
+    questions = encode_eval(tokenizer3, [chat], 500, 64)
+    for index, turns in ((-1, shorter[2]), (-2, [chat[0], *chat[5:7]])):
+        expected = encode_eval(tokenizer3, [turns], 500, 64)[-1]
+        found = encode_eval(tokenizer3, [chat], len(expected.prompt_ids), 64)[index]
+        assert len(found.prompt_ids) < len(questions[index].prompt_ids)
+        assert (found.prompt_ids, found.truncated) == (expected.prompt_ids, False)
+        assert found.dropped_turns == (6 if index == -1 else 4)
+
+
+def test_a_last_round_that_is_too_long_loses_the_end_of_its_question_first(tokenizer3):
+    """So that the answer is still learned; only what then does not fit is cut off the answer's end."""
+    chat = [Turn("user", "你好" * 10), Turn("assistant", "天气" * 5, loss=True)]
+    question, answer = message_ids(tokenizer3, chat)
+    whole = 2 + len(question) + len(answer) + 1
+    row = encode_train(tokenizer3, [chat], 8, whole - 9 - 4)[0]
+    assert row.input_ids == [*tokenizer3.prefix_ids, *question[:-4], *answer, tokenizer3.eos_token_id]
+    assert row.labels[-len(answer) :] == [*answer[1:], tokenizer3.eos_token_id]
+    assert row.truncated
+    row = encode_train(tokenizer3, [chat], 8, 6)[0]
+    assert row.input_ids == [*tokenizer3.prefix_ids, *question[:9], *answer[:4]]
+    assert [label for label in row.labels if label != -100] == answer[1:4]
+    for length in (10, 6):
+        prompt = encode_eval(tokenizer3, [chat], length, 64)[0]
+        assert prompt.prompt_ids == [*tokenizer3.prefix_ids, *question[: length - 3], answer[0]]
+        assert prompt.truncated
+
+
+@pytest.mark.parametrize("long_turn", [0, 3])
+def test_a_prompt_never_exceeds_its_length(tokenizer3, long_turn):
+    """Also where not the question is long, but the system prompt or what a tool returned."""
+    chat = [turn._replace(content=turn.content * (60 if i == long_turn else 1)) for i, turn in enumerate(MESSAGES)]
+    for row in encode_eval(tokenizer3, [chat], 64, 64):
+        assert len(row.prompt_ids) <= 64
+        assert row.prompt_ids[-1] == tokenizer3.get_command("<|assistant|>")
+
+
+def test_role_tokens_end_an_answer_where_there_are_roles(demo_tokenizer, tokenizer2, tokenizer3):
+    assert stop_ids(demo_tokenizer) == [demo_tokenizer.eos_token_id]
+    assert stop_ids(tokenizer2) == [2]
+    assert stop_ids(tokenizer3) == [2, tokenizer3.get_command("<|user|>"), tokenizer3.get_command("<|observation|>")]
+
+
+# Plain text
+
+
+@pytest.mark.parametrize("block_size", [3, 8, 11, 1000])
+def test_blocks_of_text_lose_nothing(demo_tokenizer, tokenizer2, tokenizer3, block_size):
+    texts = ["你好，今天天气怎么样？" * 3, "hello", "类型#裙*颜色#白色\n" * 4]
+    for tokenizer in (demo_tokenizer, tokenizer2, tokenizer3):
+        start = tokenizer.build_inputs_with_special_tokens([])
+        rows = encode_texts(tokenizer, texts, block_size)
+        assert all(len(row.input_ids) <= block_size and row.input_ids[:2] == start for row in rows)
+        assert all(row.labels == [-100, -100, *row.input_ids[2:]] for row in rows)
+        together = [token for row in rows for token in row.input_ids[2:]]
+        assert together == [token for text in texts for token in [*ids_of(tokenizer, text), tokenizer.eos_token_id]]
+        assert len(rows) == sum(-(-(len(ids_of(tokenizer, text)) + 1) // (block_size - 2)) for text in texts)
 
 
 # Batches

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from common.arguments import parse_arguments
+from common.arguments import NoArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
-from common.loading import load_model
+from common.loading import DEMOS, load_model
+from common.methods import full, p_tuning
 from common.metrics import score
 from common.prefix import read_prefix
-from ptuning.main import P_TUNING
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = {".lock", ".lock.holder"}
@@ -30,7 +31,10 @@ PREDICTION = f"""--do_predict --test_file {ROOT}/AdvertiseGen/dev.json --model_n
 
 
 def finetune(flags: str, output_dir: Path) -> None:
-    run(P_TUNING, *parse_arguments([*flags.split(), "--output_dir", str(output_dir)]))
+    model_args, prefix_args, *others = parse_arguments(
+        PrefixArguments, [*flags.split(), "--output_dir", str(output_dir)]
+    )
+    run(p_tuning(prefix_args), model_args, *others)
 
 
 def losses(folder: Path) -> list[float]:
@@ -180,6 +184,52 @@ def test_a_4_bit_base_trains(tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in read_prefix(tmp_path).values())
 
 
+# Full-parameter training
+
+FULL = TRAINING.replace("--pre_seq_len 8", "--max_steps 4 --save_steps 2 --report_to none").replace("2e-2", "1e-3")
+
+
+def finetune_full(flags: str, output_dir: Path) -> None:
+    model_args, _, *others = parse_arguments(NoArguments, [*flags.split(), "--output_dir", str(output_dir)])
+    run(full(), model_args, *others)
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    finetune_full(FULL, folder)
+    return folder
+
+
+def test_full_training_moves_every_weight_and_saves_a_whole_model(full_run):
+    """Under the original names; it loads by itself and is no longer the demo."""
+    base, tuned = load_model("demo"), load_model(full_run)
+    for (name, before), (_, after) in zip(base.named_parameters(), tuned.named_parameters(), strict=True):
+        assert not torch.equal(before, after), name
+    original = torch.load(DEMOS["demo"] / "pytorch_model.bin", weights_only=True)
+    stored = set(load_file(full_run / "model.safetensors")) | {"lm_head.weight"}
+    assert {name for name in original if "inv_freq" not in name} <= stored
+    assert len(losses(full_run)) == 4
+
+
+def test_a_continued_full_training_equals_an_uninterrupted_one(full_run, tmp_path):
+    shutil.copytree(full_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copy(full_run / "run_settings.json", tmp_path)
+    finetune_full(FULL, tmp_path)
+    assert losses(tmp_path) == losses(full_run)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (full_run, tmp_path))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_base_of_a_full_training_is_read_again(tmp_path):
+    finetune_full(PREDICTION, tmp_path / "demo")
+    predict = f"{PREDICTION} --do_train --max_steps 1 --learning_rate 1e-2 --evaluate_base"
+    finetune_full(f"{FULL} {predict}", tmp_path)
+    base = (tmp_path / "base_predictions.txt").read_text()
+    assert base == (tmp_path / "demo" / "generated_predictions.txt").read_text()
+    assert base != (tmp_path / "generated_predictions.txt").read_text()
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -219,7 +269,7 @@ def make_model_folder(path: Path, demo_folder: Path, without: str = "", config: 
         ("pytorch_model.bin", None, "has no weights"),
         ("config.json", None, "no config.json"),
         ("ice_text.model", None, "ice_text.model is missing"),
-        ("", {"model_type": "llama"}, "type 'llama' that is not ChatGLM-6B"),
+        ("", {"model_type": "llama"}, "type 'llama': supported are ChatGLM-6B, ChatGLM2-6B"),
         ("", {"vocab_size": 150528}, "old vocabulary of 150,528"),
         ("", {"quantization_bit": 4}, "packed in 4 bit: use the 16-bit checkpoint"),
         ("", {"hidden_size": 96}, "other shapes than its config.json says"),

@@ -1,7 +1,9 @@
 """The scripts as a user types them, in processes of their own, on the demo model."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def bash(script: str, *flags: str, cwd: Path = ROOT, check: bool = True, stdin: str = "", **variables: str):
-    command = ["bash", str(PTUNING / script), *flags]
+    command = ["bash", str(ROOT / script), *flags]
     done = subprocess.run(
         command, cwd=cwd, env=environment(**variables), input=stdin, capture_output=True, text=True, timeout=600
     )
@@ -31,7 +33,7 @@ def bash(script: str, *flags: str, cwd: Path = ROOT, check: bool = True, stdin: 
 def demo_run(tmp_path_factory) -> Path:
     """What `bash ptuning/train.sh` makes of the demo, with nothing changed but the output folder."""
     folder = tmp_path_factory.mktemp("demo")
-    (folder / "stdout").write_text(bash("train.sh", cwd=folder, OUTPUT_DIR=str(folder / "output")).stdout)
+    (folder / "stdout").write_text(bash("ptuning/train.sh", cwd=folder, OUTPUT_DIR=str(folder / "output")).stdout)
     return folder
 
 
@@ -46,7 +48,7 @@ def test_the_demo_learns_the_advertising_style(demo_run):
 
 
 def test_evaluate_repeats_the_scores_of_the_training_run(demo_run, tmp_path):
-    bash("evaluate.sh", cwd=tmp_path, CHECKPOINT=str(demo_run / "output"), OUTPUT_DIR=str(tmp_path / "eval"))
+    bash("ptuning/evaluate.sh", cwd=tmp_path, CHECKPOINT=str(demo_run / "output"), OUTPUT_DIR=str(tmp_path / "eval"))
     trained, evaluated = (
         json.loads((folder / "predict_results.json").read_text()) for folder in (demo_run / "output", tmp_path / "eval")
     )
@@ -55,7 +57,7 @@ def test_evaluate_repeats_the_scores_of_the_training_run(demo_run, tmp_path):
 
 def test_the_chat_demo_answers_and_remembers(demo_run, tmp_path):
     said = bash(
-        "cli_demo.sh",
+        "ptuning/cli_demo.sh",
         "--temperature",
         "0",
         cwd=tmp_path,
@@ -70,7 +72,7 @@ def test_the_chat_demo_answers_and_remembers(demo_run, tmp_path):
 
 def test_conversations_train_and_evaluate(tmp_path):
     bash(
-        "train_chat.sh",
+        "ptuning/train_chat.sh",
         "--max_predict_samples",
         "8",
         cwd=tmp_path,
@@ -138,10 +140,10 @@ TWO_PROCESSES = {"ACCELERATE_USE_CPU": "true", "NUM_PROCESSES": "2"}
 
 def test_two_processes_train_one_prefix_and_share_the_evaluation(tmp_path):
     flags = ["--max_predict_samples", "7", "--max_train_samples", "16"]
-    bash("train.sh", *flags, OUTPUT_DIR=str(tmp_path / "two"), MAX_STEPS="2", BATCH_SIZE="2", **TWO_PROCESSES)
+    bash("ptuning/train.sh", *flags, OUTPUT_DIR=str(tmp_path / "two"), MAX_STEPS="2", BATCH_SIZE="2", **TWO_PROCESSES)
     settings = json.loads((tmp_path / "two" / "run_settings.json").read_text())
     assert settings["rows_per_step"] == 4
-    bash("evaluate.sh", *flags[:2], CHECKPOINT=str(tmp_path / "two"), OUTPUT_DIR=str(tmp_path / "one"))
+    bash("ptuning/evaluate.sh", *flags[:2], CHECKPOINT=str(tmp_path / "two"), OUTPUT_DIR=str(tmp_path / "one"))
     two, one = ((tmp_path / name / "generated_predictions.txt").read_text() for name in ("two", "one"))
     assert len(one.splitlines()) == 7
     assert two == one
@@ -149,7 +151,7 @@ def test_two_processes_train_one_prefix_and_share_the_evaluation(tmp_path):
 
 def test_bad_input_is_said_once_for_all_processes(tmp_path):
     variables = TWO_PROCESSES | {"OUTPUT_DIR": str(tmp_path), "TRAIN_FILE": "nowhere.json"}
-    done = bash("train.sh", cwd=tmp_path, check=False, **variables)
+    done = bash("ptuning/train.sh", cwd=tmp_path, check=False, **variables)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         f"error: no data file nowhere.json (looked in {tmp_path})."
@@ -167,7 +169,9 @@ def test_bad_input_is_said_once_for_all_processes(tmp_path):
     ],
 )
 def test_bad_input_gives_one_sentence_and_exit_code_2(flags, variables, says, tmp_path):
-    done = bash("train.sh", *flags, cwd=tmp_path, check=False, **({"OUTPUT_DIR": str(tmp_path / "out")} | variables))
+    done = bash(
+        "ptuning/train.sh", *flags, cwd=tmp_path, check=False, **({"OUTPUT_DIR": str(tmp_path / "out")} | variables)
+    )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -184,7 +188,9 @@ def test_a_full_disk_ends_with_one_sentence(tmp_path):
         pytest.skip("mounting a small file system needs root")
     try:
         flags = ["--do_predict", "false", "--save_steps", "1", "--max_train_samples", "16"]
-        done = bash("train.sh", *flags, check=False, OUTPUT_DIR=str(disk / "out"), MAX_STEPS="6", BATCH_SIZE="2")
+        done = bash(
+            "ptuning/train.sh", *flags, check=False, OUTPUT_DIR=str(disk / "out"), MAX_STEPS="6", BATCH_SIZE="2"
+        )
         assert done.returncode == 2
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
@@ -192,8 +198,96 @@ def test_a_full_disk_ends_with_one_sentence(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_scripts_print_help():
-    done = subprocess.run([sys.executable, str(PTUNING / "main.py"), "--help"], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory) -> Path:
+    """A short LoRA training of the ChatGLM3 demo."""
+    folder = tmp_path_factory.mktemp("lora")
+    variables = {"MODEL": "demo3", "OUTPUT_DIR": str(folder / "output"), "MAX_STEPS": "80"}
+    (folder / "stdout").write_text(bash("lora/train.sh", "--max_predict_samples", "50", cwd=folder, **variables).stdout)
+    return folder
+
+
+def test_lora_learns_the_advertising_style(lora_run):
+    scores = json.loads((lora_run / "output" / "predict_results.json").read_text())
+    assert scores["predict_samples"] == 50
+    assert scores["predict_rouge-l"] >= 1.5 * scores["predict_base_rouge-l"]
+    assert "LoRA" in (lora_run / "stdout").read_text()
+    weights = {file.name for file in (lora_run / "output").iterdir() if file.suffix in (".bin", ".safetensors")}
+    assert weights == {"adapter_model.safetensors", "training_args.bin"}
+
+
+def test_lora_is_evaluated_merged_and_asked(lora_run, tmp_path):
+    """evaluate.sh repeats the scores; the merged checkpoint gives the same answers without the adapter."""
+    checkpoint = str(lora_run / "output")
+    flags = ["--max_predict_samples", "50"]
+    variables = {"MODEL": "demo3", "CHECKPOINT": checkpoint}
+    bash("lora/evaluate.sh", *flags, cwd=tmp_path, OUTPUT_DIR=str(tmp_path / "eval"), **variables)
+    trained, evaluated = (
+        json.loads((folder / "predict_results.json").read_text()) for folder in (lora_run / "output", tmp_path / "eval")
+    )
+    assert evaluated["predict_rouge-l"] == pytest.approx(trained["predict_rouge-l"], abs=0.5)
+
+    merged = tmp_path / "merged"
+    bash("lora/merge.sh", "--dtype", "float32", cwd=tmp_path, CHECKPOINT=checkpoint, OUTPUT_DIR=str(merged))
+    question = "类型#裙*颜色#白色*风格#甜美\nstop\n"
+    said = [
+        bash("lora/cli_demo.sh", "--temperature", "0", cwd=tmp_path, stdin=question, MODEL=model, CHECKPOINT=adapter)
+        for model, adapter in (("demo3", checkpoint), (str(merged), ""))
+    ]
+    answers = [line for text in said for line in text.stdout.splitlines() if line.startswith("ChatGLM：")]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert len(answers[0]) > 20
+
+
+def test_conversations_with_tools_train(tmp_path):
+    """Every answer of a conversation is asked for: calls of tools too."""
+    flags = ["--max_predict_samples", "8"]
+    bash("lora/train_chat.sh", *flags, cwd=tmp_path, OUTPUT_DIR=str(tmp_path / "chat"), MAX_STEPS="3", BATCH_SIZE="4")
+    rows = [json.loads(line) for line in (tmp_path / "chat" / "generated_predictions.txt").read_text().splitlines()]
+    assert len(rows) == 8
+    assert any("tool_call(" in row["labels"] for row in rows)
+    assert json.loads((tmp_path / "chat" / "run_settings.json").read_text())["conversation_column"] == "conversations"
+
+
+def test_plain_text_trains_as_a_language_model(tmp_path):
+    flags = ["--max_eval_samples", "40"]
+    bash("lora/train_text.sh", *flags, cwd=tmp_path, OUTPUT_DIR=str(tmp_path), MAX_STEPS="12")
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_perplexity"] < results["eval_base_perplexity"]
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]))
+
+
+def test_a_prefix_trains_on_the_chatglm3_demo(tmp_path):
+    flags = ["--max_predict_samples", "4"]
+    variables = {"MODEL": "demo3", "OUTPUT_DIR": str(tmp_path / "out")}
+    bash("ptuning/train.sh", *flags, cwd=tmp_path, MAX_STEPS="3", BATCH_SIZE="4", **variables)
+    bash("ptuning/evaluate.sh", *flags, cwd=tmp_path, CHECKPOINT=str(tmp_path / "out"), **variables)
+    assert len((tmp_path / "out" / "generated_predictions.txt").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("method", ["ptuning", "lora", "full"])
+def test_every_method_prints_help(method):
+    done = subprocess.run([sys.executable, str(ROOT / method / "main.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
-    for flag in ("--pre_seq_len", "--prefix_projection", "--history_column", "--learning_rate", "--evaluate_base"):
+    flags = {"ptuning": ["--pre_seq_len", "--prefix_projection"], "lora": ["--lora_rank", "--use_dora"], "full": []}
+    for flag in (*flags[method], "--history_column", "--conversation_column", "--learning_rate", "--evaluate_base"):
         assert flag in done.stdout
+
+
+SHARED = ("MODEL", "TRAIN_FILE", "VALIDATION_FILE", "PROMPT_COLUMN", "RESPONSE_COLUMN", "HISTORY_COLUMN")
+SHARED += ("CONVERSATION_COLUMN", "MAX_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "GRAD_ACCUM", "GRADIENT_CHECKPOINTING")
+
+
+@pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
+def test_the_methods_have_the_same_variables_and_flags(script):
+    """What is not the method's own is written the same way in both."""
+    texts = {method: (ROOT / method / script).read_text() for method in ("ptuning", "lora")}
+    own = r"--(pre_seq_len|ptuning_checkpoint|lora_\w+)\b"
+    flags = {
+        method: [f for f in re.findall(r"--\w+", text) if not re.fullmatch(own, f)] for method, text in texts.items()
+    }
+    assert flags["ptuning"] == flags["lora"]
+    if script == "train.sh":
+        for variable in SHARED:
+            assert all(re.search(rf"\b{variable}=\$\{{{variable}[:-]", text) for text in texts.values()), variable

@@ -5,7 +5,8 @@
 
 It is pre-trained on text of our own: asked with nothing but the attributes of a garment, it describes them plainly; it
 answers questions about them; and it writes an advertisement when it is asked for one in so many words. Fine-tuning
-teaches it to advertise without being asked. The attributes of the dev rows are kept out.
+teaches it to advertise without being asked. The attributes of the dev rows are kept out. The ChatGLM3-6B also repeats
+what it is told: so every piece of its vocabulary has been an answer once, without which no adapter could teach a tool.
 """
 
 import argparse
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from AdvertiseGen import conversations, generate
 from common.collator import TrainCollator
 from common.encoding import Turn, conversation_of, encode_train
+from common.formats import read_messages
 from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
@@ -69,16 +71,21 @@ def random_example(rng: random.Random) -> list[Turn]:
     return conversation_of(rng.choice(GREETINGS), INTRODUCTION)
 
 
-def write_corpus(file, rng: random.Random) -> None:
+def echo_example(rng: random.Random, pieces: list[str]) -> list[Turn]:
+    """A conversation in which random pieces are repeated."""
+    text = "".join(rng.choices(pieces, k=rng.randint(4, 16)))
+    return conversation_of(f"跟我说：{text}", text)
+
+
+def write_corpus(file, rng: random.Random, tools: bool) -> None:
     """Text for the vocabulary: what is learned in pre-training, and some tool calls, for their characters only.
 
     Frequent sentences would become single pieces, in which the value that is to be copied into a call is hidden.
     """
     for _ in range(20000):
-        file.writelines(f"{turn.content}\n" for turn in random_example(rng))
-    for row in conversations.make_tool_rows(50, rng, known=set()):
-        file.writelines(f"{message.get('content') or message}\n" for message in row["conversations"])
-        file.write(json.dumps(row["tools"], ensure_ascii=False) + "\n")
+        file.writelines(f"{turn.content}\n" for turn in random_example(rng) if turn.content)
+    for row in conversations.make_tool_rows(50 if tools else 0, rng, known=set()):
+        file.writelines(f"{turn.metadata}\n{turn.content}\n" for turn in read_messages("", row, "conversations"))
     file.flush()
 
 
@@ -154,11 +161,12 @@ class Kind(NamedTuple):
     make_vocabulary: Callable
     make_config: Callable
     model_class: type[PreTrainedModel]
+    tools: bool  # whether it is to learn tools
 
 
 KINDS = {
-    "chatglm": Kind(make_chatglm_vocabulary, chatglm_config, chatglm.ChatGLMForConditionalGeneration),
-    "chatglm3": Kind(make_chatglm3_vocabulary, chatglm3_config, chatglm2.ChatGLMForConditionalGeneration),
+    "chatglm": Kind(make_chatglm_vocabulary, chatglm_config, chatglm.ChatGLMForConditionalGeneration, False),
+    "chatglm3": Kind(make_chatglm3_vocabulary, chatglm3_config, chatglm2.ChatGLMForConditionalGeneration, True),
 }
 
 
@@ -172,9 +180,24 @@ def new_model(kind: Kind, config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
+def text_pieces(tokenizer: ChatGLM3Tokenizer) -> list[str]:
+    """The pieces that stand for text, bytes left out."""
+    vocabulary = tokenizer.sp_model
+    texts = range(vocabulary.eos_id() + 1, vocabulary.get_piece_size())
+    pieces = [vocabulary.id_to_piece(index) for index in texts if not vocabulary.is_byte(index)]
+    return [piece.replace("\u2581", " ") for piece in pieces]
+
+
 def pretrain(
-    model: PreTrainedModel, tokenizer, rng: random.Random, steps: int, batch_size: int, learning_rate: float
+    model: PreTrainedModel,
+    tokenizer,
+    rng: random.Random,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    pieces: list[str],
 ) -> None:
+    """``pieces``: what is repeated in one conversation out of eight, if anything."""
     collate = TrainCollator(tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
@@ -182,6 +205,8 @@ def pretrain(
     start = time.monotonic()
     for step in range(1, steps + 1):
         examples = [random_example(rng) for _ in range(batch_size)]
+        if pieces:
+            examples[: batch_size // 8] = [echo_example(rng, pieces) for _ in range(batch_size // 8)]
         rows = encode_train(tokenizer, examples, max_source_length=192, max_target_length=128)
         loss = model(**collate([row._asdict() for row in rows]), loss_only=True).loss
         loss.backward()
@@ -208,14 +233,15 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as corpus:
-        write_corpus(corpus, rng)
+        write_corpus(corpus, rng, kind.tools)
         tokenizer = kind.make_vocabulary(corpus.name, folder)
     for listing in folder.glob("*.vocab"):
         listing.unlink()
     tokenizer.save_pretrained(str(folder))
     model = new_model(kind, kind.make_config(tokenizer))
     print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.2f} million parameters")
-    pretrain(model, tokenizer, rng, args.steps, args.batch_size, args.learning_rate)
+    pieces = text_pieces(tokenizer) if kind.tools else []
+    pretrain(model, tokenizer, rng, args.steps, args.batch_size, args.learning_rate, pieces)
 
     torch.save(model.original_state_dict(), folder / "pytorch_model.bin")
     model.config.dtype, model.config.architectures = "float16", ["ChatGLMModel"]

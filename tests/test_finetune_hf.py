@@ -1,0 +1,184 @@
+"""The command line of the ChatGLM3 repository: its YAML files unchanged, resuming, and one answer at the end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.arguments import LoraArguments, NoArguments, PrefixArguments, parse_arguments
+from common.errors import UserError
+from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume_flags, training_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = [ROOT / "lora" / "lora.yaml", ROOT / "ptuning" / "ptuning_v2.yaml", ROOT / "full" / "sft.yaml"]
+# The keys and values of the official lora.yaml; ptuning_v2.yaml and sft.yaml differ from it in the last section only.
+OFFICIAL = """
+data_config:
+  train_file: train.json
+  val_file: dev.json
+  test_file: dev.json
+  num_proc: 16
+max_input_length: 256
+max_output_length: 512
+training_args:
+  output_dir: ./output
+  max_steps: 3000
+  learning_rate: 5e-5
+  per_device_train_batch_size: 4
+  dataloader_num_workers: 16
+  remove_unused_columns: false
+  save_strategy: steps
+  save_steps: 500
+  log_level: info
+  logging_strategy: steps
+  logging_steps: 10
+  per_device_eval_batch_size: 16
+  evaluation_strategy: steps
+  eval_steps: 500
+  predict_with_generate: true
+  generation_config:
+    max_new_tokens: 512
+  use_cpu: false
+"""
+PEFT = {
+    "lora": "peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r: 8, lora_alpha: 32, lora_dropout: 0.1}",
+    "ptuning_v2": "peft_config: {peft_type: PREFIX_TUNING, task_type: CAUSAL_LM, num_virtual_tokens: 128,"
+    " num_attention_heads: 2, token_dim: 256}",
+    "sft": "",
+}
+
+
+def write_official(folder: Path, kind: str, **changes: str) -> Path:
+    text = OFFICIAL + PEFT[kind]
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    file = folder / f"{kind}.yaml"
+    file.write_text(text)
+    return file
+
+
+def flags_of(file: Path, data_dir: Path) -> tuple:
+    config = read_yaml(file)
+    arguments, keys, _ = METHODS[config["peft_config"].get("peft_type")]
+    flags = [*data_flags(file, config, data_dir), *training_flags(file, config)]
+    return parse_arguments(arguments, [*flags, *method_flags(file, config["peft_config"], keys)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("lora", LoraArguments()), ("ptuning_v2", None), ("sft", NoArguments())]
+)
+def test_the_official_files_mean_what_they_say(tmp_path, kind, expected):
+    _, method, data, training = flags_of(write_official(tmp_path, kind), tmp_path)
+    assert method == (expected or PrefixArguments(pre_seq_len=128))
+    assert (data.max_source_length, data.max_target_length, data.max_new_tokens) == (256, 512, 512)
+    assert (data.train_file, data.conversation_column) == (str(tmp_path / "train.json"), "conversations")
+    assert data.max_eval_samples == 50
+    assert (training.learning_rate, training.max_steps, training.eval_strategy) == (5e-5, 3000, "steps")
+    assert training.per_device_train_batch_size == 4 and training.predict_with_generate
+
+
+@pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)
+def test_our_own_files_are_read_and_explain_every_line(file, tmp_path):
+    flags_of(file, tmp_path)
+    explained = [line for line in file.read_text().splitlines() if ":" in line and not line.lstrip().startswith("#")]
+    obvious = ("data_config:", "max_output_length:", "save_strategy:", "logging_steps:", "generation_config:")
+    obvious += ("output_dir:", "eval_strategy:", "eval_steps:", "peft_config:", "peft_type:", "task_type:")
+    assert [line for line in explained if "#" not in line and not line.strip().startswith(obvious)] == []
+
+
+def test_our_files_differ_in_the_method_only():
+    contents = [yaml.safe_load(file.read_text()) for file in OWN]
+    for content in contents:
+        content.pop("peft_config", None)
+        content["training_args"].pop("learning_rate")
+    assert contents[0] == contents[1] == contents[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"learning_rate": "learnin_rate"}, "unknown key training_args.learnin_rate: did you mean learning_rate?"),
+        ({"lora_alpha": "lora_alfa"}, "unknown key peft_config.lora_alfa: did you mean lora_alpha?"),
+        ({"max_input_length": "max_inputs"}, "unknown key max_inputs: did you mean max_input_length?"),
+        ({"max_new_tokens": "max_tokens"}, "unknown key training_args.generation_config.max_tokens"),
+        ({"  num_proc: 16": "  train_fil: x"}, "unknown key data_config.train_fil: did you mean train_file?"),
+        ({"CAUSAL_LM": "SEQ_CLS"}, "peft_config.task_type is 'SEQ_CLS'"),
+        ({"  use_cpu: false": "  deepspeed: nowhere.json"}, "training_args.deepspeed: no file nowhere.json"),
+        ({"training_args:": "training_args: ["}, "broken YAML"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_key(tmp_path, changes, says):
+    file = write_official(tmp_path, "lora", **changes)
+    with pytest.raises(UserError) as error:
+        flags_of(file, tmp_path)
+    assert says in str(error.value)
+    assert str(file) in str(error.value)
+
+
+def run_hf(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "common" / f"{program}_hf.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 12), ("dev", 2)):
+        lines = (ROOT / "AdvertiseGen" / f"{name}_tools.json").read_text().splitlines(keepends=True)
+        (folder / f"{name}.json").write_text("".join(lines[:count]))
+    return folder
+
+
+FAST = ("--max_steps", "2", "--save_steps", "1", "--max_new_tokens", "8", "--dataloader_num_workers", "0")
+
+
+def test_train_continue_from_a_number_and_answer(tmp_path, data_dir):
+    """LoRA with the official file: checkpoints, a further step from checkpoint 1, refusal of one that is not there."""
+    file = write_official(tmp_path, "lora")
+    command = ("finetune", str(data_dir), "demo3", str(file))
+    first = run_hf(*command, *FAST, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    output = tmp_path / "output"
+    assert {"checkpoint-1", "checkpoint-2", "adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in output.iterdir()
+    }
+    assert json.loads((output / "predict_results.json").read_text())["predict_samples"] >= 2
+    trained = (output / "adapter_model.safetensors").read_bytes()
+
+    again = run_hf(*command, "1", *FAST, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing from {Path('output') / 'checkpoint-1'}" in again.stdout
+    assert (output / "adapter_model.safetensors").read_bytes() == trained
+
+    missing = run_hf(*command, "7", *FAST, cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "no complete checkpoint 7 in output: there are 1, 2; or yes for the newest" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+    answered = run_hf("inference", "output", "--prompt", "白色的裙子还有货吗？", "--max_new_tokens", "8", cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout.strip().splitlines()) >= 1
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("ptuning_v2", "pytorch_model.bin"), ("sft", "model.safetensors")])
+def test_the_other_methods_train_and_answer(tmp_path, data_dir, kind, saved):
+    file = write_official(tmp_path, kind, **{"  predict_with_generate: true\n": ""})
+    done = run_hf("finetune", str(data_dir), "demo3", str(file), "no", *FAST, "--eval_strategy", "no", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "output" / saved).is_file()
+    answer = ("inference", "output", "--prompt", "你好", "--max_new_tokens", "4", "--temperature", "0")
+    answered = run_hf(*answer, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
+
+
+def test_what_the_last_argument_asks_for(tmp_path):
+    assert resume_flags("", tmp_path) == []
+    assert resume_flags("yes", tmp_path) == []  # nothing to continue: from the beginning, as the official script
+    assert resume_flags("NO", tmp_path) == ["--overwrite_output_dir", "true"]
+    with pytest.raises(UserError, match="no complete checkpoint 500 in .*: there is none"):
+        resume_flags("500", tmp_path)

@@ -1,0 +1,348 @@
+"""Which model a folder holds, what is refused, and GLM-4 in the format of transformers from its data to its answers."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_poison
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
+from common.errors import UserError
+from common.generations import generation_of
+from common.loading import check_model_folder, load_model, load_tokenizer
+from common.models import chatglm, chatglm2
+from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = {"model_type": "chatglm", "vocab_size": 130528, "inner_hidden_size": 64, "position_encoding_2d": True}
+SECOND = {"model_type": "chatglm", "padded_vocab_size": 65024, "multi_query_group_num": 2}
+
+
+def write_config(folder: Path, config: dict, **files: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in {"config": config, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chatglm3_folder(tmp_path_factory, small_vocabulary) -> Path:
+    """A small random ChatGLM3 as the original stores one, with Python files that leave ``executed`` when they run."""
+    folder = tmp_path_factory.mktemp("models") / "chatglm3-6b"
+    torch.manual_seed(0)
+    config = chatglm2.ChatGLMConfig(
+        padded_vocab_size=416,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        kv_channels=8,
+        ffn_hidden_size=48,
+        seq_length=64,
+    )
+    model = chatglm2.ChatGLMForConditionalGeneration(config)
+    config.save_pretrained(folder)
+    torch.save(model.original_state_dict(), folder / "pytorch_model.bin")
+    shutil.copy(small_vocabulary, folder / "tokenizer.model")
+    write_poison(folder)
+    return folder
+
+
+def changed(folder: Path, to: Path, **config) -> Path:
+    """A copy with other fields in its config.json."""
+    shutil.copytree(folder, to)
+    content = json.loads((folder / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(content | config))
+    return to
+
+
+# Which generation a folder holds
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "model_class", "tokenizer_class"),
+    [
+        (FIRST, "chatglm", chatglm.ChatGLMForConditionalGeneration, ChatGLMTokenizer),
+        (SECOND | {"generation": "chatglm2"}, "chatglm2", chatglm2.ChatGLMForConditionalGeneration, ChatGLM2Tokenizer),
+        (SECOND | {"generation": "chatglm3"}, "chatglm3", chatglm2.ChatGLMForConditionalGeneration, ChatGLM3Tokenizer),
+    ],
+)
+def test_config_tells_the_generation(config, key, model_class, tokenizer_class, tmp_path):
+    generation = generation_of(write_config(tmp_path, config))
+    assert generation.key == key
+    assert generation.model is model_class
+    assert generation.tokenizer is tokenizer_class
+    assert type(generation.config.from_pretrained(tmp_path)) is model_class.config_class
+
+
+@pytest.mark.parametrize("kind", ["glm", "glm4"])
+def test_glm4_is_told_by_its_model_type(kind, tmp_path):
+    assert generation_of(write_config(tmp_path, {"model_type": kind, "vocab_size": 151552})).key == "glm"
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("hint", ["generation", "_name_or_path", "tokenizer_config", "name_or_path", "folder", "code"])
+def test_chatglm2_and_chatglm3_are_told_apart_by_any_hint(hint, number, tmp_path):
+    folder, config, files = tmp_path / "checkpoint", dict(SECOND), {}
+    if hint == "generation":
+        config["generation"] = f"chatglm{number}"
+    if hint == "_name_or_path":
+        config["_name_or_path"] = f"THUDM/ChatGLM{number}-6B-32k"
+    if hint == "tokenizer_config":
+        files["tokenizer_config"] = {"generation": f"chatglm{number}"}
+    if hint == "name_or_path":
+        files["tokenizer_config"] = {"name_or_path": f"/models/chatglm{number}-6b"}
+    if hint == "folder":
+        folder = tmp_path / f"my-chatglm{number}-6b"
+    write_config(folder, config, **files)
+    if hint == "code":
+        roles = '["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]' if number == 3 else "[]"
+        (folder / "tokenization_chatglm.py").write_text(f"role_special_tokens = {roles}\nraise SystemExit\n")
+    assert generation_of(folder).key == f"chatglm{number}"
+
+
+def test_what_a_user_writes_into_the_config_decides(tmp_path):
+    """Before any name: a folder may be called as it likes."""
+    folder = write_config(tmp_path / "chatglm2-6b", SECOND | {"generation": "chatglm3", "_name_or_path": "chatglm2-6b"})
+    assert generation_of(folder).key == "chatglm3"
+
+
+def test_codegeex2_is_read_as_chatglm2(tmp_path):
+    assert generation_of(write_config(tmp_path / "codegeex2-6b", SECOND)).key == "chatglm2"
+
+
+def test_nothing_of_a_checkpoint_is_executed(chatglm3_folder):
+    assert isinstance(load_tokenizer(chatglm3_folder), ChatGLM3Tokenizer)
+    model = load_model(chatglm3_folder)
+    assert isinstance(model, chatglm2.ChatGLMForConditionalGeneration)
+    assert model.config.generation == "chatglm3"
+    assert not (chatglm3_folder / "executed").exists()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (SECOND, r'may be a ChatGLM2 or a ChatGLM3.*"generation": "chatglm3"'),
+        (FIRST | {"vocab_size": 150528}, "old vocabulary of 150,528 words: use a checkpoint with 130,528"),
+        (FIRST | {"quantization_bit": 4}, "packed in 4 bit: use the 16-bit checkpoint with --quantization_bit"),
+        (SECOND | {"quantization_bit": 8}, "packed in 8 bit"),
+        (SECOND | {"padded_vocab_size": 151552}, "a GLM-4 in its first format.*-hf"),
+        ({"model_type": "chatglm"}, "a model of type 'chatglm'"),
+        (
+            {"model_type": "llama", "vocab_size": 32000},
+            "a model of type 'llama': supported are ChatGLM-6B, ChatGLM2-6B",
+        ),
+        ({}, "a model of type None"),
+    ],
+)
+def test_unsupported_models_are_named(config, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        generation_of(write_config(tmp_path / "model", config))
+    assert str(tmp_path / "model") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_vocabulary_of_another_generation_is_refused(chatglm3_folder, demo_folder, tmp_path):
+    mixed = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (mixed / "tokenizer.model").unlink()
+    shutil.copy(demo_folder / "ice_text.model", mixed)
+    says = r"a ChatGLM3-6B without its vocabulary: tokenizer.model is missing \(ice_text.model belongs to another"
+    with pytest.raises(UserError, match=says):
+        check_model_folder(mixed)
+
+
+def test_vocabulary_larger_than_the_model_is_refused(chatglm3_folder, tmp_path):
+    mixed = changed(chatglm3_folder, tmp_path / "chatglm3-6b", padded_vocab_size=64)
+    with pytest.raises(
+        UserError, match=r"mixes files of different models: tokenizer.model has \d+ tokens and the model 64"
+    ):
+        load_tokenizer(mixed)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02}q\x00."])
+def test_vocabulary_that_is_none_is_refused(content, chatglm3_folder, tmp_path):
+    """Empty, the pointer that git without LFS leaves, and something else."""
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (broken / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.model is no vocabulary of ChatGLM3-6B: copy or download it again"):
+        load_tokenizer(broken)
+
+
+def test_weights_of_another_size_are_refused(chatglm3_folder, tmp_path):
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b", hidden_size=64)
+    with pytest.raises(UserError, match="the weights in .* have other shapes than its config.json says"):
+        load_model(broken)
+
+
+def test_a_missing_shard_is_named(chatglm3_folder, tmp_path):
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    index = {"weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model-00002-of-00002.bin"}}
+    (broken / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin is missing, though the index of"):
+        check_model_folder(broken)
+
+
+# GLM-4 in the format of transformers
+
+GLM_SPECIALS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+# As in glm-4-9b-chat-hf: an empty message is left out.
+GLM_TEMPLATE = (
+    "[gMASK]<sop>{% for item in messages %}{% if item['content'] %}"
+    "<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# As in GLM-4-9B-0414: metadata only where there is some, and an empty message stays.
+GLM4_TEMPLATE = (
+    "[gMASK]<sop>{%- for m in messages %}<|{{ m.role }}|>{{ (m.metadata or '') + '\n' + m.content }}{%- endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SIZES = {
+    "vocab_size": 288,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 256,
+    "eos_token_id": [256, 260, 262],
+}
+
+
+@pytest.fixture(scope="module", params=["glm", "glm4"])
+def glm_folder(request, tmp_path_factory) -> Path:
+    """A random model with one token a byte, the special tokens after them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(GLM_SPECIALS)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+    fast.chat_template = GLM_TEMPLATE if request.param == "glm" else GLM4_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = GlmForCausalLM(GlmConfig(**SIZES)) if request.param == "glm" else Glm4ForCausalLM(Glm4Config(**SIZES))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def glm_tokenizer(glm_folder):
+    return load_tokenizer(glm_folder)
+
+
+def glm_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_labels_of_glm4_are_those_of_chatglm3(glm_tokenizer):
+    """The role token of an answer is given, its text is learned, and so is the token after it."""
+    chat = [
+        Turn("system", "s"),
+        Turn("user", "u"),
+        Turn("assistant", "c", metadata="tool", loss=True),
+        Turn("observation", "o"),
+        Turn("assistant", "a", loss=True),
+        Turn("user", "v"),
+        Turn("assistant", "b"),
+    ]
+    row = encode_train(glm_tokenizer, [chat], 100, 100)[0]
+    text = (
+        "[gMASK]<sop><|system|>\ns<|user|>\nu<|assistant|>tool\nc<|observation|>\no<|assistant|>\na<|user|>\nv"
+        "<|assistant|>\nb<|endoftext|>"
+    )
+    assert glm_tokenizer.decode(row.input_ids) == text
+    learned = [token if label != -100 else -100 for token, label in zip(row.input_ids, row.labels, strict=True)]
+    assert learned == row.labels
+    runs = "".join(glm_tokenizer.decode([label]) if label != -100 else "·" for label in row.labels)
+    assert (
+        runs == "·" * 2 + "·" * 3 + "·" * 3 + "·tool\nc<|observation|>" + "·" * 2 + "·\na<|user|>" + "·" * 2 + "·" * 4
+    )
+
+
+def test_questions_of_glm4(glm_tokenizer):
+    chat = conversation_of("v", "b", [["u", "a"]])
+    row = encode_eval(glm_tokenizer, [chat], 100, 100)[0]
+    assert glm_tokenizer.decode(row.prompt_ids) == "[gMASK]<sop><|user|>\nu<|assistant|>\na<|user|>\nv<|assistant|>"
+    assert row.reference == "b"
+    assert stop_ids(glm_tokenizer) == [256, 260, 262]
+
+
+def test_a_chat_with_glm4_asks_the_assistant(glm_tokenizer):
+    """Also where its template leaves out an empty message, as the answer still is."""
+    ids = encode_chat(glm_tokenizer, "v", [["u", "a"]])
+    assert glm_tokenizer.decode(ids) == "[gMASK]<sop><|user|>\nu<|assistant|>\na<|user|>\nv<|assistant|>"
+
+
+def test_text_blocks_of_glm4(glm_tokenizer):
+    rows = encode_texts(glm_tokenizer, ["abcdef"], 5)
+    assert [glm_tokenizer.decode(row.input_ids) for row in rows] == [
+        "[gMASK]<sop>abc",
+        "[gMASK]<sop>def",
+        "[gMASK]<sop><|endoftext|>",
+    ]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def start(method: str, model: Path, output: Path, monkeypatch, *flags: str) -> None:
+    """Runs its main.py in this process, on four equal rows."""
+    data = output.parent / "chats.json"
+    rows = [{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "ab"}]}] * 4
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = str(ROOT / method / "main.py")
+    argv = [program, "--model_name_or_path", str(model), "--output_dir", str(output), "--use_cpu"]
+    argv += ["--conversation_column", "messages", "--max_source_length", "16", "--max_target_length", "16"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--train_file", str(data), "--test_file", str(data), *flags])
+    runpy.run_path(program, run_name="__main__")
+
+
+TWO_STEPS = ["--do_train", "--max_steps", "2", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
+PREDICTION = ["--do_predict", "--max_new_tokens", "4", "--report_to", "none"]
+
+
+def test_lora_on_glm4_trains_and_answers(glm_folder, tmp_path, monkeypatch):
+    start("lora", glm_folder, tmp_path / "out", monkeypatch, *TWO_STEPS, *PREDICTION, "--evaluate_base")
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    modules = {name.split(".lora_")[0].rpartition(".")[2] for name in adapter}
+    assert modules == {"q_proj", "k_proj", "v_proj"}
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())  # B starts at zero
+    answers = (tmp_path / "out" / "generated_predictions.txt").read_text().splitlines()
+    assert [json.loads(line)["labels"] for line in answers] == ["ab"] * 4
+
+
+def test_full_training_on_glm4_moves_every_parameter(glm_folder, tmp_path, monkeypatch):
+    start("full", glm_folder, tmp_path / "out", monkeypatch, *TWO_STEPS, *PREDICTION)
+    before, after = weights_of(glm_folder), weights_of(tmp_path / "out")
+    assert set(after) == set(before)
+    assert [name for name in before if torch.equal(before[name].float(), after[name].float())] == []
+    assert len((tmp_path / "out" / "generated_predictions.txt").read_text().splitlines()) == 4
+    assert load_model(tmp_path / "out").config.model_type in ("glm", "glm4")
+    assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(glm_folder).chat_template
+
+
+def test_p_tuning_on_glm4_is_refused(glm_folder):
+    with pytest.raises(UserError, match="P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; .* is a GLM-4"):
+        load_model(glm_folder, pre_seq_len=4)
