@@ -9,6 +9,7 @@ interrupted training of the same settings is continued. Further flags are those 
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import yaml
+from accelerate import PartialState
 
 from common.arguments import (
     REMOVED,
@@ -30,6 +33,7 @@ from common.arguments import (
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
+from common.locking import free_port
 from common.methods import full, lora, p_tuning
 from common.output import complete_checkpoints
 
@@ -129,13 +133,23 @@ def training_flags(file: Path, config: dict[str, Any]) -> list[str]:
     generation = training.pop("generation_config", None) or {}
     check_keys(file, "training_args.generation_config.", generation, GENERATION)
     deepspeed = training.get("deepspeed")
-    if isinstance(deepspeed, str):  # relative to where the user is, or to the file
-        places = [Path(deepspeed), file.parent / deepspeed]
-        found = [place for place in places if place.is_file()]
+    if deepspeed:  # a file, relative to where the user is, or to this one
+        found = [place for place in (Path(deepspeed), file.parent / deepspeed) if place.is_file()]
         if not found:
             raise UserError(f"{file}: training_args.deepspeed: no file {deepspeed}.")
         training["deepspeed"] = str(found[0])
     return [word for name, value in (training | generation).items() for word in flag(name, value)]
+
+
+def start_deepspeed() -> list[str]:
+    """Lets DeepSpeed run without a launcher, as one process, and on a CPU. Returns the flags that this takes."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(free_port())
+    if torch.accelerator.is_available():
+        return []
+    PartialState(backend="gloo")  # the Trainer would forget which backend it was told
+    return ["--ddp_backend", "gloo"]
 
 
 def method_flags(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) -> list[str]:
@@ -179,6 +193,7 @@ def main() -> None:
     flags += [f"--{name}" for name, file in wanted if data.get(file)]
     flags += data_flags(args.config_file, config, args.data_dir)
     flags += training_flags(args.config_file, config)
+    flags += start_deepspeed() if config["training_args"].get("deepspeed") else []
     flags += method_flags(args.config_file, config["peft_config"], keys)
     flags += resume_flags(args.auto_resume_from_checkpoint, Path(config["training_args"].get("output_dir", "output")))
     model_args, chosen, data_args, training_args = parse_arguments(method_arguments, flags + further)

@@ -79,7 +79,11 @@ def own(folder: Path) -> Iterator[None]:
 
 def is_complete_checkpoint(folder: Path) -> bool:
     """Whether a training can continue from it: a kill or a full disk in the middle of saving leaves parts."""
-    tensors = [folder / "optimizer.pt", folder / "scheduler.pt", *folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    tensors = [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    if (folder / "latest").is_file():  # DeepSpeed names the folder of its states there when all are written
+        tensors += (folder / (folder / "latest").read_text().strip()).glob("*.pt")
+    else:
+        tensors += [folder / "optimizer.pt", folder / "scheduler.pt"]
     whole = all(file.is_file() and is_complete(file) for file in tensors)
     return whole and read_json(folder / "trainer_state.json") is not None
 

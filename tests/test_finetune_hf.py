@@ -1,7 +1,7 @@
 """The command line of the ChatGLM3 repository: its YAML files unchanged, resuming, and one answer at the end."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -119,9 +119,22 @@ def test_a_bad_file_is_named_with_its_key(tmp_path, changes, says):
     assert str(file) in str(error.value)
 
 
-def run_hf(program: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "common" / f"{program}_hf.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_hf(tmp_path, monkeypatch, capsys):
+    """Runs finetune_hf.py or inference_hf.py in ``tmp_path`` and in this process: (exit code, stdout, stderr)."""
+
+    def run(program: str, *arguments: str) -> tuple[int, str, str]:
+        file = str(ROOT / "common" / f"{program}_hf.py")
+        monkeypatch.setattr(sys, "argv", [file, *arguments])
+        monkeypatch.chdir(tmp_path)
+        code = 0
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +149,11 @@ def data_dir(tmp_path_factory) -> Path:
 FAST = ("--max_steps", "2", "--save_steps", "1", "--max_new_tokens", "8", "--dataloader_num_workers", "0")
 
 
-def test_train_continue_from_a_number_and_answer(tmp_path, data_dir):
+def test_train_continue_from_a_number_and_answer(tmp_path, data_dir, run_hf):
     """LoRA with the official file: checkpoints, a further step from checkpoint 1, refusal of one that is not there."""
     file = write_official(tmp_path, "lora")
     command = ("finetune", str(data_dir), "demo3", str(file))
-    first = run_hf(*command, *FAST, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    assert run_hf(*command, *FAST)[0] == 0
     output = tmp_path / "output"
     assert {"checkpoint-1", "checkpoint-2", "adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in output.iterdir()
@@ -149,31 +161,28 @@ def test_train_continue_from_a_number_and_answer(tmp_path, data_dir):
     assert json.loads((output / "predict_results.json").read_text())["predict_samples"] >= 2
     trained = (output / "adapter_model.safetensors").read_bytes()
 
-    again = run_hf(*command, "1", *FAST, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert f"continuing from {Path('output') / 'checkpoint-1'}" in again.stdout
+    code, said, _ = run_hf(*command, "1", *FAST)
+    assert code == 0
+    assert f"continuing from {Path('output') / 'checkpoint-1'}" in said
     assert (output / "adapter_model.safetensors").read_bytes() == trained
 
-    missing = run_hf(*command, "7", *FAST, cwd=tmp_path)
-    assert missing.returncode == 2
-    assert "no complete checkpoint 7 in output: there are 1, 2; or yes for the newest" in missing.stderr
-    assert "Traceback" not in missing.stderr
+    code, _, error = run_hf(*command, "7", *FAST)
+    assert code == 2
+    assert "no complete checkpoint 7 in output: there are 1, 2; or yes for the newest" in error
 
-    answered = run_hf("inference", "output", "--prompt", "白色的裙子还有货吗？", "--max_new_tokens", "8", cwd=tmp_path)
-    assert answered.returncode == 0, answered.stderr
-    assert len(answered.stdout.strip().splitlines()) >= 1
+    code, answer, _ = run_hf("inference", "output", "--prompt", "白色的裙子还有货吗？", "--max_new_tokens", "8")
+    assert code == 0
+    assert answer.strip()
 
 
 @pytest.mark.parametrize(("kind", "saved"), [("ptuning_v2", "pytorch_model.bin"), ("sft", "model.safetensors")])
-def test_the_other_methods_train_and_answer(tmp_path, data_dir, kind, saved):
+def test_the_other_methods_train_and_answer(tmp_path, data_dir, run_hf, kind, saved):
     file = write_official(tmp_path, kind, **{"  predict_with_generate: true\n": ""})
-    done = run_hf("finetune", str(data_dir), "demo3", str(file), "no", *FAST, "--eval_strategy", "no", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert run_hf("finetune", str(data_dir), "demo3", str(file), "no", *FAST, "--eval_strategy", "no")[0] == 0
     assert (tmp_path / "output" / saved).is_file()
-    answer = ("inference", "output", "--prompt", "你好", "--max_new_tokens", "4", "--temperature", "0")
-    answered = run_hf(*answer, cwd=tmp_path)
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout.strip()
+    code, answer, _ = run_hf("inference", "output", "--prompt", "你好", "--max_new_tokens", "4", "--temperature", "0")
+    assert code == 0
+    assert answer.strip()
 
 
 def test_what_the_last_argument_asks_for(tmp_path):
