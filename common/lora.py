@@ -89,6 +89,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         )
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False  # it may be trained further
+    config.base_model_name_or_path = model.name_or_path  # where the base is now
     adapted = get_peft_model(model, config)
     try:
         report: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
