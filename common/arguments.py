@@ -71,6 +71,10 @@ class ModelArguments:
     model_revision: str = told("Branch, tag or commit of the model on the hub", "main")
     quantization_bit: int | None = told("Load the frozen base model in 4 or 8 bit (bitsandbytes)")
 
+    def __post_init__(self):
+        if self.quantization_bit not in (None, 4, 8):
+            raise ValueError(f"--quantization_bit {self.quantization_bit}: only 4 and 8 exist")
+
 
 @dataclass
 class PrefixArguments:
@@ -97,8 +101,10 @@ class LoraArguments:
     loraplus_lr_ratio: float | None = told("LoRA: learning rate of the B matrices over that of the A's (LoRA+)")
 
     def __post_init__(self):
-        if self.lora_rank < 1:
-            raise ValueError("--lora_rank must be at least 1")
+        if self.lora_rank < 1 or self.lora_alpha < 1:
+            raise ValueError("--lora_rank and --lora_alpha must be at least 1")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
+            raise ValueError("--loraplus_lr_ratio must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora_dropout must be at least 0 and below 1")
 
@@ -120,7 +126,7 @@ class DataArguments:
     history_column: str | None = told("Column with earlier rounds: [[question, answer], ...]")
     conversation_column: str | None = told("Column with a whole conversation: conversations, or messages of OpenAI")
     text_column: str | None = told("Column with plain text, trained in blocks of --max_source_length tokens")
-    source_prefix: str = told("Text put before every question", "")
+    source_prefix: str = told("Text put before the question; of a conversation, before the last one", "")
     max_source_length: int = told("Longest question in tokens, the rest is cut off and reported", 1024)
     max_target_length: int = told("Longest answer in tokens, the rest is cut off and reported", 128)
     val_max_target_length: int = told("The same for evaluation; 0: max_target_length", 0)
@@ -143,7 +149,9 @@ class DataArguments:
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
         if self.max_source_length < 3 or self.max_target_length < 3:
             raise ValueError("--max_source_length and --max_target_length must be at least 3 tokens")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
+            raise ValueError("--temperature must be above 0, --top_p above 0 and at most 1")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "num_beams"):
             if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise ValueError(f"--{name} must be at least 1")
 
@@ -156,6 +164,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     ddp_find_unused_parameters: bool | None = told("All that trains is used in every step", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
+
+    def __post_init__(self):
+        if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:
+            raise ValueError("a batch must have at least 1 row")
+        super().__post_init__()
 
     @property
     def processes(self) -> int:

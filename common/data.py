@@ -28,7 +28,7 @@ from common.rows import find_files, read_rows, text_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
-ENCODING_VERSION = 2  # part of the cache key: to be raised when the same text shall become other tokens
+ENCODING_VERSION = 3  # part of the cache key: to be raised when the same text shall become other tokens
 ROWS_PER_BATCH = 1000
 
 Example = str | list[Turn]
@@ -101,6 +101,8 @@ def training_rows(
     if not args.ignore_pad_token_for_loss:
         return rows
     pad = tokenizer.pad_token_id
+    if pad == tokenizer.eos_token_id:  # the end of an answer is learned, not a pad
+        return rows
     return [
         row._replace(labels=[-100 if label == pad else label for label in row.labels]) if pad in row.labels else row
         for row in rows
@@ -184,6 +186,7 @@ def cache_key(
     target_length = args.max_target_length if split == "train" else args.val_max_target_length
     what = [ENCODING_VERSION, split, stats, None if named is None else named._fingerprint]
     what += [vocabulary_hash(tokenizer), type(tokenizer).__name__, tokenizer.chat_template]
+    what += [tokenizer.special_tokens_map, tokenizer.pad_token_id]
     what += [args.prompt_column, args.response_column, args.history_column, args.conversation_column, args.text_column]
     what += [args.source_prefix, args.max_source_length, target_length, args.ignore_pad_token_for_loss]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from common.errors import UserError
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
@@ -74,7 +75,9 @@ def encode_eval(
     max_source_length: int,
     max_target_length: int,
 ) -> list[EvalRow]:
-    """For every answer that is trained: the prompt, at most ``max_source_length`` tokens, and the reference.
+    """For every answer that is trained: the prompt and the reference.
+
+    The prompt is limited to ``max_source_length`` tokens; only calls of tools in its last round are never cut.
 
     The reference is the answer as it reads after encoding, cut to ``max_target_length``: what the model is scored
     against is what it could have learned, as in the original.
@@ -256,6 +259,10 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> It
             header = rendered(tokenizer, messages, add_generation_prompt=True).removeprefix(before)
         messages.append({"role": turn.role, "metadata": turn.metadata, "content": turn.content})
         after = rendered(tokenizer, messages)
+        if not after.startswith(before):
+            raise UserError(
+                f"the chat template of {tokenizer.name_or_path} changes what was said before: not supported."
+            )
         body = after.removeprefix(before).removeprefix(header)
         header_ids, body_ids = (
             tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (header, body)
@@ -334,7 +341,7 @@ def train_messages(
             ids = header + body
             input_ids += ids
             labels += [-100] * given + ids[given:] if turn.loss else [-100] * len(ids)
-            if ends_answer:
+            if ends_answer and ids:
                 labels[-len(ids)] = ids[0]
             ends_answer = turn.loss
         input_ids.append(end)
@@ -349,13 +356,19 @@ def eval_messages(
     max_source_length: int,
     max_target_length: int,
 ) -> list[EvalRow]:
-    """A prompt for every trained turn of the assistant, up to its role token."""
+    """A prompt for every trained turn of the assistant, up to its role token.
+
+    Turns of the assistant in a row (a thought, then a call) are one answer: the model writes them without stopping.
+    """
     start = start_of(tokenizer)
     rows = []
     for messages in encode_messages(tokenizer, conversations):
-        for index, (turn, header, body) in enumerate(messages):
-            if turn.role != "assistant" or not turn.loss:
+        written = [message.turn.role == "assistant" and message.turn.loss for message in messages]
+        for index, (_, header, body) in enumerate(messages):
+            if not written[index] or (index and written[index - 1]):
                 continue
+            end = next((i for i in range(index, len(messages)) if not written[i]), len(messages))
+            answer = body + [token for _, head, text in messages[index + 1 : end] for token in head + text]
             before = messages[:index]
             excess = len(start) + sum(message.length for message in before) + len(header) - max_source_length
             kept = drop_oldest_rounds(before, excess) if excess > 0 else before
@@ -363,7 +376,7 @@ def eval_messages(
             if too_long > 0:
                 kept = cut_given(kept, too_long, keep=0)
             prompt_ids = start + [token for _, head, text in kept for token in head + text] + header
-            reference = tokenizer.decode(body[:max_target_length], skip_special_tokens=True).strip()
-            truncated = too_long > 0 or len(body) > max_target_length
+            reference = tokenizer.decode(answer[:max_target_length], skip_special_tokens=True).strip()
+            truncated = too_long > 0 or len(answer) > max_target_length
             rows.append(EvalRow(prompt_ids, reference, truncated, len(before) - len(kept)))
     return rows

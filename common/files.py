@@ -17,7 +17,10 @@ def is_complete(file: Path) -> bool:
             header_size = int.from_bytes(start, "little")
             if size < 8 + header_size:
                 return False
-            tensors = json.loads(content.read(header_size))
+            try:
+                tensors = json.loads(content.read(header_size))
+            except ValueError:
+                return False
             ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
             return size == 8 + header_size + max(ends, default=0)
     # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.

@@ -2,8 +2,9 @@
 
 python common/finetune_hf.py DATA_DIR MODEL_DIR CONFIG.yaml [yes|no|STEP] [--flag value ...]
 
-The last argument: yes continues from the newest checkpoint, a number from that one, no starts over. Without it an
-interrupted training of the same settings is continued. Further flags are those of main.py and win over the file.
+The last argument: yes continues from the newest checkpoint, a number from that one, no starts over and deletes the
+checkpoints that are there. Without it an interrupted training of the same settings is continued. Further flags are
+those of main.py and win over the file.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from common.output import complete_checkpoints
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "training_args", "peft_config")
 DATA_FILES = {"train_file": "train_file", "val_file": "validation_file", "test_file": "test_file"}
+SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
 # keys of a peft_config -> flags; None: it says what is so anyway
 LORA = {
@@ -78,6 +80,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no configuration file {file}.") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{file} is a folder, not a configuration file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
@@ -110,12 +114,14 @@ def flag(name: str, value: Any) -> list[str]:
 
 def data_flags(file: Path, config: dict[str, Any], data_dir: Path) -> list[str]:
     data = dict(config["data_config"])
-    check_keys(file, "data_config.", data, [*DATA_FILES, "num_proc", *DataArguments.__dataclass_fields__])
+    known = {*DATA_FILES, "num_proc", *DataArguments.__dataclass_fields__} - SET_ELSEWHERE
+    check_keys(file, "data_config.", data, known)
     data.pop("num_proc", None)  # sentencepiece uses all cores by itself
     flags = []
     for key, name in DATA_FILES.items():
-        value = data.pop(key, None)
-        flags += flag(name, value and str(data_dir / value))
+        value = data.pop(key, None) or []
+        names = value if isinstance(value, list) else str(value).split(",")
+        flags += flag(name, [str(data_dir / part.strip()) for part in names] or None)
     if not {"prompt_column", "conversation_column", "text_column"} & data.keys():
         data["conversation_column"] = "conversations"
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
@@ -133,6 +139,11 @@ def training_flags(file: Path, config: dict[str, Any]) -> list[str]:
     generation = training.pop("generation_config", None) or {}
     check_keys(file, "training_args.generation_config.", generation, GENERATION)
     deepspeed = training.get("deepspeed")
+    if not config["data_config"].get("val_file"):
+        training |= {"eval_strategy": "no"}
+        training.pop("evaluation_strategy", None)
+    if deepspeed and not isinstance(deepspeed, str):
+        raise UserError(f"{file}: training_args.deepspeed must name a file.")
     if deepspeed:  # a file, relative to where the user is, or to this one
         found = [place for place in (Path(deepspeed), file.parent / deepspeed) if place.is_file()]
         if not found:
@@ -159,17 +170,19 @@ def method_flags(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) 
     return [word for key, value in peft.items() if (name := keys[key]) for word in flag(name, value)]
 
 
-def resume_flags(choice: str, output_dir: Path) -> list[str]:
-    """What the last argument asks for. Raises UserError for a checkpoint that does not exist."""
+def resume(choice: str, args: TrainingArguments) -> None:
+    """Sets what the last argument asks for. Raises UserError for a checkpoint that does not exist."""
+    output_dir = Path(args.output_dir)
     existing = {path.name.rpartition("-")[2]: path for path in complete_checkpoints(output_dir)}
-    if choice.lower() == "yes":
-        return ["--resume_from_checkpoint", "true"] if existing else []
     if choice.lower() == "no":
-        return ["--overwrite_output_dir", "true"]
-    if choice and choice not in existing:
+        args.overwrite_output_dir = True
+    elif choice.lower() == "yes":
+        args.resume_from_checkpoint = "true" if existing else None
+    elif choice in existing:
+        args.resume_from_checkpoint = str(existing[choice])
+    elif choice:
         there = f"there are {', '.join(existing)}" if existing else "there is none"
         raise UserError(f"no complete checkpoint {choice} in {output_dir}: {there}; or yes for the newest, or no.")
-    return ["--resume_from_checkpoint", str(existing[choice])] if choice else []
 
 
 def main() -> None:
@@ -180,23 +193,24 @@ def main() -> None:
     parser.add_argument("model_dir", help="demo, demo3, a folder with a checkpoint, or a hub id")
     parser.add_argument("config_file", type=Path, help="lora.yaml, ptuning_v2.yaml, sft.yaml or your own")
     parser.add_argument("auto_resume_from_checkpoint", nargs="?", default="", help="yes, no, or a checkpoint's number")
-    args, further = parser.parse_known_args()
+    words = sys.argv[1:]
+    end = next((i for i, word in enumerate(words) if word.startswith("--") and word != "--help"), len(words))
+    args, further = parser.parse_args(words[:end]), words[end:]
 
     config = read_yaml(args.config_file)
     kind = config["peft_config"].get("peft_type")
-    if kind not in METHODS or config["peft_config"] and kind is None:
+    if kind not in (*METHODS,) or config["peft_config"] and kind is None:
         raise UserError(f"{args.config_file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
     method_arguments, keys, make_method = METHODS[kind]
-    data = config["data_config"]
     wanted = [("do_train", "train_file"), ("do_eval", "val_file"), ("do_predict", "test_file")]
     flags = ["--model_name_or_path", args.model_dir]
-    flags += [f"--{name}" for name, file in wanted if data.get(file)]
+    flags += [f"--{name}" for name, file in wanted if config["data_config"].get(file)]
     flags += data_flags(args.config_file, config, args.data_dir)
     flags += training_flags(args.config_file, config)
     flags += start_deepspeed() if config["training_args"].get("deepspeed") else []
     flags += method_flags(args.config_file, config["peft_config"], keys)
-    flags += resume_flags(args.auto_resume_from_checkpoint, Path(config["training_args"].get("output_dir", "output")))
     model_args, chosen, data_args, training_args = parse_arguments(method_arguments, flags + further)
+    resume(args.auto_resume_from_checkpoint, training_args)
     run(make_method(chosen), model_args, data_args, training_args)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import keyword
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -106,8 +107,13 @@ def read_message(place: str, role: str, message: dict[str, Any]) -> list[Turn]:
             raise UserError(f"{place}: {role} without content: what did the tool return?")
         learned = message.get("loss", role == "observation")
         return [Turn("observation", result_of(place, message["content"]), loss=learned)]
+    calls = message.get("tool_calls") or []
+    if "content" not in message and not calls:
+        raise UserError(f"{place}: {role} without content.")
+    if not isinstance(calls, list) or len(calls) > 1:
+        raise UserError(f"{place}: tool_calls must hold one call: ChatGLM3 waits for the result before the next.")
     text = check_text(place, "content", message.get("content"))
-    calls = [read_openai_call(place, call, loss) for call in message.get("tool_calls", [])]
+    calls = [read_openai_call(place, call, loss) for call in calls]
     metadata = check_text(place, "metadata", message.get("metadata"))
     return [*([Turn(role, text, metadata, loss)] if text or not calls else []), *calls]
 
@@ -128,8 +134,8 @@ def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
     if not isinstance(parameters, dict):
         raise UserError(f'{place}: the parameters of {name} must be like {{"city": "北京"}}, not {parameters!r:.40}.')
     given = {key: ast.Constant(value) for key, value in parameters.items() if value is not None}
-    keywords = [ast.keyword(key, value) for key, value in given.items() if key.isidentifier()]
-    other = [key for key in given if not key.isidentifier()]
+    keywords = [ast.keyword(key, value) for key, value in given.items() if is_parameter(key)]
+    other = [key for key in given if not is_parameter(key)]
     if other:
         keywords.append(
             ast.keyword(None, ast.Dict([ast.Constant(key) for key in other], [given[key] for key in other]))
@@ -137,6 +143,10 @@ def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
     call = ast.unparse(ast.Call(func=ast.Name("tool_call"), args=[], keywords=keywords))
     content = check_text(place, f"the parameters of {name}", f"```python\n{call}\n```")
     return Turn("assistant", content, metadata=check_text(place, "name", name), loss=loss)
+
+
+def is_parameter(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def result_of(place: str, value: Any) -> str:

@@ -113,18 +113,17 @@ def second_or_third(folder: Path, config: dict) -> str:
     """One architecture with two prompts: told apart by their names, or by the tokenizer's code, read as text."""
     tokenizer_config = read_json(folder / "tokenizer_config.json") or {}
     code = folder / "tokenization_chatglm.py"
-    for hint in (
-        config.get("generation"),
-        config.get("_name_or_path"),
-        tokenizer_config.get("generation"),
-        tokenizer_config.get("name_or_path"),
-        folder.resolve().name,
-    ):
-        found = re.search(r"chatglm-?([23])|(codegeex2)", str(hint).lower())
+    for certain in (config.get("generation"), tokenizer_config.get("generation")):
+        if certain in ("chatglm2", "chatglm3"):
+            return certain
+    source = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
+    for sign, generation in (("<|assistant|>", "chatglm3"), ("def build_prompt", "chatglm2")):
+        if sign in source:
+            return generation
+    for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), folder.resolve().name):
+        found = re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(name).lower())
         if found:
-            return f"chatglm{found[1] or 2}"
-    if code.is_file():
-        return "chatglm3" if "<|assistant|>" in code.read_text(encoding="utf-8", errors="replace") else "chatglm2"
+            return f"chatglm{''.join(found[-1])}"
     raise UserError(
         f"{folder} may be a ChatGLM2 or a ChatGLM3, which differ in their prompts only: "
         'write "generation": "chatglm3" (or "chatglm2") into its config.json.'

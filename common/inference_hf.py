@@ -25,7 +25,9 @@ def find_base(checkpoint: str, given: str | None) -> tuple[str, dict[str, Any]]:
     if (folder / "adapter_config.json").is_file():
         return base_of_adapter(checkpoint, given), {"adapter": checkpoint}
     if not holds_prefix_only(folder):
-        return given or checkpoint, {}
+        if given:
+            raise UserError(f"{checkpoint} holds neither adapter nor prefix alone: leave --model_name_or_path out.")
+        return checkpoint, {}
     base = given or (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
     if not is_base(base):
         raise UserError(
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.8)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     args = parser.parse_args()
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1.")
 
     base, trained = find_base(args.checkpoint, args.model_name_or_path)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

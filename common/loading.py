@@ -19,7 +19,7 @@ from common.files import check_complete, read_json
 from common.generations import generation_of
 from common.locking import guard
 from common.lora import adapter_config, load_adapter
-from common.prefix import attach_prefix, load_prefix, read_prefix
+from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
@@ -63,8 +63,10 @@ def check_model_folder(folder: Path) -> None:
         raise UserError(
             f"{folder} is a {generation.name} without its vocabulary: {generation.vocabulary} is missing{mixed}."
         )
-    files = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.index.json"):
+    files = [file for file in sorted(folder.glob("*.bin")) if file.name != "training_args.bin"]
+    files += sorted(folder.glob("*.safetensors"))
+    # With both formats there, transformers reads the safetensors: model.… comes before pytorch_model.….
+    for index in sorted(folder.glob("*.index.json"))[:1]:
         content = read_json(index)
         if content is None or "weight_map" not in content:
             raise UserError(f"{index} is broken: copy or download it again.")
@@ -140,15 +142,23 @@ def load_model(
     ptuning_checkpoint: str | Path | None = None,
     adapter: str | Path | None = None,
     config_path: str | Path | None = None,
+    name: str | None = None,
 ) -> PreTrainedModel:
     """The model, in evaluation mode, with its prefix or its LoRA adapter if one is asked for.
 
     A prefix is read from ``ptuning_checkpoint``, or from ``path`` if that holds base and prefix; its length and kind
     stand there. Where there is none, ``pre_seq_len`` makes a new, trainable one. Given both, they must agree.
-    Raises UserError where they don't, and for an unusable folder.
+    ``name``: what adapter and prefix shall remember as their base, where it is not ``path``.
+    Raises UserError where something does not fit, and for an unusable folder.
     """
     folder = resolve_model(str(path))
     check_model_folder(folder)
+    if adapter and (ptuning_checkpoint or pre_seq_len):
+        raise UserError("a model takes a LoRA adapter or a prefix, not both.")
+    if adapter:
+        adapter_config(adapter)
+    if ptuning_checkpoint:
+        check_prefix(ptuning_checkpoint, pre_seq_len, prefix_projection or None)
     generation = generation_of(folder)
     config = generation.config.from_pretrained(resolve_model(str(config_path or folder)))
     if generation.key in ("chatglm2", "chatglm3"):
@@ -169,8 +179,7 @@ def load_model(
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
         raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
     model.generation_config.bos_token_id = config.bos_token_id
-    # The name under which adapter and prefix remember their base: never a folder inside the hub's cache.
-    model.name_or_path = model.config.name_or_path = str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+    model.name_or_path = model.config.name_or_path = lasting_name(name or str(path))
     if adapter:
         return load_adapter(model, adapter)
     stored_length = None if generation.key == "glm" else config.pre_seq_len
@@ -183,6 +192,11 @@ def load_model(
     elif pre_seq_len:
         attach_prefix(model, pre_seq_len, prefix_projection)
     return model
+
+
+def lasting_name(name: str) -> str:
+    """A name that will mean the same model from any working directory."""
+    return str(Path(name).resolve()) if name not in DEMOS and Path(name).is_dir() else name
 
 
 def is_base(name: str) -> bool:

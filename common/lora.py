@@ -35,6 +35,9 @@ def adapter_config(folder: str | Path) -> dict:
         raise UserError(f"{folder} holds no LoRA adapter: adapter_config.json is missing or broken.")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds an adapter of the kind {config.get('peft_type')}, not LORA.")
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
+    if missing:
+        raise UserError(f"{folder / 'adapter_config.json'} lacks {missing[0]}.")
     weights = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not weights:
         raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")

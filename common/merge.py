@@ -4,6 +4,7 @@ python common/merge.py --lora_checkpoint FOLDER --output_dir FOLDER [--model_nam
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -39,11 +40,12 @@ def main() -> None:
         raise UserError(
             f"{folder} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )
-    if (args.output_dir / "config.json").exists():
-        raise UserError(f"{args.output_dir} already holds a checkpoint: choose another --output_dir.")
-    check_writable(args.output_dir)
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise UserError(f"{args.output_dir} is not empty: choose another --output_dir.")
+    partial = args.output_dir.with_name(f"{args.output_dir.name}.partial")  # until everything is written
+    check_writable(partial)
     weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    check_space(args.output_dir, sum(file.stat().st_size for file in weights))
+    check_space(partial, sum(file.stat().st_size for file in weights) * (2 if args.dtype == "float32" else 1))
 
     tokenizer = load_tokenizer(base)
     model = load_model(base, torch.float32, adapter=args.lora_checkpoint)
@@ -54,8 +56,9 @@ def main() -> None:
         difference = (model(sample).logits - adapted).abs().max().item()
     if difference > TOLERANCE:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
-    save(model, args.output_dir, DTYPES[args.dtype], args.max_shard_size)
-    tokenizer.save_pretrained(str(args.output_dir))
+    save(model, partial, DTYPES[args.dtype], args.max_shard_size)
+    tokenizer.save_pretrained(str(partial))
+    os.replace(partial, args.output_dir)
     print(f"merged {args.lora_checkpoint} into {base} (logits within {difference:.1g}): {args.output_dir}")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
+from common.generations import read_config
 from common.loading import check_takes_prefix, load_model
 from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
-from common.prefix import check_prefix, restore_prefix, save_prefix, without_prefix
+from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,15 @@ class Method:
     name: str
     checkpoint: str | None  # what was trained before, to evaluate it or to train it further
     settings: dict[str, Any]  # what a continued training must share with its beginning
+    trains_base: bool  # whether the model's own weights are trained, in float32 then
     check: Callable[[Path, bool], None]  # (model's folder, whether to train): raises UserError for what can't work
     load_flags: dict[str, Any]  # flags of load_model
     save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
     restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
     base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
+    files: tuple[str, ...]  # names of what ``save`` writes, of which one is there
     attach: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model  # what load_model has not attached
     optimizer: Callable[[PreTrainedModel, TrainingArguments], torch.optim.Optimizer] | None = None
-    files: tuple[str, ...] = field(default=())  # names of what ``save`` writes, of which one is there
 
 
 def p_tuning(args: PrefixArguments) -> Method:
@@ -41,11 +43,14 @@ def p_tuning(args: PrefixArguments) -> Method:
             check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
         elif do_train and not args.pre_seq_len:
             raise UserError("--do_train needs --pre_seq_len, the number of virtual tokens to train.")
+        elif args.pre_seq_len and not do_train:
+            raise UserError("--pre_seq_len makes an untrained prefix: give --ptuning_checkpoint to evaluate one.")
 
     return Method(
         name="P-Tuning v2",
         checkpoint=args.ptuning_checkpoint,
-        settings={"pre_seq_len": args.pre_seq_len, "prefix_projection": args.prefix_projection},
+        settings=vars(args),
+        trains_base=False,
         check=check,
         load_flags=vars(args),
         save=save_prefix,
@@ -59,13 +64,15 @@ def lora(args: LoraArguments) -> Method:
     """LoRA: small matrices beside frozen ones."""
 
     def check(folder: Path, do_train: bool) -> None:
+        check_without_prefix(folder)
         if args.lora_checkpoint:
             check_adapter(args.lora_checkpoint, args)
 
     return Method(
         name="LoRA",
         checkpoint=args.lora_checkpoint,
-        settings={name: value for name, value in vars(args).items() if name != "lora_checkpoint"},
+        settings=vars(args),
+        trains_base=False,
         check=check,
         load_flags={"adapter": args.lora_checkpoint},
         attach=lambda model: model if args.lora_checkpoint else attach_lora(model, args),
@@ -83,13 +90,20 @@ def full() -> Method:
         name="full-parameter training",
         checkpoint=None,
         settings={},
-        check=lambda folder, do_train: None,
+        trains_base=True,
+        check=lambda folder, do_train: check_without_prefix(folder),
         load_flags={},
         save=save_full,
         restore=restore_full,
         base=reload_base,
         files=("model.safetensors", "model.safetensors.index.json"),
     )
+
+
+def check_without_prefix(folder: Path) -> None:
+    """Raises UserError for an old checkpoint of base and prefix in one: training one without the other spoils both."""
+    if read_config(folder).get("pre_seq_len") and read_prefix(folder):
+        raise UserError(f"{folder} holds a prefix beside the model: only P-Tuning v2 can go on from there.")
 
 
 def save_full(model: PreTrainedModel, folder: Path) -> None:

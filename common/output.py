@@ -26,6 +26,8 @@ DATA_SETTINGS = (
     "source_prefix",
     "max_source_length",
     "max_target_length",
+    "max_train_samples",
+    "ignore_pad_token_for_loss",
 )
 
 
@@ -90,8 +92,13 @@ def is_complete_checkpoint(folder: Path) -> bool:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints from which a training can continue, oldest first."""
+    return list(filter(is_complete_checkpoint, checkpoint_folders(folder)))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """What the Trainer saved on its way, whole or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(is_complete_checkpoint, found), key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) -> Path | None:
@@ -105,25 +112,32 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
     if asked and asked.lower() not in ("true", "yes", "1"):
         if not is_complete_checkpoint(Path(asked)):
             raise UserError(f"{asked} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
+        if Path(asked).resolve().parent == folder.resolve():
+            check_settings(folder, settings)
         return Path(asked)
     if args.overwrite_output_dir and not asked:
         return None
     checkpoints = complete_checkpoints(folder)
     if asked and not checkpoints:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
-    earlier = read_json(folder / SETTINGS_FILE)
-    if earlier and (checkpoints or any((folder / name).exists() for name in files)):
-        differing = [
-            f"{name} was {earlier.get(name)!r}, now {value!r}"
-            for name, value in settings.items()
-            if earlier.get(name) != value
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds a training with other settings ({'; '.join(differing)}): choose another --output_dir, "
-                "or --overwrite_output_dir to start over."
-            )
+    if checkpoints or any((folder / name).exists() for name in files):
+        check_settings(folder, settings)
     return checkpoints[-1] if checkpoints else None
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """Raises UserError where the training in a folder was started with other settings."""
+    earlier = read_json(folder / SETTINGS_FILE) or settings
+    differing = [
+        f"{name} was {earlier.get(name)!r}, now {value!r}"
+        for name, value in settings.items()
+        if earlier.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds a training with other settings ({'; '.join(differing)}): choose another --output_dir, "
+            "or --overwrite_output_dir to start over."
+        )
 
 
 def is_finished(state: dict, args: TrainingArguments) -> bool:
@@ -135,6 +149,7 @@ def is_finished(state: dict, args: TrainingArguments) -> bool:
 
 def start_run(folder: Path, settings: dict, start_over: bool) -> None:
     """Writes the settings down; the checkpoints of an earlier training go where starting over was asked for."""
-    for checkpoint in folder.glob("checkpoint-*") if start_over else ():
+    for checkpoint in checkpoint_folders(folder) if start_over else ():
+        print(f"starting over: {checkpoint} is deleted", flush=True)
         shutil.rmtree(checkpoint)
     write_json(folder / SETTINGS_FILE, settings)

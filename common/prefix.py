@@ -111,7 +111,7 @@ def holds_prefix_only(folder: str | Path) -> bool:
 
 def prefix_files(folder: Path) -> list[Path]:
     """The weight files that may hold a prefix: where there is an index, only those it names for one."""
-    for index in folder.glob("*.index.json"):
+    for index in sorted(folder.glob("*.index.json")):
         names = (read_json(index) or {}).get("weight_map", {})
         return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     files = [folder / "pytorch_model.bin", folder / "model.safetensors"]

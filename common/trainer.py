@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from common.methods import Method
 
@@ -12,7 +12,9 @@ from common.methods import Method
 class FinetuneTrainer(Trainer):
     """``score_answers`` generates answers to the validation set and returns their metrics."""
 
-    def __init__(self, method: Method, score_answers: Callable[[], dict[str, float]] | None = None, **kwargs):
+    def __init__(
+        self, method: Method, score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None, **kwargs
+    ):
         self.method = method
         self.score_answers = score_answers
         super().__init__(**kwargs)
@@ -23,7 +25,7 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.score_answers is not None:
-            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers(self.model).items()}
             self.log(scores)
             metrics |= scores
         return metrics

@@ -13,7 +13,9 @@ export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}
 export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 case $MODEL in
     # A new skill, not only a new style: it takes all layers and more steps.
-    demo | demo3) export LR=${LR:-5e-3} LORA_TARGET=${LORA_TARGET:-all-linear} MAX_STEPS=${MAX_STEPS:-400} ;;
+    demo | demo3)
+        export LR=${LR:-5e-3} LORA_TARGET=${LORA_TARGET:-all-linear}
+        export MAX_STEPS=${MAX_STEPS:-500} BATCH_SIZE=${BATCH_SIZE:-8} ;;
     *) export LR=${LR:-5e-5} ;;
 esac
 export OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/chat-$(basename "$MODEL")-$LR}

@@ -77,7 +77,7 @@ def test_the_flags_of_lora_have_the_official_defaults():
 @pytest.mark.parametrize(
     ("method", "flags", "says"),
     [
-        (LoraArguments, "--lora_rank 0", "--lora_rank must be at least 1"),
+        (LoraArguments, "--lora_rank 0", "--lora_rank and --lora_alpha must be at least 1"),
         (LoraArguments, "--lora_dropout 1", "--lora_dropout must be at least 0 and below 1"),
         (LoraArguments, "--pre_seq_len 8", "unknown flag --pre_seq_len"),
         (PrefixArguments, "--lora_rank 8", "unknown flag --lora_rank"),

@@ -163,6 +163,12 @@ def test_rotary_base(ratio, base):
     assert found.tolist() == pytest.approx([base ** (-pair / 32) for pair in range(32)], rel=1e-5)
 
 
+def test_the_long_variant_of_chatglm2_divides_the_positions():
+    """ChatGLM2-6B-32k interpolates positions, where ChatGLM3-6B-32k raises the base."""
+    found = inverse_frequencies(ChatGLMConfig(kv_channels=128, rope_ratio=16, generation="chatglm2"))
+    assert found.tolist() == pytest.approx([10000 ** (-pair / 32) / 16 for pair in range(32)], rel=1e-5)
+
+
 @torch.no_grad()
 def test_rope_ratio_of_the_config_is_used(small2_model, tmp_path):
     input_ids = torch.arange(3, 40)[None]

@@ -230,6 +230,34 @@ def test_the_base_of_a_full_training_is_read_again(tmp_path):
     assert base != (tmp_path / "generated_predictions.txt").read_text()
 
 
+def test_the_base_of_a_full_training_is_evaluated_with_its_own_answers(tmp_path):
+    validation = PREDICTION.replace("--do_predict", "--do_eval --predict_with_generate --evaluate_base")
+    validation = validation.replace("--test_file", "--validation_file").replace("predict_samples", "eval_samples")
+    finetune_full(f"{FULL.replace('--max_steps 4', '--max_steps 1').replace('1e-3', '1e-2')} {validation}", tmp_path)
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert results["eval_base_rouge-1"] != results["eval_rouge-1"]
+    assert results["eval_base_loss"] != results["eval_loss"]
+
+
+def test_packed_weights_are_not_trained_themselves(tmp_path):
+    with pytest.raises(UserError, match="--quantization_bit is for LoRA and P-Tuning v2"):
+        finetune_full(f"{FULL} --quantization_bit 4", tmp_path)
+
+
+def test_the_base_model_is_never_the_output_folder(tmp_path, demo_folder):
+    base = make_model_folder(tmp_path / "base", demo_folder)
+    weights = (base / "pytorch_model.bin").read_bytes()
+    with pytest.raises(UserError, match="is the base model, which would be overwritten"):
+        finetune(TRAINING.replace("--model_name_or_path demo", f"--model_name_or_path {base}"), base)
+    assert (base / "pytorch_model.bin").read_bytes() == weights
+
+
+def test_a_chosen_checkpoint_is_not_continued_with_other_settings(full_run):
+    flags = FULL.replace("1e-3", "5e-3") + f" --resume_from_checkpoint {full_run / 'checkpoint-2'}"
+    with pytest.raises(UserError, match="learning_rate was 0.001, now 0.005"):
+        finetune_full(flags, full_run)
+
+
 HOLD = """
 import sys, time
 from pathlib import Path

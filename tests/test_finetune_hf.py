@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.arguments import LoraArguments, NoArguments, PrefixArguments, parse_arguments
+from common.arguments import LoraArguments, NoArguments, PrefixArguments, TrainingArguments, parse_arguments
 from common.errors import UserError
-from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume_flags, training_flags
+from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume, training_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [ROOT / "lora" / "lora.yaml", ROOT / "ptuning" / "ptuning_v2.yaml", ROOT / "full" / "sft.yaml"]
@@ -186,8 +186,11 @@ def test_the_other_methods_train_and_answer(tmp_path, data_dir, run_hf, kind, sa
 
 
 def test_what_the_last_argument_asks_for(tmp_path):
-    assert resume_flags("", tmp_path) == []
-    assert resume_flags("yes", tmp_path) == []  # nothing to continue: from the beginning, as the official script
-    assert resume_flags("NO", tmp_path) == ["--overwrite_output_dir", "true"]
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for choice in ("", "yes"):  # nothing to continue: from the beginning, as the official script
+        resume(choice, args)
+        assert (args.resume_from_checkpoint, args.overwrite_output_dir) == (None, False)
+    resume("NO", args)
+    assert args.overwrite_output_dir
     with pytest.raises(UserError, match="no complete checkpoint 500 in .*: there is none"):
-        resume_flags("500", tmp_path)
+        resume("500", args)

@@ -11,7 +11,7 @@ import pytest
 
 from common.arguments import DataArguments
 from common.data import prepare_dataset
-from common.encoding import Turn, encode_train
+from common.encoding import Turn, encode_eval, encode_train
 from common.errors import UserError
 from common.formats import read_messages
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -214,9 +214,33 @@ def test_a_tool_without_parameters_is_called_without_arguments():
 
 
 def test_parameter_names_that_python_does_not_know_survive():
-    messages = [CHAT[0], {"role": "tool", "name": "f", "parameters": {"x": 1, "a-b": "好"}, "observation": 1}, CHAT[2]]
+    parameters = {"x": 1, "a-b": "好", "from": "北京"}
+    messages = [CHAT[0], {"role": "tool", "name": "f", "parameters": parameters, "observation": 1}, CHAT[2]]
     call = read_messages("here", {"messages": messages}, "messages")[1].content
-    assert "tool_call(x=1, **{'a-b': '好'})" in call
+    assert eval(call.splitlines()[1], {"tool_call": dict}) == parameters
+
+
+def test_a_thought_and_its_call_are_one_answer(tokenizer3):
+    """The model writes both without stopping: it is asked once, and both are the reference."""
+    turns = [Turn("user", "hi"), Turn("assistant", "ok", loss=True), Turn("assistant", "go", "f", loss=True)]
+    rows = encode_eval(tokenizer3, [turns], 64, 64)
+    assert len(rows) == 1
+    assert rows[0].reference.split() == ["ok", "f", "go"]
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "assistant", "text": "您好"}, "assistant without content"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 2}, "must hold one call"),
+        ({"role": "assistant", "tool_calls": 5}, "must hold one call"),
+        ({"role": "tool"}, 'a tool call needs a "name"'),
+        ({"role": "observation"}, "observation without content"),
+    ],
+)
+def test_messages_that_say_nothing_clear_are_refused(message, says):
+    with pytest.raises(UserError, match=f"here, message 2: .*{says}"):
+        read_messages("here", {"messages": [CHAT[0], message]}, "messages")
 
 
 # What is refused

@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.arguments import DataArguments
+from common.data import training_rows
 from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.generations import generation_of
@@ -109,8 +111,8 @@ def test_chatglm2_and_chatglm3_are_told_apart_by_any_hint(hint, number, tmp_path
         folder = tmp_path / f"my-chatglm{number}-6b"
     write_config(folder, config, **files)
     if hint == "code":
-        roles = '["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]' if number == 3 else "[]"
-        (folder / "tokenization_chatglm.py").write_text(f"role_special_tokens = {roles}\nraise SystemExit\n")
+        source = 'roles = ["<|user|>", "<|assistant|>"]' if number == 3 else "def build_prompt(self, query): pass"
+        (folder / "tokenization_chatglm.py").write_text(f"{source}\nraise SystemExit\n")
     assert generation_of(folder).key == f"chatglm{number}"
 
 
@@ -321,6 +323,14 @@ def start(method: str, model: Path, output: Path, monkeypatch, *flags: str) -> N
 
 TWO_STEPS = ["--do_train", "--max_steps", "2", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
 PREDICTION = ["--do_predict", "--max_new_tokens", "4", "--report_to", "none"]
+
+
+def test_glm4_learns_to_end_its_answer(glm_folder):
+    """Its end token is its pad token too, and must stay a label."""
+    tokenizer = load_tokenizer(glm_folder)
+    args = DataArguments(max_source_length=16, max_target_length=16)
+    row = training_rows(args, tokenizer, [conversation_of("a", "b")], "train")[0]
+    assert row.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 
 def test_lora_on_glm4_trains_and_answers(glm_folder, tmp_path, monkeypatch):

@@ -87,9 +87,14 @@ ORIGINAL_SWITCHES = {
 
 
 def inverse_frequencies(config: ChatGLMConfig, device: torch.device | None = None) -> Tensor:
-    """Of the rotary embedding, which covers half of the head, in float32: [d / 4]."""
+    """Of the rotary embedding, which covers half of the head, in float32: [d / 4].
+
+    The variants for long texts stretch it: those of ChatGLM2 divide the positions, those of ChatGLM3 raise the base.
+    """
     dim = config.kv_channels // 2
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    if config.generation == "chatglm2":
+        return 1.0 / 10000**exponents / config.rope_ratio
     return 1.0 / (10000 * config.rope_ratio) ** exponents
 
 
@@ -336,4 +341,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """The weights as the original stores them, without a prefix and with the inverse frequencies."""
         own = {name: w for name, w in self.state_dict().items() if "prefix_encoder." not in name}
         weights = {name: w.to(dtype) for name, w in own.items()}
-        return weights | {"transformer.rotary_pos_emb.inv_freq": inverse_frequencies(self.config).half()}
+        dim = self.config.kv_channels // 2
+        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()  # never stretched there
+        return weights | {"transformer.rotary_pos_emb.inv_freq": inv_freq}
