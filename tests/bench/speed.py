@@ -106,20 +106,21 @@ def measure(step: Callable[[int], None], repeats: int, threads: int) -> tuple[fl
     return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
 
 
-def report(title: str, unit: str, per_call: int, ways: dict[str, Callable[[int], None]], repeats: int) -> None:
+def report(title: str, unit: str, ways: dict[str, tuple[Callable[[int], None], int]], repeats: int) -> None:
+    """``ways``: name -> (what is measured, rows of one call)."""
     table = Table(title=title, title_justify="left")
     for column in ("", f"CPU s/{unit}, 1 thread", "ratio", f"samples/s, {CORES} threads", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     baseline = None
-    for name, step in ways.items():
-        cpu = measure(step, repeats, 1)[0]
-        wall = measure(step, repeats, CORES)[1]
+    for name, (step, rows) in ways.items():
+        cpu = measure(step, repeats, 1)[0] / (rows if unit == "row" else 1)
+        wall = measure(step, repeats, CORES)[1] / rows
         baseline = baseline or (cpu, wall)
         table.add_row(
             name,
-            f"{cpu / (per_call if unit == 'row' else 1):.3f}",
+            f"{cpu:.3f}",
             f"{baseline[0] / cpu:.2f}x",
-            f"{per_call / wall:.2f}",
+            f"{1 / wall:.2f}",
             f"{baseline[1] / wall:.2f}x",
         )
     console().print(table)
@@ -146,19 +147,20 @@ def bench_training(title: str, model, tokenizer, examples, repeats: int) -> None
         "+ logits of labels only": checkpointed(training_step(model, dynamic, rows, loss_only=True)),
         "+ no checkpointing (ours)": training_step(model, dynamic, rows, loss_only=True),
     }
-    report(f"{title}, batches of {BATCH} rows", "step", BATCH, ways, repeats)
+    report(f"{title}, batches of {BATCH} rows", "step", {name: (step, BATCH) for name, step in ways.items()}, repeats)
 
 
 def bench_evaluation(model, tokenizer, examples) -> None:
-    rows = [row.prompt_ids for row in encode_eval(tokenizer, examples, LENGTH, LENGTH)][:32]
+    prompts = [row.prompt_ids for row in encode_eval(tokenizer, examples, LENGTH, LENGTH)]
     model.eval()
 
-    def answer(size: int) -> Callable[[int], None]:
+    def answer(size: int, count: int) -> tuple[Callable[[int], None], int]:
         generation = {"max_new_tokens": LENGTH, "do_sample": False}
-        return lambda index: generate_answers(model, tokenizer, rows, size, f"batches of {size}", **generation)
+        rows = prompts[:count]
+        return lambda index: generate_answers(model, tokenizer, rows, size, f"batches of {size}", **generation), count
 
-    ways = {"one row at a time": answer(1), "batches of 16": answer(16), "batches of 32": answer(32)}
-    report(f"evaluation, 32 rows, {LENGTH} new tokens", "row", len(rows), ways, 1)
+    ways = {"one row at a time": answer(1, 16), "batches of 16": answer(16, 64), "batches of 64": answer(64, 128)}
+    report(f"evaluation, {LENGTH} new tokens", "row", ways, 1)
 
 
 def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
