@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import (
 
 from common.collator import left_pad
 from common.encoding import History, encode_chat, stop_ids
+from common.errors import UserError
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 # The vocabulary of ChatGLM-6B holds half-width punctuation only; people read the full-width form between Chinese words.
@@ -32,6 +34,18 @@ def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     for half, full in FULL_WIDTH.items():
         text = re.sub(rf"(?<={CHINESE}){re.escape(half)}|{re.escape(half)}(?={CHINESE})", full, text)
     return text
+
+
+def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    """What ``model.generate`` is told; temperature 0 always takes the likeliest token.
+
+    Raises UserError for values that are no sampling.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "top_p": top_p, "temperature": temperature}
 
 
 class StopOnEvent(StoppingCriteria):

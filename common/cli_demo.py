@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.chat import stream_chat
+from common.chat import generation_settings, stream_chat
 from common.errors import exit_on_user_error
 from common.loading import compute_dtype, load_model, load_tokenizer
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.7)
     parser.add_argument("--temperature", type=float, default=0.95, help="0 always takes the likeliest token")
     args = parser.parse_args()
+    generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(args.model_name_or_path)
@@ -38,8 +39,6 @@ def main() -> None:
         ptuning_checkpoint=args.ptuning_checkpoint,
         adapter=args.lora_checkpoint,
     ).to(device)
-    sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
-    generation = {"max_new_tokens": args.max_new_tokens, **(sampling if args.temperature else {"do_sample": False})}
     chat(model, tokenizer, generation)
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.chat import stream_chat
+from common.chat import generation_settings, stream_chat
 from common.errors import UserError, exit_on_user_error
 from common.files import read_json
 from common.loading import base_of_adapter, compute_dtype, is_base, load_model, load_tokenizer
@@ -46,15 +46,12 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.8)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1.")
+    generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
     base, trained = find_base(args.checkpoint, args.model_name_or_path)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(base)
     model = load_model(base, compute_dtype(device), **trained).to(device)
-    sampling = {"do_sample": True, "top_p": args.top_p, "temperature": args.temperature}
-    generation = {"max_new_tokens": args.max_new_tokens, **(sampling if args.temperature else {"do_sample": False})}
     *_, answer = "", *stream_chat(model, tokenizer, args.prompt, **generation)
     print(answer)
 
