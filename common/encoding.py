@@ -314,6 +314,17 @@ def cut_given(messages: list[Message], excess: int, keep: int) -> list[Message]:
     ]
 
 
+def fit(messages: list[Message], room: int, keep: int) -> tuple[list[Message], bool]:
+    """What of a conversation fits into ``room`` tokens, and whether its last round had to be cut for that.
+
+    Of what is given in the last round ``keep`` tokens stay, even if it is too long then.
+    """
+    excess = sum(message.length for message in messages) - room
+    kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
+    excess = sum(message.length for message in kept) - room
+    return (cut_given(kept, excess, keep), True) if excess > 0 else (kept, False)
+
+
 def train_messages(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
@@ -329,11 +340,7 @@ def train_messages(
     limit = max_source_length + max_target_length + 1
     rows = []
     for messages in encode_messages(tokenizer, conversations):
-        excess = len(start) + sum(message.length for message in messages) + 1 - limit
-        kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
-        too_long = len(start) + sum(message.length for message in kept) + 1 - limit
-        if too_long > 0:
-            kept = cut_given(kept, too_long, keep=max_source_length)
+        kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # the next token ends a turn that is learned
         for turn, header, body in kept:
@@ -346,7 +353,7 @@ def train_messages(
             ends_answer = turn.loss
         input_ids.append(end)
         labels.append(end if ends_answer else -100)
-        rows.append(TrainRow(input_ids[:limit], labels[:limit], too_long > 0, len(messages) - len(kept)))
+        rows.append(TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept)))
     return rows
 
 
@@ -370,13 +377,9 @@ def eval_messages(
             end = next((i for i in range(index, len(messages)) if not written[i]), len(messages))
             answer = body + [token for _, head, text in messages[index + 1 : end] for token in head + text]
             before = messages[:index]
-            excess = len(start) + sum(message.length for message in before) + len(header) - max_source_length
-            kept = drop_oldest_rounds(before, excess) if excess > 0 else before
-            too_long = len(start) + sum(message.length for message in kept) + len(header) - max_source_length
-            if too_long > 0:
-                kept = cut_given(kept, too_long, keep=0)
+            kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
             prompt_ids = start + [token for _, head, text in kept for token in head + text] + header
             reference = tokenizer.decode(answer[:max_target_length], skip_special_tokens=True).strip()
-            truncated = too_long > 0 or len(answer) > max_target_length
+            truncated = cut or len(answer) > max_target_length
             rows.append(EvalRow(prompt_ids, reference, truncated, len(before) - len(kept)))
     return rows

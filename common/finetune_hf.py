@@ -199,7 +199,7 @@ def main() -> None:
 
     config = read_yaml(args.config_file)
     kind = config["peft_config"].get("peft_type")
-    if kind not in (*METHODS,) or config["peft_config"] and kind is None:
+    if kind not in list(METHODS) or config["peft_config"] and kind is None:
         raise UserError(f"{args.config_file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
     method_arguments, keys, make_method = METHODS[kind]
     wanted = [("do_train", "train_file"), ("do_eval", "val_file"), ("do_predict", "test_file")]

@@ -6,12 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
@@ -24,13 +19,8 @@ from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = [
-    "*.json",
-    "*.bin",
-    "*.safetensors",
-    "*.model",
-    "*.jinja",
-]  # weights, config and vocabulary: never Python files
+# Weights, config, vocabulary and chat template: never Python files.
+HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model", "*.jinja"]
 
 
 def resolve_model(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from common.encoding import encode_chat
 from common.errors import UserError, exit_on_user_error
-from common.files import read_json
+from common.generations import read_config
 from common.loading import base_of_adapter, load_model, load_tokenizer, resolve_model
 from common.lora import merge_adapter
 from common.output import check_space, check_writable
@@ -36,7 +36,7 @@ def main() -> None:
 
     base = base_of_adapter(args.lora_checkpoint, args.model_name_or_path)
     folder = resolve_model(base)
-    if (read_json(folder / "config.json") or {}).get("quantization_config"):
+    if read_config(folder).get("quantization_config"):
         raise UserError(
             f"{folder} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )

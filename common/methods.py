@@ -21,7 +21,6 @@ from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix
 @dataclass(frozen=True)
 class Method:
     name: str
-    checkpoint: str | None  # what was trained before, to evaluate it or to train it further
     settings: dict[str, Any]  # what a continued training must share with its beginning
     trains_base: bool  # whether the model's own weights are trained, in float32 then
     check: Callable[[Path, bool], None]  # (model's folder, whether to train): raises UserError for what can't work
@@ -48,7 +47,6 @@ def p_tuning(args: PrefixArguments) -> Method:
 
     return Method(
         name="P-Tuning v2",
-        checkpoint=args.ptuning_checkpoint,
         settings=vars(args),
         trains_base=False,
         check=check,
@@ -70,7 +68,6 @@ def lora(args: LoraArguments) -> Method:
 
     return Method(
         name="LoRA",
-        checkpoint=args.lora_checkpoint,
         settings=vars(args),
         trains_base=False,
         check=check,
@@ -88,7 +85,6 @@ def full() -> Method:
     """Full-parameter training: every weight, saved under its original name."""
     return Method(
         name="full-parameter training",
-        checkpoint=None,
         settings={},
         trains_base=True,
         check=lambda folder, do_train: check_without_prefix(folder),

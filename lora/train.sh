@@ -17,7 +17,7 @@ CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold w
 LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
-LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: query_key_value
+LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
 case $MODEL in

@@ -13,7 +13,7 @@ TEXT_COLUMN=${TEXT_COLUMN:-summary}
 LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
-LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: query_key_value
+LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
 QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bit
 case $MODEL in
     demo | demo3)
