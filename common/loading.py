@@ -6,7 +6,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
@@ -15,6 +22,7 @@ from common.generations import generation_of
 from common.locking import guard
 from common.lora import adapter_config, load_adapter
 from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
+from common.weights import weights_folder
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
@@ -123,6 +131,47 @@ def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def generation_config(folder: Path) -> GenerationConfig:
+    """The defaults of generation: generation_config.json, or what config.json says of them."""
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
+def load_base(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    quantization_bit: int | None,
+    device: torch.device | str | None,
+) -> PreTrainedModel:
+    """The model of a folder, without prefix and adapter. Raises UserError where weights and config do not fit.
+
+    The weights are mapped, not read: those that stay on the CPU in the dtype that they are stored in are shared by
+    all processes of the machine, and the others are converted and moved one by one.
+    """
+    try:
+        model, report = generation_of(folder).model.from_pretrained(
+            weights_folder(folder),
+            config=config,
+            dtype=dtype,
+            device_map=None if device is None else {"": torch.device(device)},
+            quantization_config=quantization_config(quantization_bit, dtype),
+            generation_config=GenerationConfig(),  # the folder's own follows; there is none beside converted weights
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights in {folder} have other shapes than its config.json says.") from error
+    if report["missing_keys"]:
+        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+        raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
+    model.generation_config = generation_config(folder)
+    model.generation_config.bos_token_id = config.bos_token_id
+    return model
+
+
 def load_model(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -133,12 +182,15 @@ def load_model(
     adapter: str | Path | None = None,
     config_path: str | Path | None = None,
     name: str | None = None,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel:
     """The model, in evaluation mode, with its prefix or its LoRA adapter if one is asked for.
 
     A prefix is read from ``ptuning_checkpoint``, or from ``path`` if that holds base and prefix; its length and kind
     stand there. Where there is none, ``pre_seq_len`` makes a new, trainable one. Given both, they must agree.
     ``name``: what adapter and prefix shall remember as their base, where it is not ``path``.
+    ``device``: where the weights go, one by one, so that the host never holds the model; default: they stay on the
+    CPU. Not to be given under ZeRO-3, where DeepSpeed places them.
     Raises UserError where something does not fit, and for an unusable folder.
     """
     folder = resolve_model(str(path))
@@ -153,22 +205,7 @@ def load_model(
     config = generation.config.from_pretrained(resolve_model(str(config_path or folder)))
     if generation.key in ("chatglm2", "chatglm3"):
         config.generation = generation.key
-    try:
-        model, report = generation.model.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization_config(quantization_bit, dtype),
-            output_loading_info=True,
-        )
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
-            raise
-        raise UserError(f"the weights in {folder} have other shapes than its config.json says.") from error
-    if report["missing_keys"]:
-        first, count = min(report["missing_keys"]), len(report["missing_keys"])
-        raise UserError(f"{folder} is no whole model: {count} weights are missing, {first} among them.")
-    model.generation_config.bos_token_id = config.bos_token_id
+    model = load_base(folder, config, dtype, quantization_bit, device)
     model.name_or_path = model.config.name_or_path = lasting_name(name or str(path))
     if adapter:
         return load_adapter(model, adapter)
@@ -182,6 +219,15 @@ def load_model(
     elif pre_seq_len:
         attach_prefix(model, pre_seq_len, prefix_projection)
     return model
+
+
+def count_parameters(folder: Path) -> int:
+    """The size of the model of a folder, for which nothing of its weights is read."""
+    generation = generation_of(folder)
+    config = generation.config.from_pretrained(folder)
+    with torch.device("meta"):
+        model = generation.model.from_config(config) if generation.key == "glm" else generation.model(config)
+    return model.num_parameters()
 
 
 def lasting_name(name: str) -> str:
