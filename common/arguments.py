@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
+from common.engines import deepspeed_config, fsdp_config, is_sharded, join, offloads
 from common.errors import UserError
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
@@ -110,13 +111,18 @@ class LoraArguments:
 
 
 @dataclass
-class NoArguments:
-    """Of full-parameter training: there is nothing to choose."""
+class FullArguments:
+    save_format: str = told("Format of the weights: safetensors, or bin, which the original code reads", "safetensors")
+
+    def __post_init__(self):
+        if self.save_format not in ("safetensors", "bin"):
+            raise ValueError(f"--save_format {self.save_format}: there are safetensors and bin")
 
 
 @dataclass
 class DataArguments:
     train_file: str | None = told("Training data: JSON, JSON lines or CSV; several files by commas or a glob")
+    train_datasets: str | None = told("Folder of training data that common/preprocess.sh made, instead of --train_file")
     validation_file: str | None = told("Data for --do_eval, in the same formats")
     test_file: str | None = told("Data for --do_predict, in the same formats")
     dataset_name: str | None = told("A data set on the hub, or a folder, instead of files")
@@ -145,6 +151,8 @@ class DataArguments:
 
     def __post_init__(self):
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
+        if self.train_datasets and (self.train_file or self.dataset_name):
+            raise ValueError("--train_datasets replaces --train_file and --dataset_name: give one of them")
         if self.conversation_column and (self.history_column or self.text_column):
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
         if self.max_source_length < 3 or self.max_target_length < 3:
@@ -168,17 +176,28 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:
             raise ValueError("a batch must have at least 1 row")
+        if self.deepspeed and self.fsdp:
+            raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
+        if self.deepspeed:
+            self.deepspeed = deepspeed_config(self)
+        if self.fsdp:
+            self.fsdp_config = fsdp_config(self)
+        self.engine = "DeepSpeed" if self.deepspeed else "FSDP2" if self.fsdp else "DDP"
+        self.offload, self.sharded = offloads(self), is_sharded(self)
+        if self.dry_run:  # which looks at the input in one process, whatever engine will run
+            self.deepspeed = self.fsdp = None
+        join(self)
         super().__post_init__()
 
     @property
     def processes(self) -> int:
         """How many train together: what the launcher said, which a check before the start must believe."""
-        return int(os.environ.get("NUM_PROCESSES") or self.world_size)
+        return int(os.environ.get("EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
     @property
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.processes
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
 
 
 def translate_old_flags(argv: list[str]) -> list[str]:
@@ -217,11 +236,13 @@ def parse_arguments(method_arguments: type, argv: list[str] | None = None) -> tu
 
     Raises UserError for an unknown flag, naming the nearest known one, or a bad value.
     """
-    parser = FlagParser(
-        (ModelArguments, method_arguments, DataArguments, TrainingArguments),
-        usage="main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]",
-        allow_abbrev=False,
-    )
+    usage = "main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]"
+    return parse_dataclasses((ModelArguments, method_arguments, DataArguments, TrainingArguments), usage, argv)
+
+
+def parse_dataclasses(kinds: tuple[type, ...], usage: str, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """One object of each dataclass, filled from the command line. Raises UserError as ``parse_arguments`` does."""
+    parser = FlagParser(kinds, usage=usage, allow_abbrev=False)
     argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
     known = [option for action in parser._actions for option in action.option_strings]
     for token in argv:

@@ -19,8 +19,16 @@ from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.collator import TrainCollator
 from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
+from common.engines import check_checkpoint, check_offload
 from common.errors import UserError
-from common.loading import check_model_folder, compute_dtype, load_model, load_tokenizer, resolve_model
+from common.loading import (
+    check_model_folder,
+    compute_dtype,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from common.methods import Method
 from common.metrics import score
 from common.output import (
@@ -53,6 +61,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     with own(output_dir) if args.process_index == 0 else nullcontext():
         settings = settings_of(folder, method, model_args, data_args, args)
         checkpoint = resume_point(args, settings, method.files) if args.do_train else None
+        if checkpoint:
+            check_checkpoint(args, checkpoint)
         set_seed(args.seed)
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
@@ -85,8 +95,12 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
             raise UserError(f"--{flag} needs --{file_flag}.")
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
-    if args.fsdp or args.deepspeed and args.hf_deepspeed_config.is_zero3():
-        raise UserError("ZeRO stage 3 and FSDP are not supported yet: use a configuration of stage 1 or 2.")
+    if args.sharded and not args.do_train:
+        raise UserError(f"{args.engine} shards the weights for training: evaluate without its flag.")
+    if args.do_train and method.trains_base and data_args.evaluate_base:
+        raise UserError("--evaluate_base: there is no room for a base beside all that is trained; evaluate afterwards.")
+    if args.engine == "FSDP2" and (method.optimizer or args.load_best_model_at_end):
+        raise UserError("--fsdp can't be used with --loraplus_lr_ratio or --load_best_model_at_end.")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.label_smoothing_factor:
@@ -101,6 +115,9 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
     method.check(folder, args.do_train)
+    if any(args.offload):
+        count = count_parameters(folder)
+        check_offload(args, count, count if method.trains_base else 0)
     if args.do_train and method.trains_base and model_args.quantization_bit:
         raise UserError("--quantization_bit is for LoRA and P-Tuning v2: packed weights can't be trained themselves.")
     if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
@@ -130,8 +147,11 @@ def prepare(
 
 
 def base_dtype(method: Method, args: TrainingArguments) -> torch.dtype:
-    """float32 where the weights themselves are trained; else what was asked for, or 16 bit where that computes fast."""
-    if method.trains_base:
+    """float32 where the weights themselves are trained; else what was asked for, or 16 bit where that computes fast.
+
+    DeepSpeed keeps a float32 copy of trained 16-bit weights itself.
+    """
+    if method.trains_base and not (args.deepspeed and (args.fp16 or args.bf16)):
         return torch.float32
     if args.fp16 or args.bf16:
         return torch.float16 if args.fp16 else torch.bfloat16
@@ -144,6 +164,7 @@ def build_model(method: Method, model_args: ModelArguments, args: TrainingArgume
         folder,
         base_dtype(method, args),
         model_args.quantization_bit,
+        device=None if args.sharded else args.device,
         config_path=model_args.config_name,
         name=model_args.model_name_or_path,
         **method.load_flags,
@@ -191,6 +212,8 @@ def train(
     if checkpoint:
         start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if is_finished(start, args):
+            if args.sharded and (args.do_eval or args.do_predict):
+                raise UserError(f"the training was finished before: {checkpoint}; evaluate it without --do_train.")
             best = start.get("best_model_checkpoint") if args.load_best_model_at_end else None
             trainer.load_trained(Path(best or checkpoint))
             if not any((Path(args.output_dir) / name).exists() for name in trainer.method.files):
@@ -202,6 +225,8 @@ def train(
         print_first_row(data.rows[0], tokenizer)
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
+    if checkpoint and args.engine != "DeepSpeed":  # which reads its own shards
+        trainer.load_trained(checkpoint)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
     trainable = trainer.model.num_parameters(only_trainable=True)

@@ -10,7 +10,6 @@ those of main.py and win over the file.
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -18,23 +17,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 import yaml
-from accelerate import PartialState
 
 from common.arguments import (
     REMOVED,
     RENAMED,
     DataArguments,
+    FullArguments,
     LoraArguments,
-    NoArguments,
     PrefixArguments,
     TrainingArguments,
     parse_arguments,
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
-from common.locking import free_port
 from common.methods import full, lora, p_tuning
 from common.output import complete_checkpoints
 
@@ -70,7 +66,7 @@ PREFIX = {
 METHODS: dict[str | None, tuple[type, dict, Callable]] = {  # peft_type -> its flags, its keys, the method
     "LORA": (LoraArguments, LORA, lora),
     "PREFIX_TUNING": (PrefixArguments, PREFIX, p_tuning),
-    None: (NoArguments, {}, lambda _: full()),
+    None: (FullArguments, {}, full),
 }
 
 
@@ -152,17 +148,6 @@ def training_flags(file: Path, config: dict[str, Any]) -> list[str]:
     return [word for name, value in (training | generation).items() for word in flag(name, value)]
 
 
-def start_deepspeed() -> list[str]:
-    """Lets DeepSpeed run without a launcher, as one process, and on a CPU. Returns the flags that this takes."""
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(free_port())
-    if torch.accelerator.is_available():
-        return []
-    PartialState(backend="gloo")  # the Trainer would forget which backend it was told
-    return ["--ddp_backend", "gloo"]
-
-
 def method_flags(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) -> list[str]:
     check_keys(file, "peft_config.", peft, keys)
     if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
@@ -207,7 +192,6 @@ def main() -> None:
     flags += [f"--{name}" for name, file in wanted if config["data_config"].get(file)]
     flags += data_flags(args.config_file, config, args.data_dir)
     flags += training_flags(args.config_file, config)
-    flags += start_deepspeed() if config["training_args"].get("deepspeed") else []
     flags += method_flags(args.config_file, config["peft_config"], keys)
     model_args, chosen, data_args, training_args = parse_arguments(method_arguments, flags + further)
     resume(args.auto_resume_from_checkpoint, training_args)

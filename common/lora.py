@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, TrainingArguments
@@ -107,12 +107,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return adapted.eval()
 
 
-def save_lora(model: PeftModel, folder: str | Path) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, as PEFT does everywhere.
+def save_lora(model: PeftModel, folder: str | Path, weights: dict[str, Tensor]) -> None:
+    """Writes the adapter out of the model's ``weights``: adapter_config.json, adapter_model.safetensors.
 
     PEFT would look on the hub whether the vocabulary was extended, to save the embedding too; here it never is.
     """
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
 
 def restore_lora(model: PeftModel, folder: str | Path) -> None:

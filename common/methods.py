@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.arguments import LoraArguments, PrefixArguments, TrainingArguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
+from common.files import read_json, write_json
 from common.generations import read_config
 from common.loading import check_takes_prefix, load_model
 from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
@@ -25,7 +28,7 @@ class Method:
     trains_base: bool  # whether the model's own weights are trained, in float32 then
     check: Callable[[Path, bool], None]  # (model's folder, whether to train): raises UserError for what can't work
     load_flags: dict[str, Any]  # flags of load_model
-    save: Callable[[PreTrainedModel, Path], None]  # writes what was trained into a folder
+    save: Callable[[PreTrainedModel, Path, dict[str, Tensor]], None]  # (model, folder, whole weights): what was trained
     restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
     base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
     files: tuple[str, ...]  # names of what ``save`` writes, of which one is there
@@ -81,7 +84,7 @@ def lora(args: LoraArguments) -> Method:
     )
 
 
-def full() -> Method:
+def full(args: FullArguments) -> Method:
     """Full-parameter training: every weight, saved under its original name."""
     return Method(
         name="full-parameter training",
@@ -89,10 +92,15 @@ def full() -> Method:
         trains_base=True,
         check=lambda folder, do_train: check_without_prefix(folder),
         load_flags={},
-        save=save_full,
+        save=partial(save_full, as_bin=args.save_format == "bin"),
         restore=restore_full,
         base=reload_base,
-        files=("model.safetensors", "model.safetensors.index.json"),
+        files=(
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        ),
     )
 
 
@@ -102,16 +110,43 @@ def check_without_prefix(folder: Path) -> None:
         raise UserError(f"{folder} holds a prefix beside the model: only P-Tuning v2 can go on from there.")
 
 
-def save_full(model: PreTrainedModel, folder: Path) -> None:
-    """A folder that loads by itself, but for the tokenizer, which is saved beside it."""
-    model.save_pretrained(folder)
+def save_full(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], as_bin: bool = False) -> None:
+    """A folder that loads by itself, but for the tokenizer, which is saved beside it; it names its base."""
+    if as_bin and model.config.model_type == "chatglm":
+        weights = model.original_state_dict(model.dtype, weights)
+    model.config.base_model_name_or_path = model.name_or_path
+    model.save_pretrained(folder, state_dict=weights)
+    if as_bin:
+        convert_to_bin(folder)
+
+
+def convert_to_bin(folder: Path) -> None:
+    """Safetensors files -> the .bin files that the original code reads, one after the other."""
+    for file in sorted(folder.glob("*.safetensors")):
+        torch.save(load_file(file), folder / bin_name(file.name))
+        file.unlink()
+    index = folder / "model.safetensors.index.json"
+    if content := read_json(index):
+        content["weight_map"] = {name: bin_name(file) for name, file in content["weight_map"].items()}
+        write_json(folder / "pytorch_model.bin.index.json", content)
+        index.unlink()
+
+
+def bin_name(name: str) -> str:
+    return f"pytorch_{name.removesuffix('.safetensors')}.bin"
 
 
 def restore_full(model: PreTrainedModel, folder: Path) -> None:
-    model.load_state_dict(load_model(folder, model.dtype).state_dict())
+    """Copies saved weights into the model, file by file, without a second model in memory."""
+    for file in [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
+        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
+        model.load_state_dict(weights, strict=False)
 
 
 @contextmanager
 def reload_base(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as it was before the training, read again."""
-    yield load_model(model.name_or_path, model.dtype).to(model.device)
+    """The model that a trained one began as, which stands in its config."""
+    base = vars(model.config).get("base_model_name_or_path")
+    if base is None:
+        raise UserError(f"--evaluate_base: {model.name_or_path} does not say from which model it was trained.")
+    yield load_model(base, model.dtype, device=model.device)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.errors import UserError
+from common.errors import UserError, differences
 from common.files import is_complete, read_json, write_json
 from common.locking import hold
 from common.methods import Method
@@ -38,6 +38,7 @@ def settings_of(
     settings: dict[str, object] = {"model": str(model.resolve()), "method": method.name}
     settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
     settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
+    settings["train_datasets"] = data_args.train_datasets and str(Path(data_args.train_datasets).resolve())
     settings |= {name: vars(data_args)[name] for name in DATA_SETTINGS}
     return settings | {
         "learning_rate": args.learning_rate,
@@ -85,7 +86,8 @@ def is_complete_checkpoint(folder: Path) -> bool:
     if (folder / "latest").is_file():  # DeepSpeed names the folder of its states there when all are written
         tensors += (folder / (folder / "latest").read_text().strip()).glob("*.pt")
     else:
-        tensors += [folder / "optimizer.pt", folder / "scheduler.pt"]
+        fsdp = folder / "optimizer.bin"
+        tensors += [fsdp if fsdp.exists() else folder / "optimizer.pt", folder / "scheduler.pt"]
     whole = all(file.is_file() and is_complete(file) for file in tensors)
     return whole and read_json(folder / "trainer_state.json") is not None
 
@@ -128,14 +130,9 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
 def check_settings(folder: Path, settings: dict) -> None:
     """Raises UserError where the training in a folder was started with other settings."""
     earlier = read_json(folder / SETTINGS_FILE) or settings
-    differing = [
-        f"{name} was {earlier.get(name)!r}, now {value!r}"
-        for name, value in settings.items()
-        if earlier.get(name) != value
-    ]
-    if differing:
+    if differing := differences(earlier, settings):
         raise UserError(
-            f"{folder} holds a training with other settings ({'; '.join(differing)}): choose another --output_dir, "
+            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
             "or --overwrite_output_dir to start over."
         )
 

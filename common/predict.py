@@ -32,7 +32,8 @@ def packed_head(model: PreTrainedModel, rows: int) -> Iterator[None]:
     """On a CPU, the model with a packed output layer, for generation in batches of ``rows``."""
     head = model.get_output_embeddings()
     packable = type(head) is nn.Linear and head.bias is None and torch.backends.mkldnn.is_available()
-    if not packable or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
+    whole = packable and type(head.weight) is nn.Parameter and head.weight.ndim == 2  # no shard of it
+    if not whole or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         yield
         return
     model.set_output_embeddings(PackedLinear(head, rows))
@@ -64,12 +65,15 @@ def generate_answers(
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
     with packed_head(model, batch_size):
-        for batch in batches[state.process_index :: state.num_processes]:
+        for start in range(0, len(batches), state.num_processes):
+            # Processes that share the weights must generate equally often: the last batch is done again by some.
+            batch = batches[min(start + state.process_index, len(batches) - 1)]
             inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = model.generate(**inputs, use_cache=True, **generation)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers += zip(batch, (text.strip() for text in texts), strict=True)
+            if start + state.process_index < len(batches):
+                answers += zip(batch, (text.strip() for text in texts), strict=True)
             bar.update(len(batch) * state.num_processes)
     bar.close()
     model.train(was_training)

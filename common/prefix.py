@@ -73,11 +73,11 @@ def without_prefix(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         model.base_model.prefix_encoder = encoder
 
 
-def save_prefix(model: PreTrainedModel, folder: str | Path) -> None:
-    """Writes the prefix alone, float32 under the original names, and the config, as the original code reads them."""
+def save_prefix(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor]) -> None:
+    """Writes the prefix out of the model's ``weights``, float32 under the original names, and the config."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = model.base_model.prefix_encoder.state_dict(prefix=KEY_PREFIX)
+    tensors = {name: tensor for name, tensor in weights.items() if name.startswith(KEY_PREFIX)}
     partial = folder / "pytorch_model.bin.partial"
     torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, folder / "pytorch_model.bin")

@@ -4,9 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils.fsdp_utils import save_fsdp_optimizer
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
+from common.errors import UserError
 from common.methods import Method
+from common.output import complete_checkpoints
 
 
 class FinetuneTrainer(Trainer):
@@ -18,6 +22,7 @@ class FinetuneTrainer(Trainer):
         self.method = method
         self.score_answers = score_answers
         super().__init__(**kwargs)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)
@@ -30,21 +35,58 @@ class FinetuneTrainer(Trainer):
             metrics |= scores
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def training_step(self, *args, **kwargs) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.finite = self.finite & torch.isfinite(loss.detach())  # looked at now and then: each look waits for the GPU
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.control.should_log or self.control.should_save:
+            self.check_loss()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def check_loss(self) -> None:
+        """Raises UserError in all processes where the loss of one was not finite, before that is saved."""
+        if bool(self.accelerator.gather(self.finite.reshape(1)).all()):
+            return
+        whole = complete_checkpoints(Path(self.args.output_dir))
+        cause = "--fp16 overflows: use --bf16, or " if self.args.fp16 else ""
+        raise UserError(
+            f"the loss is no longer finite (nan or inf) at step {self.state.global_step}: {cause}lower --learning_rate "
+            f"(now {self.args.learning_rate:g}). Last good checkpoint: {whole[-1] if whole else 'none was saved yet'}."
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """``state_dict``: the gathered weights under ZeRO and FSDP, in the process that saves."""
         if not self.args.should_save:  # the Trainer calls this in every process
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.method.save(self.accelerator.unwrap_model(self.model), folder)
+        model = self.accelerator.unwrap_model(self.model)
+        self.method.save(model, folder, model.state_dict() if state_dict is None else state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer would save the weights a second time, frozen ones included.
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def load_trained(self, folder: Path) -> None:
         """Reads what was trained from a checkpoint into the model."""
         self.method.restore(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.load_trained(Path(resume_from_checkpoint))
+        """Done before the training starts: here FSDP has already sharded the model."""
 
     def _load_best_model(self) -> None:
-        self.load_trained(Path(self.state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:  # it reads its own shards
+            super()._load_best_model()
+        else:
+            self.load_trained(Path(self.state.best_model_checkpoint))

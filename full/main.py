@@ -8,12 +8,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import NoArguments, parse_arguments
+from common.arguments import FullArguments, parse_arguments
 from common.errors import exit_on_user_error
 from common.finetune import run
 from common.methods import full
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        model_args, _, data_args, training_args = parse_arguments(NoArguments)
-        run(full(), model_args, data_args, training_args)
+        model_args, full_args, data_args, training_args = parse_arguments(FullArguments)
+        run(full(full_args), model_args, data_args, training_args)

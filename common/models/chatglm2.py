@@ -337,9 +337,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def original_state_dict(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+    def original_state_dict(
+        self, dtype: torch.dtype = torch.float16, weights: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The weights as the original stores them, without a prefix and with the inverse frequencies."""
-        own = {name: w for name, w in self.state_dict().items() if "prefix_encoder." not in name}
+        own = {name: w for name, w in (weights or self.state_dict()).items() if "prefix_encoder." not in name}
         weights = {name: w.to(dtype) for name, w in own.items()}
         dim = self.config.kv_channels // 2
         inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()  # never stretched there

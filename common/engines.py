@@ -1,0 +1,204 @@
+"""What spreads a training over processes: DDP, DeepSpeed's ZeRO, FSDP2: their files, their demands, their start.
+
+Device and collective backend come from Accelerate. Only on CPUs, where it would run every process for itself, are they
+said here.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from accelerate import PartialState
+
+from common.errors import UserError
+from common.locking import cache_folder, free_port, guard
+
+if TYPE_CHECKING:
+    from common.arguments import TrainingArguments
+
+BYTES_OFFLOADED = 16  # a trained weight on the host: float32 itself, its gradient, and Adam's two moments
+
+
+def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
+    """What a flag gives as a JSON file or as JSON itself. Raises UserError where it is missing or broken."""
+    if not isinstance(given, str):
+        return dict(given or {})
+    if not given.startswith("{") and not Path(given).is_file():
+        raise UserError(f"--{flag}: no file {given}.")
+    try:
+        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--{flag}: {given} is broken JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--{flag}: {given} must hold an object, found {type(config).__name__}.")
+    return config
+
+
+def find(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """The section that a dotted name stands in, an empty one where there is none, and the name's last part."""
+    *sections, name = path.split(".")
+    for section in sections:
+        config = config.get(section) or {}
+    return config, name
+
+
+def deepspeed_config(args: "TrainingArguments") -> dict[str, Any]:
+    """A DeepSpeed file, checked against the flags, and completed where it says nothing.
+
+    Raises UserError where it contradicts a flag, naming both.
+    """
+    config, file = read_config("deepspeed", args.deepspeed), args.deepspeed
+    rows = f"--per_device_train_batch_size x --gradient_accumulation_steps x {args.processes} processes"
+    agree: dict[str, tuple[str, Any]] = {
+        "train_micro_batch_size_per_gpu": ("--per_device_train_batch_size", args.per_device_train_batch_size),
+        "gradient_accumulation_steps": ("--gradient_accumulation_steps", args.gradient_accumulation_steps),
+        "train_batch_size": (rows, args.rows_per_step),
+        "gradient_clipping": ("--max_grad_norm", args.max_grad_norm),
+        "fp16.enabled": ("--fp16", args.fp16),
+        "bf16.enabled": ("--bf16", args.bf16),
+        "optimizer.params.lr": ("--learning_rate", args.learning_rate),
+        "optimizer.params.betas": ("--adam_beta1, --adam_beta2", [args.adam_beta1, args.adam_beta2]),
+        "optimizer.params.eps": ("--adam_epsilon", args.adam_epsilon),
+        "optimizer.params.weight_decay": ("--weight_decay", args.weight_decay),
+        "scheduler.params.warmup_max_lr": ("--learning_rate", args.learning_rate),
+    }
+    for path, (flag, value) in agree.items():
+        section, name = find(config, path)
+        stored = section.get(name, "auto")
+        if stored not in ("auto", value):
+            raise UserError(
+                f'{file} says {path} = {json.dumps(stored)}, but {flag} is {value}: change one, or write "auto" there.'
+            )
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        config.setdefault(name, "auto")
+    # Trainer's AdamW is in order; and what is saved are the gathered weights, not the shards.
+    config["zero_allow_untested_optimizer"] = True
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("stage") == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return config
+
+
+def fsdp_config(args: "TrainingArguments") -> dict[str, Any]:
+    """The settings of FSDP2. Raises UserError for FSDP1, and for checkpoints that would hold no model."""
+    given = read_config("fsdp_config", args.fsdp_config)
+    config = {name.removeprefix("fsdp_"): value for name, value in given.items()}
+    if int(config.setdefault("version", 2)) != 2:
+        raise UserError("--fsdp_config: version 1 is gone from today's libraries; FSDP2 is version 2.")
+    if config.setdefault("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
+        raise UserError("--fsdp_config: state_dict_type must be FULL_STATE_DICT, or checkpoints would hold no model.")
+    return config
+
+
+def is_sharded(args: "TrainingArguments") -> bool:
+    """Whether every process holds only its part of the weights: ZeRO stage 3, FSDP2."""
+    return bool(args.fsdp) or bool(args.deepspeed) and args.deepspeed["zero_optimization"].get("stage") == 3
+
+
+def offloads(args: "TrainingArguments") -> tuple[bool, bool]:
+    """Whether the optimizer's states, and whether the weights, are to lie in the host's memory."""
+    if args.fsdp:
+        return bool(args.fsdp_config.get("cpu_offload")), bool(args.fsdp_config.get("cpu_offload"))
+    zero = args.deepspeed["zero_optimization"] if args.deepspeed else {}
+    optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    return optimizer.get("device") == "cpu", parameters.get("device") == "cpu"
+
+
+def check_offload(args: "TrainingArguments", weights: int, trained: int) -> None:
+    """Raises UserError where the host's memory is too small for what is to be moved there.
+
+    ``weights``, ``trained``: how many parameters there are, and how many of them are trained.
+    """
+    optimizer, parameters = args.offload
+    share = int(os.environ.get("PROCESSES_PER_MACHINE", args.processes)) / args.processes
+    needed = share * (optimizer * trained * BYTES_OFFLOADED + parameters * weights * 2)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise UserError(
+            f"offloading needs {needed / 1e9:,.1f} GB of this machine's memory and {available / 1e9:,.1f} GB are free: "
+            "use more machines, a configuration without offload, or LoRA."
+        )
+
+
+def check_checkpoint(args: "TrainingArguments", checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint that the engine can't continue with as many processes as there are now."""
+    states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
+    if states is None:
+        if args.engine == "DeepSpeed":
+            raise UserError(f"{checkpoint} was not written under DeepSpeed: continue it without --deepspeed.")
+        by_fsdp = (checkpoint / "optimizer.bin").is_file()
+        if by_fsdp != (args.engine == "FSDP2"):
+            raise UserError(
+                f"{checkpoint} was written with{'' if by_fsdp else 'out'} --fsdp: continue it the same way."
+            )
+        return
+    if args.engine != "DeepSpeed":
+        raise UserError(f"{checkpoint} was written under DeepSpeed: continue it with the same --deepspeed file.")
+    written_by = len(list(states.glob("*_optim_states.pt")))
+    if written_by != args.processes:
+        raise UserError(
+            f"{checkpoint} was written by {written_by} processes, and ZeRO can't spread its optimizer states over "
+            f"{args.processes}: continue with {written_by}, or train on from its weights in a new --output_dir "
+            f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
+            "--ptuning_checkpoint for the others)."
+        )
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def guard_compilation() -> None:
+    """DeepSpeed compiles what it needs when it needs it; here one job does, in our folder, and the others wait.
+
+    torch's own lock there is a file, which a killed process leaves behind for ever; whoever holds ours may remove it.
+    """
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    folder = cache_folder() / "extensions"
+    folder.mkdir(exist_ok=True)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    compile_or_load = OpBuilder.jit_load
+
+    def guarded(self: OpBuilder, verbose: bool = True) -> Any:
+        with guard("compiled extensions", folder):
+            for left_behind in folder.glob("**/lock"):
+                left_behind.unlink()
+            return compile_or_load(self, verbose=False)
+
+    OpBuilder.jit_load = guarded
+
+
+def join(args: "TrainingArguments") -> None:
+    """Joins the processes that a launcher started, before the Trainer would: on a CPU it would forget the backend."""
+    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.deepspeed and "LOCAL_RANK" not in os.environ:  # DeepSpeed wants to be told that it is alone
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= alone | {"MASTER_PORT": str(free_port())}
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if args.fsdp and on_cpu and "ACCELERATE_TORCH_DEVICE" not in os.environ:
+        raise UserError("--fsdp needs GPUs, and none is visible here; --deepspeed works on CPUs too.")
+    timeout = timedelta(seconds=args.ddp_timeout)
+    if args.deepspeed:
+        guard_compilation()
+        with variable("ACCELERATE_USE_DEEPSPEED", "true"):
+            PartialState(backend="gloo" if on_cpu else args.ddp_backend, timeout=timeout)
+    else:
+        args.use_cpu = on_cpu and not args.fsdp
+        PartialState(cpu=args.use_cpu, backend=args.ddp_backend, timeout=timeout)
+    args.accelerator_config = read_config("accelerator_config", args.accelerator_config) | {
+        "use_configured_state": True
+    }
