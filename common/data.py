@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ from common.rows import find_files, read_rows, text_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
-ENCODING_VERSION = 3  # part of the cache key: to be raised when the same text shall become other tokens
+ENCODING_VERSION = 3  # part of the fingerprint: to be raised when the same text shall become other tokens
 ROWS_PER_BATCH = 1000
 
 Example = str | list[Turn]
@@ -65,16 +65,20 @@ def read_named(args: DataArguments, split: str) -> Dataset:
         raise UserError(f"--dataset_name {args.dataset_name}, split {split}: {str(error).splitlines()[0]}") from error
 
 
-def read_examples(
-    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, Example]]:
-    """(place, example) of every row of all files, or of a data set by name."""
-    places: Iterator[tuple[str, dict[str, Any]]]
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""(place, row): the place is named in error messages."""
+
+
+def read_source(args: DataArguments, files: list[Path], named: Dataset | None) -> Rows:
+    """Every row of all files, or of a data set by name."""
     if named is not None:
-        places = ((f"{args.dataset_name}, row {number}", row) for number, row in enumerate(named, 1))
-    else:
-        places = (place_and_row for file in files for place_and_row in read_rows(file))
-    for place, row in places:
+        return ((f"{args.dataset_name}, row {number}", row) for number, row in enumerate(named, 1))
+    return (place_and_row for file in files for place_and_row in read_rows(file))
+
+
+def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Example]]:
+    """(place, example) of every row. Raises UserError for a row that does not hold what the flags say."""
+    for place, row in rows:
         if args.text_column:
             yield place, text_of(place, row, args.text_column, "text_column")
             continue
@@ -113,9 +117,10 @@ def question_rows(args: DataArguments, tokenizer: PreTrainedTokenizerBase, examp
     return encode_eval(tokenizer, examples, args.max_source_length, args.val_max_target_length)
 
 
-TABLES: dict[str, tuple[Callable, tuple[str, str]]] = {
-    "rows": (training_rows, ("input_ids", "labels")),
-    "questions": (question_rows, ("prompt_ids", "reference")),
+IDS = List(Value("int32"))
+TABLES: dict[str, tuple[Callable, Features]] = {
+    "rows": (training_rows, Features({"input_ids": IDS, "labels": IDS})),
+    "questions": (question_rows, Features({"prompt_ids": IDS, "reference": Value("string")})),
 }
 
 
@@ -130,7 +135,6 @@ def write_table(
     file: Path,
     table: str,
     args: DataArguments,
-    source: str,
     examples: Iterator[tuple[str, Example]],
     tokenizer: PreTrainedTokenizerBase,
     split: str,
@@ -139,10 +143,10 @@ def write_table(
 
     An example without anything to learn is dropped, as in the official script.
     """
-    encode, names = TABLES[table]
+    encode, features = TABLES[table]
     summary: dict[str, Any] = dict.fromkeys(("rows", "dropped", "truncated", "shortened", "unlabelled"), 0)
     summary["first_dropped"] = ""
-    with ArrowWriter(path=str(file)) as writer:
+    with ArrowWriter(path=str(file), features=features) as writer:
         while batch := list(islice(examples, ROWS_PER_BATCH)):
             dropped = [place for place, example in batch if not example]
             summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
@@ -156,16 +160,21 @@ def write_table(
                 rows = [row for row in rows if max(row.labels) >= 0]
             if rows:
                 columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
-                writer.write_batch({name: list(columns[name]) for name in names})
+                writer.write_batch({name: list(columns[name]) for name in features})
                 summary["rows"] += len(rows)
-        if not summary["rows"]:
-            what = "text" if args.text_column else "a question and an answer"
-            reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
-            if summary["unlabelled"]:
-                reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
-            raise UserError(f"{source}: no row with {what}: {reason}.")
         writer.finalize()
     return summary
+
+
+def check_any(summary: dict[str, Any], args: DataArguments, source: str) -> None:
+    """Raises UserError where nothing is left to learn from or to answer, saying why."""
+    if summary["rows"]:
+        return
+    what = "text" if args.text_column else "a question and an answer"
+    reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
+    if summary["unlabelled"]:
+        reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
+    raise UserError(f"{source}: no row with {what}: {reason}.")
 
 
 @contextmanager
@@ -178,24 +187,42 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-def cache_key(
-    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase, split: str
-) -> str:
-    """A hash of everything that decides what the tokenized rows are."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    target_length = args.max_target_length if split == "train" else args.val_max_target_length
-    what = [ENCODING_VERSION, split, stats, None if named is None else named._fingerprint]
-    what += [vocabulary_hash(tokenizer), type(tokenizer).__name__, tokenizer.chat_template]
-    what += [tokenizer.special_tokens_map, tokenizer.pad_token_id]
-    what += [args.prompt_column, args.response_column, args.history_column, args.conversation_column, args.text_column]
-    what += [args.source_prefix, args.max_source_length, target_length, args.ignore_pad_token_for_loss]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
-
-
-def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
+    """What decides which tokens a row becomes, once it is read."""
     own = isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer))
     vocabulary = Path(tokenizer.vocab_file).read_bytes() if own else tokenizer.backend_tokenizer.to_str().encode()
-    return hashlib.sha256(vocabulary).hexdigest()
+    template = json.dumps(tokenizer.chat_template).encode() if tokenizer.chat_template else None
+    return {
+        "encoding_version": ENCODING_VERSION,
+        "tokenizer": type(tokenizer).__name__,
+        "vocabulary": short_hash(vocabulary),
+        "chat_template": template and short_hash(template),
+        "special_tokens": tokenizer.special_tokens_map,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_source_length": args.max_source_length,
+        "max_target_length": args.max_target_length if split == "train" else args.val_max_target_length,
+        "ignore_pad_token_for_loss": args.ignore_pad_token_for_loss,
+    }
+
+
+COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column")
+
+
+def fingerprint(
+    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase, split: str
+) -> dict[str, Any]:
+    """Everything that decides what the tokenized rows of a split are; as JSON reads it back."""
+    stats = [(file.resolve(), file.stat()) for file in files]
+    return encoding_settings(args, tokenizer, split) | {
+        "split": split,
+        **{name: vars(args)[name] for name in (*COLUMNS, "source_prefix")},
+        "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
+        "dataset": None if named is None else named._fingerprint,
+    }
+
+
+def short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
 
 
 def prepare_dataset(
@@ -207,7 +234,7 @@ def prepare_dataset(
     """
     files = find_files(patterns) if patterns else []
     named = None if files else read_named(args, split)
-    key = cache_key(args, files, named, tokenizer, split)
+    key = short_hash(json.dumps(fingerprint(args, files, named, tokenizer, split)).encode())
     folder = cache_folder() / "datasets" / key
     tables = tables_of(split, args)
     with guard("data set", folder):
@@ -221,11 +248,12 @@ def prepare_dataset(
                 source = patterns or str(args.dataset_name)
                 summary: dict[str, Any] = {}
                 for table in tables:
-                    examples = read_examples(args, files, named, tokenizer)
+                    examples = read_examples(args, read_source(args, files, named), tokenizer)
                     with without_collector():
                         file = partial / f"{table}.arrow"
                         unlabelled = summary.get("unlabelled", 0)
-                        summary = write_table(file, table, args, source, examples, tokenizer, split)
+                        summary = write_table(file, table, args, examples, tokenizer, split)
+                        check_any(summary, args, source)
                         summary["unlabelled"] += unlabelled  # only rows have labels
                 write_json(partial / "summary.json", summary)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -3,8 +3,9 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -23,6 +24,15 @@ def describe(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "a checkpoint could not be written: No space left on device. What was saved before is complete."
     return None
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings of ``now`` that were others before, with both values; "" where all are the same."""
+    return "; ".join(
+        f"{name} was {earlier.get(name)!r:.200}, now {value!r:.200}"
+        for name, value in now.items()
+        if earlier.get(name) != value
+    )
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from common.output import (
 from common.predict import generate_answers
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
 from common.rows import find_files
+from common.shards import load_shards, read_manifest
 from common.trainer import FinetuneTrainer
 
 SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
@@ -87,11 +88,14 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     """Finds out what can't work before anything is loaded. Returns the model's folder."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    for _, flag, file_flag, _ in SPLITS:
+    shards = data_args.train_datasets if args.do_train else None
+    if shards:
+        read_manifest(Path(shards))
+    for split, flag, file_flag, _ in SPLITS:
         patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
         if patterns:
             find_files(patterns)
-        elif vars(args)[flag] and not data_args.dataset_name:
+        elif vars(args)[flag] and not data_args.dataset_name and not (split == "train" and shards):
             raise UserError(f"--{flag} needs --{file_flag}.")
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
@@ -138,7 +142,10 @@ def prepare(
     for split, flag, file_flag, limit_flag in SPLITS:
         if not vars(args)[flag]:
             continue
-        prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
+        if split == "train" and data_args.train_datasets:
+            prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
+        else:
+            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)

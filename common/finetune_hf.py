@@ -187,7 +187,12 @@ def main() -> None:
     if kind not in list(METHODS) or config["peft_config"] and kind is None:
         raise UserError(f"{args.config_file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
     method_arguments, keys, make_method = METHODS[kind]
-    wanted = [("do_train", "train_file"), ("do_eval", "val_file"), ("do_predict", "test_file")]
+    wanted = [
+        ("do_train", "train_file"),
+        ("do_train", "train_datasets"),
+        ("do_eval", "val_file"),
+        ("do_predict", "test_file"),
+    ]
     flags = ["--model_name_or_path", args.model_dir]
     flags += [f"--{name}" for name, file in wanted if config["data_config"].get(file)]
     flags += data_flags(args.config_file, config, args.data_dir)

@@ -7,6 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}  # JSON, JSON lines or CSV; files by commas, or a glob
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 TEXT_COLUMN=${TEXT_COLUMN:-summary}
 
@@ -33,7 +35,8 @@ launch "$ROOT/lora/main.py" \
     --do_train \
     --do_eval \
     --evaluate_base \
-    --train_file "$TRAIN_FILE" \
+    ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
+    ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
     --validation_file "$VALIDATION_FILE" \
     --text_column "$TEXT_COLUMN" \
     --model_name_or_path "$MODEL" \

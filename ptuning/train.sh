@@ -8,6 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
@@ -35,7 +37,8 @@ launch "$ROOT/ptuning/main.py" \
     --do_train \
     --do_predict \
     --evaluate_base \
-    --train_file "$TRAIN_FILE" \
+    ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
+    ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
     --test_file "$VALIDATION_FILE" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \

@@ -34,6 +34,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
     padding_side = "left"
+    num_threads = -1  # of sentencepiece in one call: as many as there are cores
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """Ids of each text without special tokens added, all texts in one call to sentencepiece."""
         if any(self._special_pattern.search(text) for text in texts):
             return [self.encode(text, add_special_tokens=False) for text in texts]
-        return self.sp_model.encode([encode_whitespace(text) for text in texts])
+        return self.sp_model.encode([encode_whitespace(text) for text in texts], num_threads=self.num_threads)
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids

@@ -25,6 +25,7 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
     padding_side = "left"
     generation = "chatglm2"
     special_tokens: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    num_threads = -1  # of sentencepiece in one call: as many as there are cores
 
     def __init__(self, vocab_file: str, **kwargs):
         self.vocab_file = vocab_file
@@ -67,7 +68,7 @@ class ChatGLM2Tokenizer(PreTrainedTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text without special tokens added, all texts in one call to sentencepiece."""
-        return self.sp_model.encode(list(texts))
+        return self.sp_model.encode(list(texts), num_threads=self.num_threads)
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids

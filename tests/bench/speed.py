@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from common.arguments import DataArguments, LoraArguments
 from common.collator import TrainCollator
-from common.data import prepare_dataset, read_examples
+from common.data import prepare_dataset, read_examples, read_source
 from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
 from common.lora import attach_lora
@@ -200,7 +200,7 @@ def main() -> None:
         bench_preprocessing(columns, tokenizer, args.data)
     if args.only == "preprocessing":
         return
-    examples = [example for _, example in read_examples(columns, [args.data], None, tokenizer)]
+    examples = [example for _, example in read_examples(columns, read_source(columns, [args.data], None), tokenizer)]
     model = attach(method, make_model(generation, args.shape, tokenizer))
     console().print(f"{args.kind}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
     if args.only != "evaluation":
