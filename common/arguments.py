@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from common.engines import deepspeed_config, fsdp_config, is_sharded, join, offloads
+from common.engines import compute_dtype, deepspeed_config, fsdp_config, is_sharded, join, offloads
 from common.errors import UserError
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
@@ -168,6 +169,7 @@ class DataArguments:
 class TrainingArguments(Seq2SeqTrainingArguments):
     output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
+    precision: str | None = told("auto, fp32, bf16 or fp16: how to compute; what is trained is kept in fp32 too")
     dry_run: bool = told("Check everything that can be checked, prepare the data, and stop before the model", False)
     ddp_find_unused_parameters: bool | None = told("All that trains is used in every step", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
@@ -176,6 +178,15 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self):
         if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:
             raise ValueError("a batch must have at least 1 row")
+        if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
+        if self.precision:
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            dtype = compute_dtype(torch.device("cpu") if self.use_cpu else device)
+            self.bf16 = self.precision == "bf16" or self.precision == "auto" and dtype == torch.bfloat16
+            self.fp16 = self.precision == "fp16" or self.precision == "auto" and dtype == torch.float16
+        if str(self.fsdp).lower() in ("true", "false"):  # else an older way to say how to shard
+            self.fsdp = str(self.fsdp).lower() == "true"
         if self.deepspeed and self.fsdp:
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
         if self.deepspeed:

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.chat import generation_settings, stream_chat
+from common.engines import compute_dtype
 from common.errors import exit_on_user_error
-from common.loading import compute_dtype, load_model, load_tokenizer
+from common.loading import load_model, load_tokenizer
 
 WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (clear: forget the conversation, stop: leave)"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import PartialState
+from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
 from common.locking import cache_folder, free_port, guard
@@ -148,6 +149,15 @@ def check_checkpoint(args: "TrainingArguments", checkpoint: Path) -> None:
             f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
             "--ptuning_checkpoint for the others)."
         )
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
+    if device.type == "cpu":
+        return torch.float32
+    module = torch.get_device_module(device)
+    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
 @contextmanager

@@ -19,11 +19,10 @@ from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.collator import TrainCollator
 from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
-from common.engines import check_checkpoint, check_offload
+from common.engines import check_checkpoint, check_offload, compute_dtype
 from common.errors import UserError
 from common.loading import (
     check_model_folder,
-    compute_dtype,
     count_parameters,
     load_model,
     load_tokenizer,

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from common.chat import generation_settings, stream_chat
+from common.engines import compute_dtype
 from common.errors import UserError, exit_on_user_error
 from common.files import read_json
-from common.loading import base_of_adapter, compute_dtype, is_base, load_model, load_tokenizer
+from common.loading import base_of_adapter, is_base, load_model, load_tokenizer
 from common.prefix import holds_prefix_only
 
 

@@ -83,9 +83,7 @@ def start(program: list[str], processes: int, machines: Machines, port: int) -> 
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
-            say(
-                f"error: process {rank} was killed by {name}{hint}; the others were stopped. Saved checkpoints are whole."
-            )
+            say(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
             return 1
         return failure.exitcode
     return 0

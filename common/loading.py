@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
 from common.files import check_complete, read_json
@@ -104,15 +103,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"and the model {rows:,}."
         )
     return tokenizer
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
-    if device.type == "cpu":
-        return torch.float32
-    module = torch.get_device_module(device)
-    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
 def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from common.errors import UserError
 from common.files import read_json, write_json
 
+WAIT_IN_SILENCE = 1.0  # seconds: most locks are free again before anybody wonders
 REMIND_EVERY = 30.0  # seconds between two lines about a lock that we wait for
 
 
@@ -52,12 +53,24 @@ def write_holder(lock: Path) -> None:
     write_json(lock.with_suffix(".holder"), holder | {"command": " ".join(sys.argv)})
 
 
+def make_lock(path: Path) -> BaseFileLock:
+    """A lock of the operating system, or with CHATGLM_LOCKS=soft one that is a file, for shares without locks (NFS).
+
+    The file of a soft lock names its holder; one that was killed on this machine is found out, one that was killed on
+    another is not: then the file must be deleted.
+    """
+    kind = os.environ.get("CHATGLM_LOCKS", "native")
+    if kind not in ("native", "soft"):
+        raise UserError(f"CHATGLM_LOCKS={kind}: there are native and soft.")
+    return SoftFileLock(path.with_suffix(".soft")) if kind == "soft" else FileLock(path)
+
+
 @contextmanager
 def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
     """Holds the lock at ``path``. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
-    lock = FileLock(path)
+    lock = make_lock(path)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=WAIT_IN_SILENCE if wait else 0)
     except Timeout:
         if not wait:
             raise UserError(f"{what} is in use by {describe_holder(path)}.") from None

@@ -44,7 +44,8 @@ def number(environ: Mapping[str, str], name: str, default: float) -> float:
 
 def read_machines(environ: Mapping[str, str]) -> Machines:
     """NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, or what srun says. Raises UserError for a contradiction."""
-    environ = from_slurm(environ) | environ if "NUM_MACHINES" not in environ else environ
+    if "NUM_MACHINES" not in environ:
+        environ = from_slurm(environ) | dict(environ)
     machines = Machines(
         count=int(number(environ, "NUM_MACHINES", 1)),
         rank=int(number(environ, "MACHINE_RANK", 0)),

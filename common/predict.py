@@ -43,7 +43,7 @@ def packed_head(model: PreTrainedModel, rows: int) -> Iterator[None]:
         model.set_output_embeddings(head)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# train.sh under FSDP2, PyTorch's own way to shard weights, gradients and optimizer over all GPUs that are visible.
+#     MODEL=THUDM/chatglm3-6b bash fsdp_train_finetune.sh
+#     NUM_MACHINES=2 MACHINE_RANK=0 MAIN_IP=10.0.0.1 bash fsdp_train_finetune.sh    and the same with rank 1 on the other
+set -euo pipefail
+FULL=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+exec bash "$FULL/train.sh" --fsdp true --fsdp_config "${FSDP_CONFIG:-$FULL/fsdp2.json}" "$@"

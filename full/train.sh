@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Trains every weight of a model, then scores base and tuned model side by side.
+#     bash train.sh                                      the shipped demo, minutes on a CPU
+#     MODEL=THUDM/chatglm3-6b bash ds_train_finetune.sh  a real model needs several GPUs and an engine that shards it:
+#                                                        ds_train_finetune.sh (DeepSpeed), fsdp_train_finetune.sh (FSDP2)
+#     LR=1e-5 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
+
+MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
+TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+PROMPT_COLUMN=${PROMPT_COLUMN:-content}
+RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the file holds earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where it holds whole conversations, instead of the three
+
+PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: what the GPU computes fast
+SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: what the original code reads
+case $MODEL in
+    demo | demo3)
+        LR=${LR:-1e-3} MAX_STEPS=${MAX_STEPS:-250}
+        BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} ;;
+    *)
+        LR=${LR:-1e-4} MAX_STEPS=${MAX_STEPS:-5000}
+        BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} ;;
+esac
+MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
+MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
+SAVE_STEPS=${SAVE_STEPS:-1000}
+SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # a checkpoint of a 6B model takes 25 to 100 GB, mostly to resume
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/adgen-$(basename "$MODEL")-full-$LR}
+EVALUATE=${EVALUATE:-true}                               # false: only train
+
+# An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
+launch "$ROOT/full/main.py" \
+    --do_train \
+    --train_file "$TRAIN_FILE" \
+    --prompt_column "$PROMPT_COLUMN" \
+    --response_column "$RESPONSE_COLUMN" \
+    ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
+    ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
+    --model_name_or_path "$MODEL" \
+    --output_dir "$OUTPUT_DIR" \
+    --max_source_length "$MAX_SOURCE_LENGTH" \
+    --max_target_length "$MAX_TARGET_LENGTH" \
+    --per_device_train_batch_size "$BATCH_SIZE" \
+    --gradient_accumulation_steps "$GRAD_ACCUM" \
+    --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
+    --max_steps "$MAX_STEPS" \
+    --logging_steps 10 \
+    --save_steps "$SAVE_STEPS" \
+    --save_total_limit "$SAVE_TOTAL_LIMIT" \
+    --save_format "$SAVE_FORMAT" \
+    --learning_rate "$LR" \
+    --precision "$PRECISION" \
+    "$@"
+
+# What is scored is what was saved, by the first of several machines.
+if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
+    export MODEL OUTPUT_DIR MAX_SOURCE_LENGTH MAX_TARGET_LENGTH PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN
+    export CONVERSATION_COLUMN
+    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
+fi
