@@ -5,7 +5,6 @@ Mapped weights lie in the page cache, once for all ranks; what a pickle of the o
 
 import hashlib
 import os
-import pickle
 import shutil
 import sys
 import zipfile
@@ -89,11 +88,12 @@ def convert(folder: Path, files: list[Path], size: int, target: Path) -> Path:
             flush(shard)
             weight_map |= dict.fromkeys(tensors, shard.name)
         write_json(partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         say(f"{folder} is read as it is: it can't be converted ({error}).")
-        shutil.rmtree(partial)
         return folder
-    os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a failure leaves
     return target
 
 
@@ -101,9 +101,8 @@ def read_bin(file: Path) -> dict[str, Tensor]:
     """Its tensors, mapped and not read; only plain pickles, the oldest kind, can't be mapped."""
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} can't be read ({reason}): copy or download it again.") from error
+    except Exception as error:  # what is no pickle fails in any way
+        raise UserError(f"{file} can't be read ({type(error).__name__}): copy or download it again.") from error
     return {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 

@@ -21,11 +21,9 @@ from threading import Thread
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from rich.table import Table
 
 from common.loading import DEMOS, load_model
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
-from common.report import console
 from common.weights import weights_folder
 
 SHARD = 500e6  # bytes
@@ -122,6 +120,10 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
 
 
 def main() -> None:
+    from rich.table import Table  # not in the ranks, which import no more than loading needs
+
+    from common.report import console
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and its conversion")
     parser.add_argument("--ranks", type=int, default=8)
