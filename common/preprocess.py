@@ -79,10 +79,11 @@ class Job(NamedTuple):
         return shard_file(self.folder, index, len(self.bounds) - 1)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     own_args, model_args, data_args = parse_dataclasses(
         (PreprocessArguments, ModelArguments, DataArguments),
         "preprocess.py --train_file FILE --model_name_or_path MODEL --output_dir FOLDER [--flag value ...]",
+        argv,
     )
     preprocess(own_args, model_args, data_args)
 

@@ -29,7 +29,7 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 
 def print_prepared(split: str, data: Prepared) -> None:
     """How many rows there are, and what was cut or left out: never in silence."""
-    source = "from the cache" if data.cached else "tokenized"
+    source = "prepared before" if data.cached else "tokenized"
     rows = data.questions if len(data.questions) else data.rows
     count = f"{data.total:,}" if data.total == len(rows) else f"{len(rows):,} of {data.total:,}"
     notes = [f"{count} rows {source}", f"{data.truncated:,} truncated"]

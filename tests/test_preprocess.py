@@ -1,0 +1,263 @@
+"""Training data that is tokenized ahead: its shards hold what a training would make, and fit only where they belong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common.arguments import DataArguments, PrefixArguments, parse_arguments
+from common.data import prepare_dataset
+from common.errors import UserError
+from common.finetune import run
+from common.loading import load_tokenizer
+from common.locking import hold
+from common.methods import p_tuning
+from common.preprocess import main, shard_bounds
+from common.shards import load_shards, read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = {"max_source_length": 16, "max_target_length": 16}
+COUNTS = ("total", "dropped", "first_dropped", "truncated", "shortened", "unlabelled")
+
+
+def row(number: int) -> dict[str, str]:
+    """Short, but every 7th is cut, and every 400th has nothing to learn."""
+    text = "" if number % 400 == 399 else f"{number}件白色的裙子。" + "很长" * 20 * (number % 7 == 0)
+    return {"content": f"类型#裙*数量#{number}", "summary": text}
+
+
+def write_rows(file: Path, count: int, **others) -> Path:
+    rows = [others.get(f"row{number}", row(number)) for number in range(count)]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def arguments(**kwargs) -> DataArguments:
+    return DataArguments(**({"prompt_column": "content", "response_column": "summary"} | LENGTHS | kwargs))
+
+
+def preprocess(file: Path, folder: Path, *flags: str) -> None:
+    lengths = [word for name, value in LENGTHS.items() for word in (f"--{name}", str(value))]
+    columns = ["--prompt_column", "content", "--response_column", "summary"]
+    main(["--train_file", str(file), "--output_dir", str(folder), "--num_shards", "3", *columns, *lengths, *flags])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("shard-*")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", 3300)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "train_datasets"
+    preprocess(data, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(finished, tmp_path / "train_datasets"))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"text_column": "summary"}], ids=["pairs", "text"])
+@pytest.mark.parametrize("count", [3300, 5])
+def test_shards_hold_what_a_training_would_prepare(kwargs, count, tmp_path, demo_tokenizer):
+    file = write_rows(tmp_path / "rows.json", count)
+    preprocess(file, tmp_path / "out", *(word for name, value in kwargs.items() for word in (f"--{name}", value)))
+    expected = prepare_dataset(arguments(**kwargs), str(file), demo_tokenizer, "train")
+    found = load_shards(arguments(), tmp_path / "out", demo_tokenizer)
+    assert found.rows.features == expected.rows.features
+    assert found.rows.to_dict() == expected.rows.to_dict()
+    assert {name: vars(found)[name] for name in COUNTS} == {name: vars(expected)[name] for name in COUNTS}
+    assert len(read_manifest(tmp_path / "out")["shards"]) == (3 if count == 3300 else 1)
+
+
+def test_several_files_and_a_shard_without_rows(tmp_path, demo_tokenizer):
+    """Shards begin anywhere in the files; one in which all rows are dropped is empty."""
+    empty = {f"row{number}": {"content": "裙", "summary": ""} for number in range(1000)}
+    write_rows(tmp_path / "a.json", 1500, **empty)
+    rows = [row(number) for number in range(1200)]
+    (tmp_path / "b.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    preprocess(tmp_path / "*.json", tmp_path / "out")
+    expected = prepare_dataset(arguments(), str(tmp_path / "*.json"), demo_tokenizer, "train")
+    found = load_shards(arguments(), tmp_path / "out", demo_tokenizer)
+    assert found.rows.to_dict() == expected.rows.to_dict()
+    assert [shard["rows"] for shard in read_manifest(tmp_path / "out")["shards"]] == [0, 998, 698]
+
+
+@pytest.mark.parametrize(("rows", "shards"), [(0, 8), (1, 8), (999, 1), (8000, 8), (12_345, 8), (100_001, 64)])
+def test_the_bounds_of_shards_are_those_of_batches(rows, shards):
+    bounds = shard_bounds(rows, shards)
+    assert (bounds[0], bounds[-1]) == (0, rows)
+    assert len(bounds) - 1 <= shards
+    assert all(begin < end and begin % 1000 == 0 for begin, end in zip(bounds, bounds[1:], strict=False)) or not rows
+
+
+def test_only_missing_shards_are_made(data, finished, folder, capsys):
+    first, second, _ = sorted(folder.glob("*.arrow"))
+    before = first.stat().st_mtime_ns
+    second.write_bytes(second.read_bytes()[:-100])
+    preprocess(data, folder)
+    assert "2 of 3 shards were finished before" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == before
+    assert content(folder) == content(finished)
+    assert read_manifest(folder) == read_manifest(finished)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
+    """Its worker dies with it and lets go of the lock."""
+    file, out = write_rows(tmp_path / "rows.json", 40_000), tmp_path / "out"
+    flags = ["--num_shards", "40", "--num_workers", "1"]
+    script = f"from pathlib import Path\nfrom test_preprocess import preprocess\npreprocess(Path({str(file)!r}), "
+    script += f"Path({str(out)!r}), *{flags})"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    job = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("*.arrow"))) < 2 and job.poll() is None:
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    assert not (out / "manifest.json").exists()
+    preprocess(file, out, *flags)
+    said = capsys.readouterr().out
+    assert "shards were finished before" in said
+    assert "40 of 40 shards" not in said
+    preprocess(file, tmp_path / "whole", *flags)
+    assert content(out) == content(tmp_path / "whole")
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_bad_row_is_named_and_a_mended_file_is_tokenized_anew(tmp_path, capsys):
+    file = write_rows(tmp_path / "rows.json", 3300, row2345={"content": "裙", "summary": 7})
+    with pytest.raises(UserError, match=r"rows.json, line 2346: column 'summary' holds int 7, expected a string"):
+        preprocess(file, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    write_rows(file, 3300)
+    preprocess(file, tmp_path / "out")
+    assert "starting over" in capsys.readouterr().out
+    broken = tmp_path / "broken.json"
+    broken.write_text(file.read_text() + '{"content": \n')
+    with pytest.raises(UserError, match=r"broken.json, line 3301: broken JSON"):
+        preprocess(broken, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--train_file", "nowhere.json"], "no data file nowhere.json"),
+        (["--prompt_colum", "content"], "unknown flag --prompt_colum: did you mean --prompt_column"),
+        (["--num_shards", "0"], "--num_shards must be at least 1"),
+        (["--response_column", "answer"], "line 1: no column 'answer'; there are 'content', 'summary'"),
+    ],
+)
+def test_bad_flags_are_refused(flags, says, data, tmp_path):
+    with pytest.raises(UserError, match=says):
+        preprocess(data, tmp_path / "out", *flags)
+
+
+def test_a_finished_folder_is_not_overwritten_by_accident(data, finished, folder, capsys):
+    with pytest.raises(UserError, match=r"max_target_length was 16, now 12.*--overwrite_cache"):
+        preprocess(data, folder, "--max_target_length", "12")
+    assert content(folder) == content(finished)
+    preprocess(data, folder, "--max_target_length", "12", "--overwrite_cache")
+    assert read_manifest(folder)["max_target_length"] == 12
+    assert content(folder) != content(finished)
+
+
+def test_a_second_job_waits_and_finds_it_finished(data, finished, folder, capsys):
+    with hold(folder / ".lock", "the test"):
+        second = threading.Thread(target=preprocess, args=(data, folder))
+        second.start()
+        while "waiting for folder" not in capsys.readouterr().err:
+            time.sleep(0.01)
+    second.join()
+    assert "3 of 3 shards were finished before" in capsys.readouterr().out
+
+
+# What a training takes
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "says"),
+    [
+        ("demo", {"max_source_length": 32}, "max_source_length was 16, now 32"),
+        ("demo", {"max_target_length": 32}, "max_target_length was 16, now 32"),
+        ("demo3", {}, r"tokenizer was 'ChatGLMTokenizer', now 'ChatGLM3Tokenizer'; vocabulary was '\w+', now '\w+'"),
+    ],
+)
+def test_other_settings_are_refused(model, kwargs, says, finished):
+    with pytest.raises(UserError, match=says):
+        load_shards(arguments(**kwargs), finished, load_tokenizer(model))
+
+
+def test_other_columns_are_no_matter(finished, demo_tokenizer):
+    args = arguments(prompt_column="question", history_column="history", source_prefix="问")
+    assert len(load_shards(args, finished, demo_tokenizer).rows) == 3292
+
+
+def test_an_incomplete_folder_is_refused(folder, tmp_path):
+    shard = folder / "shard-00001-of-00003.arrow"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is truncated or was changed"):
+        read_manifest(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is missing"):
+        read_manifest(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"not complete: manifest.json, which is written last"):
+        read_manifest(folder)
+    with pytest.raises(UserError, match="no folder"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def train(flags: str, output_dir: Path) -> list[float]:
+    common = f"""--do_train --model_name_or_path demo --pre_seq_len 8 --prompt_column content --response_column summary
+    --max_source_length 16 --use_cpu --per_device_train_batch_size 2 --max_train_samples 64 --max_steps 3
+    --learning_rate 2e-2 --logging_steps 1 --save_steps 3 --report_to none --output_dir {output_dir}"""
+    model_args, prefix_args, *others = parse_arguments(PrefixArguments, f"{common} {flags}".split())
+    run(p_tuning(prefix_args), model_args, *others)
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def test_training_on_shards_equals_training_on_the_file(data, finished, tmp_path, capfd):
+    expected = train(f"--train_file {data} --max_target_length 16", tmp_path / "file")
+    assert train(f"--train_datasets {finished} --max_target_length 16", tmp_path / "shards") == expected
+    assert "64 of 3,292 rows" in capfd.readouterr().out
+    with pytest.raises(UserError, match=rf"train_datasets was None, now '{finished}'"):
+        train(f"--train_datasets {finished} --max_target_length 16", tmp_path / "file")
+
+
+def test_training_refuses_what_does_not_fit(data, finished, folder, tmp_path):
+    with pytest.raises(UserError, match="max_target_length was 16, now 24"):
+        train(f"--train_datasets {finished} --max_target_length 24", tmp_path / "out")
+    with pytest.raises(UserError, match="--train_datasets replaces --train_file"):
+        train(f"--train_datasets {finished} --train_file {data}", tmp_path / "out")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="not complete"):
+        train(f"--train_datasets {folder} --max_target_length 16", tmp_path / "out")
+
+
+def test_the_scripts_fit_together(tmp_path):
+    """Plain text, whose length another script names differently."""
+    variables = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "MAX_STEPS": "2"}
+    variables |= {"TEXT_COLUMN": "summary", "TRAIN_DATASETS": str(tmp_path / "shards")}
+    scripts = {"common/preprocess.sh": ["--num_workers", "1"], "lora/train_text.sh": ["--max_eval_samples", "4"]}
+    for script, flags in scripts.items():
+        output = tmp_path / ("shards" if script.startswith("common") else "out")
+        command = ["bash", str(ROOT / script), *flags]
+        environment = os.environ | variables | {"OUTPUT_DIR": str(output)}
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    settings = json.loads((tmp_path / "out" / "run_settings.json").read_text())
+    assert (settings["train_file"], settings["train_datasets"]) == ([], str(tmp_path / "shards"))
