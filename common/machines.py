@@ -7,6 +7,8 @@ switched off, or loses its cable ends the others with a sentence, where collecti
 
 import json
 import os
+import re
+import select
 import socket
 import sys
 import threading
@@ -21,6 +23,9 @@ from common.errors import UserError
 from common.locking import free_port
 
 ALIVE_EVERY = 2.0  # seconds between two signs of life
+GREETED_WITHIN = 2.0  # seconds that a caller has to say who it is; a machine that was too slow calls again
+CALL_EVERY = 1.0  # seconds between two calls of a machine that got no answer
+LONGEST_LINE = 10_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def read_machines(environ: Mapping[str, str]) -> Machines:
         raise UserError(
             f"MACHINE_RANK={machines.rank}, but NUM_MACHINES={machines.count}: ranks are 0 to {machines.count - 1}."
         )
+    if not 0 < machines.main_port < 65536:
+        raise UserError(f"MAIN_PORT={machines.main_port}: ports are 1 to 65535.")
     if machines.count > 1 and not machines.main_ip:
         raise UserError("NUM_MACHINES needs MAIN_IP, the address of the machine with MACHINE_RANK=0.")
     return machines
@@ -80,11 +87,8 @@ def from_slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """The first name of a list as SLURM writes it: gpu[07-09,12],cpu1 -> gpu07."""
-    first, bracket, rest = nodes.partition("[")
-    if "," in first or not bracket:
-        return nodes.split(",")[0]
-    inside, _, suffix = rest.partition("]")
-    return first + inside.split(",")[0].split("-")[0] + suffix.split(",")[0]
+    name = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name[0]) if name else nodes
 
 
 class Line:
@@ -93,7 +97,7 @@ class Line:
     def __init__(self, connection: socket.socket, silence: float):
         connection.settimeout(silence)
         self.connection = connection
-        self.reader = connection.makefile("r", encoding="utf-8")
+        self.reader = connection.makefile("rb")
         self.lock = threading.Lock()
 
     def send(self, **message: Any) -> None:
@@ -101,15 +105,23 @@ class Line:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any]:
-        """The next message. Raises OSError where the other side is gone or silent."""
-        line = self.reader.readline()
-        if not line.endswith("\n"):
+        """The next message, {} from somebody who speaks another language. Raises OSError where nobody is there."""
+        line = self.reader.readline(LONGEST_LINE)
+        if not line:
             raise ConnectionError("the connection was closed")
         try:
             message = json.loads(line)
-        except ValueError as error:
-            raise ConnectionError("the other side speaks another language") from error
+        except (ValueError, RecursionError):
+            return {}
         return message if isinstance(message, dict) else {}
+
+    def has_news(self) -> bool:
+        """Whether there is something to receive, if only that the other side has gone."""
+        return bool(select.select([self.connection], [], [], 0)[0])
+
+    def close(self) -> None:
+        self.reader.close()
+        self.connection.close()
 
 
 class Peers:
@@ -117,7 +129,8 @@ class Peers:
 
     def __init__(self, machines: Machines, greeting: Mapping[str, Any], on_stop: Callable[[], None]):
         self.machines = machines
-        self.greeting = {"machine": machines.rank, "machines": machines.count, **greeting}
+        agreed = {"NUM_MACHINES": machines.count, "PEER_TIMEOUT": machines.silence}
+        self.greeting = {"machine": machines.rank, **agreed, **greeting}
         self.on_stop = on_stop
         self.stopped = ""
         self.leaving = False
@@ -142,7 +155,7 @@ class Peers:
             listener = socket.create_server(("", machines.main_port))
         except OSError as error:
             raise UserError(
-                f"port {machines.main_port} can't be used ({error.strerror}): another program or another training of "
+                f"port {machines.main_port} can't be used ({os.strerror(error.errno or 0)}): another program or another training of "
                 "several machines has it; set MAIN_PORT to the same free port on all machines."
             ) from error
         say(f"waiting for {machines.count - 1} other machines at port {machines.main_port}")
@@ -151,18 +164,17 @@ class Peers:
                 listener.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
                     connection, address = listener.accept()
-                    self.admit(Line(connection, machines.silence), address[0])
+                    self.admit(Line(connection, GREETED_WITHIN), address[0])
                 except TimeoutError as error:
                     missing = sorted(set(range(1, machines.count)) - self.lines.keys())
-                    self.refuse_all(f"machines {missing} did not arrive")
+                    self.tell(refused=f"MACHINE_RANK {', '.join(map(str, missing))} did not arrive")
                     raise UserError(
                         f"{len(self.lines) + 1} of {machines.count} machines arrived within {machines.patience:g} s; "
                         f"missing: MACHINE_RANK {', '.join(map(str, missing))}. Were they started with "
                         f"MAIN_IP={machines.main_ip} MAIN_PORT={machines.main_port}, and can they reach that?"
                     ) from error
         self.port = free_port()
-        for line in self.lines.values():
-            line.send(port=self.port)
+        self.tell(port=self.port)
         name_interface(next(iter(self.lines.values())).connection)
 
     def admit(self, line: Line, address: str) -> None:
@@ -170,9 +182,12 @@ class Peers:
         try:
             hello = line.receive()
         except OSError:
-            return
+            hello = {}
         if hello.keys() != self.greeting.keys():
+            line.close()
             return
+        # Who has greeted waits in silence, so the only news is that it was stopped meanwhile; it may come again.
+        self.lines = {other: known for other, known in self.lines.items() if not known.has_news()}
         rank = hello["machine"]
         problem = ""
         if not 0 < rank < self.machines.count or rank in self.lines:
@@ -181,15 +196,12 @@ class Peers:
             if name != "machine" and hello[name] != value:
                 problem = f"{name} is {value!r} on machine 0 and {hello[name]!r} on machine {rank} ({address})"
         if problem:
-            line.send(refused=problem)
-            self.refuse_all(problem)
+            self.lines[-1] = line  # the one that contradicts is told too
+            self.tell(refused=problem)
             raise UserError(f"{problem}: it must be the same command on all machines, with ranks of their own.")
         self.lines[rank] = line
+        line.connection.settimeout(self.machines.silence)
         say(f"machine {rank} is here ({address}), {len(self.lines) + 1} of {self.machines.count}")
-
-    def refuse_all(self, reason: str) -> None:
-        for line in self.lines.values():
-            line.send(refused=reason)
 
     def join(self) -> None:
         """The other machines call machine 0 until it answers."""
@@ -200,14 +212,13 @@ class Peers:
         reason: object = "no answer"
         while time.monotonic() < deadline:
             try:
-                left = deadline - time.monotonic()
-                connection = socket.create_connection((machines.main_ip, machines.main_port), timeout=left)
-                line = Line(connection, left)
+                connection = socket.create_connection((machines.main_ip, machines.main_port), timeout=10)
+                line = Line(connection, max(0.01, deadline - time.monotonic()))
                 line.send(**self.greeting)
                 answer = line.receive()
             except OSError as error:
                 reason = error
-                time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+                time.sleep(min(CALL_EVERY, max(0.0, deadline - time.monotonic())))
                 continue
             if "refused" in answer:
                 raise UserError(f"machine 0 at {place} refused: {answer['refused']}.")
@@ -225,17 +236,18 @@ class Peers:
 
     def listen(self, rank: int, line: Line) -> None:
         """Until machine ``rank`` stops or falls silent."""
-        news = f"machine {rank} was not heard of for {self.machines.silence:g} s, or its launcher was killed"
         try:
-            while not self.stopped:
+            while True:
                 message = line.receive()
                 if message.get("finished"):
                     return
                 if "stopped" in message:
                     news = message["stopped"]
                     break
+        except TimeoutError:
+            news = f"machine {rank} was not heard of for {self.machines.silence:g} s"
         except OSError:
-            pass
+            news = f"the launcher of machine {rank} was killed"
         self.stop(news)
 
     def sign(self, line: Line) -> None:
@@ -243,7 +255,7 @@ class Peers:
         try:
             while not self.stopped:
                 line.send()
-                time.sleep(ALIVE_EVERY)
+                time.sleep(min(ALIVE_EVERY, self.machines.silence / 4))
         except OSError:
             pass
 
@@ -273,7 +285,7 @@ class Peers:
 
 def name_interface(connection: socket.socket) -> None:
     """Lets gloo use the network card over which the machines see each other; it would take 127.0.0.1."""
-    address = connection.getsockname()[0].removeprefix("::ffff:")
+    address = connection.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in addresses):
             for variable in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):

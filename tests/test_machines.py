@@ -1,0 +1,384 @@
+"""Machines that train together: how they meet, what they say to each other, and what ends all of them."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+
+from common import launcher, machines
+from common.errors import UserError
+from common.locking import free_port
+from common.machines import Machines, Peers, first_host, read_machines
+
+GUARD = 60  # seconds after which a test that hangs fails; none that passes comes near
+
+
+class Machine(Peers):
+    """A machine of which this test process plays the launcher; ``ended`` is set when the others have stopped it."""
+
+    def __init__(self, rank: int, count: int, port: int, processes: int = 1, **limits: float):
+        self.ended = threading.Event()
+        settings = Machines(count, rank, "127.0.0.1", port, **{"patience": GUARD, "silence": GUARD} | limits)
+        super().__init__(settings, {"processes a machine": processes}, on_stop=self.ended.set)
+
+    def news(self) -> str:
+        assert self.ended.wait(GUARD)
+        return self.stopped
+
+    def leave(self, code: int) -> None:
+        """As its process would: what is open is closed at the end."""
+        super().leave(code)
+        for line in self.lines.values():
+            line.connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for variable in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, "lo")  # meeting would set it for all later tests
+    monkeypatch.setattr(machines, "CALL_EVERY", 0.05)
+    monkeypatch.setattr(machines, "GREETED_WITHIN", 0.2)
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Machine], "Future[None]"]]:
+    """Lets a machine meet the others in a thread of its own."""
+    pool = ThreadPoolExecutor(8)
+    yield lambda machine: pool.submit(machine.meet)
+    pool.shutdown(wait=False)
+
+
+@pytest.fixture
+def meet(start, port) -> Callable[..., list[Machine]]:
+    """Machines 0, 1, ... that have met."""
+
+    def meet_all(count: int, **limits: float) -> list[Machine]:
+        met = [Machine(rank, count, port, **limits) for rank in range(count)]
+        for meeting in [start(machine) for machine in met]:
+            meeting.result(GUARD)
+        return met
+
+    return meet_all
+
+
+def refusal(meeting: "Future[None]") -> str:
+    with pytest.raises(UserError) as error:
+        meeting.result(GUARD)
+    return str(error.value)
+
+
+def dial(port: int) -> socket.socket:
+    """A connection to machine 0, as soon as it listens."""
+    until = time.monotonic() + GUARD
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=GUARD)
+        except ConnectionRefusedError:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def greet(port: int, rank: int, count: int, silence: float = GUARD) -> socket.socket:
+    """The greeting of a machine that does nothing afterwards: no signs of life."""
+    connection = dial(port)
+    greeting = {"machine": rank, "NUM_MACHINES": count, "PEER_TIMEOUT": silence, "processes a machine": 1}
+    connection.sendall(json.dumps(greeting).encode() + b"\n")
+    return connection
+
+
+@contextmanager
+def listener(port: int, answer: bytes | None = None) -> Iterator[list[socket.socket]]:
+    """A stranger at the port, who gives everybody the same answer, or who only listens."""
+    connections: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                connections.append(connection)
+                if answer is not None:
+                    connection.recv(1000)
+                    connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield connections
+        server.shutdown(socket.SHUT_RDWR)
+
+
+# How they meet.
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_machines_meet_and_get_the_same_port(meet, count):
+    met = meet(count)
+    assert len({machine.port for machine in met}) == 1 and met[0].port > 0
+    assert not any(machine.stopped for machine in met)
+
+
+def test_a_machine_that_is_early_calls_until_machine_0_is_there(start, port, monkeypatch):
+    refused = threading.Event()
+    connect = socket.create_connection
+
+    def watched(*args, **kwargs):
+        try:
+            return connect(*args, **kwargs)
+        except ConnectionRefusedError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(socket, "create_connection", watched)
+    early, late = Machine(1, 2, port), Machine(0, 2, port)
+    meeting = start(early)
+    assert refused.wait(GUARD)
+    start(late).result(GUARD)
+    meeting.result(GUARD)
+    assert early.port == late.port
+
+
+def test_machine_0_says_who_did_not_come(start, port):
+    waiting = start(Machine(0, 4, port, patience=2))
+    other = start(Machine(2, 4, port))
+    said = refusal(waiting)
+    assert "2 of 4 machines arrived within 2 s; missing: MACHINE_RANK 1, 3." in said
+    assert f"MAIN_IP=127.0.0.1 MAIN_PORT={port}" in said
+    assert "MACHINE_RANK 1, 3 did not arrive" in refusal(other)
+
+
+def test_the_others_say_where_they_looked_for_machine_0(start, port):
+    said = refusal(start(Machine(1, 2, port, patience=0.3)))
+    assert f"machine 0 at 127.0.0.1:{port} did not answer within 0.3 s" in said
+    assert "refused" in said and "MAIN_IP" in said
+
+
+def test_a_stranger_has_the_port_of_machine_0(start, port):
+    with listener(port):
+        assert f"port {port} can't be used (Address already in use)" in refusal(start(Machine(0, 2, port)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "did not answer within 0.3 s (timed out)"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a launcher of this program: is MAIN_PORT the one of machine 0?"),
+        (b"\xff\xfe\x00\n", "is not a launcher of this program"),
+        (b"[" * 5000 + b"\n", "is not a launcher of this program"),
+    ],
+)
+def test_a_stranger_answers_in_place_of_machine_0(start, port, answer, says):
+    with listener(port, answer):
+        assert says in refusal(start(Machine(1, 2, port, patience=0.3 if answer is None else GUARD)))
+
+
+def test_strangers_at_machine_0_disturb_nobody(start, port):
+    meeting = start(main := Machine(0, 2, port))
+    strangers = [dial(port) for _ in range(5)]  # the first one is silent
+    for stranger, said in zip(strangers[1:], (b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b'{"machine": 1}\n', b"[" * 20000)):
+        stranger.sendall(said)
+    start(other := Machine(1, 2, port)).result(GUARD)
+    meeting.result(GUARD)
+    assert main.port == other.port and list(main.lines) == [1]
+
+
+def test_two_machines_with_one_rank(start, port):
+    met = [start(Machine(rank, 3, port)) for rank in (0, 1, 1)]
+    for meeting in met:
+        assert "there is a second machine with MACHINE_RANK=1 (127.0.0.1)" in refusal(meeting)
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"count": 2, "processes": 4}, "processes a machine is 1 on machine 0 and 4 on machine 1 (127.0.0.1)"),
+        ({"count": 2, "silence": 5}, "PEER_TIMEOUT is 60 on machine 0 and 5 on machine 1"),
+        ({"count": 3}, "NUM_MACHINES is 2 on machine 0 and 3 on machine 1 (127.0.0.1)"),
+    ],
+)
+def test_machines_that_contradict_each_other(start, port, odd, says):
+    main = start(Machine(0, 2, port))
+    other = start(Machine(1, port=port, **odd))
+    assert says in refusal(main) and says in refusal(other)
+
+
+def test_a_machine_that_was_stopped_while_waiting_may_come_again(start, port):
+    meeting = start(main := Machine(0, 3, port))
+    with greet(port, 1, 3) as first:
+        until = time.monotonic() + GUARD
+        while 1 not in main.lines and time.monotonic() < until:
+            time.sleep(0.01)
+        first.shutdown(socket.SHUT_RDWR)
+    others = [Machine(rank, 3, port) for rank in (1, 2)]
+    for arriving in [meeting, *map(start, others)]:
+        arriving.result(GUARD)
+    assert {main.port} == {other.port for other in others}
+
+
+# What ends all of them.
+
+
+def test_a_machine_that_fails_ends_the_others(meet):
+    met = meet(3)
+    met[2].leave(3)
+    for machine in met[:2]:
+        assert machine.news() == "machine 2 stopped with exit code 3; its own output says why"
+
+
+def test_a_machine_that_has_finished_stops_nobody(meet):
+    met = meet(3)
+    met[1].leave(0)
+    met[2].leave(1)
+    assert met[0].news().startswith("machine 2 stopped with exit code 1")
+
+
+def test_a_machine_that_was_killed_ends_the_others(start, port):
+    met = [Machine(rank, 3, port) for rank in (0, 2)]
+    meetings = [start(machine) for machine in met]
+    with greet(port, 1, 3) as killed:
+        for meeting in meetings:
+            meeting.result(GUARD)
+        killed.shutdown(socket.SHUT_RDWR)
+    assert [machine.news() for machine in met] == ["the launcher of machine 1 was killed"] * 2
+
+
+def test_a_silent_machine_ends_the_others(start, port):
+    met = [Machine(rank, 3, port, silence=2) for rank in (0, 2)]
+    meetings = [start(machine) for machine in met]
+    with greet(port, 1, 3, silence=2):
+        for meeting in meetings:
+            meeting.result(GUARD)
+        assert met[0].news() == "machine 1 was not heard of for 2 s"
+        assert met[1].news() == met[0].news()
+
+
+def test_a_silent_machine_0_ends_the_others(start, port):
+    machine = Machine(1, 2, port, silence=0.5)
+    with listener(port, b'{"port": 12345}\n'):
+        start(machine).result(GUARD)
+        assert machine.port == 12345
+        assert machine.news() == "machine 0 was not heard of for 0.5 s"
+
+
+def test_machine_0_may_vanish_before_the_others_have_met(start, port):
+    """Its call is taken as not made: machine 1 calls again."""
+    with listener(port) as connections:
+        meeting = start(machine := Machine(1, 2, port))
+        until = time.monotonic() + GUARD
+        while not connections and time.monotonic() < until:
+            time.sleep(0.01)
+        for connection in connections:
+            connection.close()
+    start(Machine(0, 2, port)).result(GUARD)
+    meeting.result(GUARD)
+    assert machine.port > 0
+
+
+# What the variables say.
+
+
+def test_one_machine_is_the_default():
+    assert read_machines({}) == Machines()
+    assert read_machines({"NUM_MACHINES": "1", "MAIN_PORT": ""}) == Machines()
+
+
+def test_the_variables_of_several_machines():
+    environ = {"NUM_MACHINES": "3", "MACHINE_RANK": "2", "MAIN_IP": "10.0.0.1", "MAIN_PORT": "1234"}
+    environ |= {"RDZV_TIMEOUT": "20", "PEER_TIMEOUT": "5"}
+    assert read_machines(environ) == Machines(3, 2, "10.0.0.1", 1234, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("environ", "says"),
+    [
+        ({"NUM_MACHINES": "2", "MACHINE_RANK": "2", "MAIN_IP": "a"}, "MACHINE_RANK=2, but NUM_MACHINES=2: ranks are 0"),
+        ({"NUM_MACHINES": "2", "MACHINE_RANK": "-1", "MAIN_IP": "a"}, "MACHINE_RANK=-1"),
+        ({"MACHINE_RANK": "1"}, "MACHINE_RANK=1, but NUM_MACHINES=1"),
+        ({"NUM_MACHINES": "2"}, "NUM_MACHINES needs MAIN_IP"),
+        ({"NUM_MACHINES": "two"}, "NUM_MACHINES=two is no number"),
+        ({"NUM_MACHINES": "2", "MAIN_IP": "a", "MAIN_PORT": "99999"}, "MAIN_PORT=99999: ports are 1 to 65535"),
+        ({"NUM_MACHINES": "2", "MAIN_IP": "a", "PEER_TIMEOUT": "soon"}, "PEER_TIMEOUT=soon is no number"),
+    ],
+)
+def test_contradictions_are_said(environ, says):
+    with pytest.raises(UserError, match=says):
+        read_machines(environ)
+
+
+def step(nodes: str, count: int, tasks: int, rank: int, step: int = 0) -> dict[str, str]:
+    """What srun sets, of which some speaks of the whole job, which may be larger than the step."""
+    return {
+        "SLURM_JOB_ID": "200505",
+        "SLURM_JOB_NODELIST": "gpu[01-16]",
+        "SLURM_JOB_NUM_NODES": "16",
+        "SLURM_NNODES": "16",
+        "SLURM_NTASKS": "16",
+        "SLURM_STEP_ID": str(step),
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_STEP_NUM_NODES": str(count),
+        "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_NODEID": str(rank),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+    }
+
+
+def test_srun_says_who_trains_together():
+    told = [read_machines(step("gpu[07-08]", 2, 2, rank)) for rank in range(2)]
+    assert [(machine.count, machine.rank, machine.main_ip) for machine in told] == [(2, 0, "gpu07"), (2, 1, "gpu07")]
+    assert told[0].main_port == told[1].main_port != read_machines(step("gpu[07-08]", 2, 2, 0, step=1)).main_port
+
+
+def test_srun_with_one_node_is_one_machine():
+    assert read_machines(step("gpu07", 1, 1, 0)).count == 1
+
+
+def test_srun_must_start_one_task_a_machine():
+    with pytest.raises(UserError, match="srun --ntasks-per-node=1"):
+        read_machines(step("gpu[07-08]", 2, 8, 0))
+
+
+def test_in_a_batch_script_itself_only_one_machine_runs():
+    """Without srun it is one process on the first of the job's machines."""
+    environ = {name: value for name, value in step("gpu[07-08]", 2, 2, 0).items() if "STEP" not in name}
+    assert read_machines(environ).count == 1
+
+
+def test_the_user_knows_better_than_srun():
+    under_srun = step("gpu[07-08]", 2, 2, 1)
+    assert read_machines(under_srun | {"NUM_MACHINES": "1", "MACHINE_RANK": "0"}).count == 1
+    assert read_machines(under_srun | {"MAIN_IP": "10.0.0.7", "MAIN_PORT": "1234"}) == Machines(2, 1, "10.0.0.7", 1234)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[07-09,12],cpu1", "gpu07"),
+        ("a-[1-3]-ib,b", "a-1-ib"),
+        ("n1,n2", "n1"),
+        ("node5", "node5"),
+        ("n1,a[2-3]", "n1"),
+        ("rack[0-1]n[2-3],x", "rack0n2"),
+    ],
+)
+def test_the_first_name_of_a_list_of_nodes(nodes, first):
+    assert first_host(nodes) == first
