@@ -39,7 +39,8 @@ def main() -> None:
         args.quantization_bit,
         ptuning_checkpoint=args.ptuning_checkpoint,
         adapter=args.lora_checkpoint,
-    ).to(device)
+        device=device,
+    )
     chat(model, tokenizer, generation)
 
 

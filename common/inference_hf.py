@@ -52,7 +52,7 @@ def main() -> None:
     base, trained = find_base(args.checkpoint, args.model_name_or_path)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(base)
-    model = load_model(base, compute_dtype(device), **trained).to(device)
+    model = load_model(base, compute_dtype(device), device=device, **trained)
     *_, answer = "", *stream_chat(model, tokenizer, args.prompt, **generation)
     print(answer)
 

@@ -119,22 +119,13 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
     return max(seconds), peak
 
 
-def main() -> None:
+def compare(place: Path, ranks: int, official_ranks: int) -> None:
     from rich.table import Table  # not in the ranks, which import no more than loading needs
 
     from common.report import console
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and its conversion")
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--official-ranks", type=int, default=2, help="each holds a whole copy and a shard")
-    parser.add_argument("--rank", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rank:
-        run_rank(args.rank, args.folder)
-        return
-    folder, safetensors = args.folder.resolve() / "chatglm2-6b", args.folder.resolve() / "chatglm2-6b-safetensors"
-    os.environ["CHATGLM_CACHE"] = str(args.folder.resolve() / "cache")
+    folder, safetensors = place / "chatglm2-6b", place / "chatglm2-6b-safetensors"
+    os.environ["CHATGLM_CACHE"] = str(place / "cache")
     if not folder.exists():
         make_checkpoint(folder)
     shutil.rmtree(os.environ["CHATGLM_CACHE"], ignore_errors=True)
@@ -151,14 +142,27 @@ def main() -> None:
         cells = [f"{ranks}", f"{seconds:.1f}", f"{peak / 1e9:.2f}", f"{peak / copy:.2f}"]
         table.add_row(title, *cells, *(f"{megabytes:,.0f}" for megabytes in per_rank))
 
-    add("imports only", "imports", folder, args.ranks)
-    add("ours, .bin, first time: one rank converts", "ours", folder, args.ranks)
-    add("ours, .bin, from then on", "ours", folder, args.ranks)
+    add("imports only", "imports", folder, ranks)
+    add("ours, .bin, first time: one rank converts", "ours", folder, ranks)
+    add("ours, .bin, from then on", "ours", folder, ranks)
     make_safetensors(folder, safetensors)
-    add("ours, safetensors", "ours", safetensors, args.ranks)
-    add("ours, .bin as it is (CONVERT_WEIGHTS=false)", "direct", folder, args.ranks)
-    add("the official way", "official", folder, args.official_ranks)
+    add("ours, safetensors", "ours", safetensors, ranks)
+    add("ours, .bin as it is (CONVERT_WEIGHTS=false)", "direct", folder, ranks)
+    add("the official way", "official", folder, official_ranks)
     console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and its conversion")
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--official-ranks", type=int, default=2, help="each holds a whole copy and a shard")
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        run_rank(args.rank, args.folder)
+    else:
+        compare(args.folder.resolve(), args.ranks, args.official_ranks)
 
 
 if __name__ == "__main__":
