@@ -32,8 +32,12 @@ def count_processes() -> int:
     found = torch.accelerator.device_count()
     gpus = int(number(os.environ, "NUM_GPUS", found))
     processes = int(number(os.environ, "NUM_PROCESSES", max(1, gpus)))
-    if gpus > found or found and processes > found:
-        raise UserError(f"{max(gpus, processes)} GPUs are asked for, but {found} are visible here.")
+    if processes < 1:
+        raise UserError(f"NUM_PROCESSES={processes}: at least one is needed.")
+    if gpus > found:
+        raise UserError(f"NUM_GPUS={gpus}, but {found} GPUs are visible here.")
+    if found and processes > found:
+        raise UserError(f"NUM_PROCESSES={processes}, but {found} GPUs are visible here.")
     return processes
 
 
@@ -46,6 +50,7 @@ def set_environment(processes: int, machines: Machines) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["EXPECTED_PROCESSES"] = str(processes * machines.count)
     os.environ["PROCESSES_PER_MACHINE"] = str(processes)
+    os.environ["MACHINE_RANK"] = str(machines.rank)
 
 
 def first_gpu() -> dict[str, str]:
@@ -61,6 +66,7 @@ def run_here(program: list[str], environ: dict[str, str]) -> NoReturn:
 def start(program: list[str], processes: int, machines: Machines, port: int) -> int:
     """Runs the program in all processes of this machine. Returns the exit code of the first that failed, or 0."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     flags = ["--multi_gpu", "--num_processes", str(processes * machines.count), "--num_machines", str(machines.count)]
@@ -72,9 +78,7 @@ def start(program: list[str], processes: int, machines: Machines, port: int) -> 
     if machines.count == 1:
         args.standalone = True  # torch's own launcher then binds a free port itself, which nobody can take between
         args.local_addr = "127.0.0.1"
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # the processes say themselves what failed
+    logging.disable()  # the processes say themselves what failed
     warnings.filterwarnings("ignore", module="accelerate")
     try:
         launch_command(args)
@@ -86,6 +90,8 @@ def start(program: list[str], processes: int, machines: Machines, port: int) -> 
             say(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
             return 1
         return failure.exitcode
+    except SignalException as error:  # SIGTERM or Ctrl-C, and the processes have ended
+        return 128 + error.sigval
     return 0
 
 

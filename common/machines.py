@@ -155,8 +155,8 @@ class Peers:
             listener = socket.create_server(("", machines.main_port))
         except OSError as error:
             raise UserError(
-                f"port {machines.main_port} can't be used ({os.strerror(error.errno or 0)}): another program or another training of "
-                "several machines has it; set MAIN_PORT to the same free port on all machines."
+                f"port {machines.main_port} can't be used ({os.strerror(error.errno or 0)}): another program or "
+                "another training of several machines has it; set MAIN_PORT to the same free port on all machines."
             ) from error
         say(f"waiting for {machines.count - 1} other machines at port {machines.main_port}")
         with listener:

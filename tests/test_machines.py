@@ -2,7 +2,6 @@
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -193,8 +192,9 @@ def test_a_stranger_answers_in_place_of_machine_0(start, port, answer, says):
 
 def test_strangers_at_machine_0_disturb_nobody(start, port):
     meeting = start(main := Machine(0, 2, port))
+    nonsense = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b'{"machine": 1}\n', b"[" * 20000]
     strangers = [dial(port) for _ in range(5)]  # the first one is silent
-    for stranger, said in zip(strangers[1:], (b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b'{"machine": 1}\n', b"[" * 20000)):
+    for stranger, said in zip(strangers[1:], nonsense, strict=True):
         stranger.sendall(said)
     start(other := Machine(1, 2, port)).result(GUARD)
     meeting.result(GUARD)
@@ -382,3 +382,218 @@ def test_the_user_knows_better_than_srun():
 )
 def test_the_first_name_of_a_list_of_nodes(nodes, first):
     assert first_host(nodes) == first
+
+
+# The launcher, in a process of its own, with programs that only say what they were told.
+
+PROGRAM = r"""
+import os, signal, sys, time
+from pathlib import Path
+if sys.argv[-1] == "--dry_run":
+    sys.exit()
+rank = os.environ["RANK"]
+os.write(1, f"rank {{rank}} {{sys.argv[1:]}} threads {{os.environ.get('OMP_NUM_THREADS')}}\n".encode())
+first_is_there = Path(__file__).with_suffix(".there")
+if rank == "0":
+    first_is_there.touch()
+    time.sleep(600)
+while rank == "1" and not first_is_there.exists():
+    time.sleep(0.05)
+{ends}
+"""
+MARK = "CHATGLM_TEST_RUN"
+
+
+def is_of(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """What processes of this test have in their environment; none of them outlives it."""
+    own = uuid.uuid4().hex
+    yield own
+    for process in psutil.process_iter():
+        if is_of(process, own):
+            process.kill()
+
+
+def running(mark: str) -> list[list[str]]:
+    return [process.cmdline() for process in psutil.process_iter() if is_of(process, mark)]
+
+
+@pytest.fixture
+def launch(tmp_path, mark) -> Callable[..., subprocess.Popen]:
+    def launch_program(ends: str = "pass", **variables: str) -> subprocess.Popen:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM.format(ends=ends))
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "common" / "launcher.py"), str(program), "--flag"],
+            env={**os.environ, MARK: mark, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return launch_program
+
+
+def test_a_process_that_torchrun_started_just_runs_the_program(launch):
+    said, errors = launch(LOCAL_RANK="2", RANK="2", NUM_PROCESSES="2", OMP_NUM_THREADS="7").communicate(timeout=GUARD)
+    assert (said, errors) == ("rank 2 ['--flag'] threads 7\n", "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NUM_GPUS": "99"}, r"NUM_GPUS=99, but \d+ GPUs are visible here"),
+        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: at least one is needed"),
+        ({"NUM_PROCESSES": "all"}, "NUM_PROCESSES=all is no number"),
+    ],
+)
+def test_wrong_numbers_of_processes_are_said(monkeypatch, variables, says):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        launcher.count_processes()
+
+
+def test_the_cores_are_shared_out_as_threads(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    launcher.set_environment(4, Machines(2, 1, "a"))
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("3", "8")
+    os.environ["OMP_NUM_THREADS"] = "5"
+    launcher.set_environment(4, Machines())
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("5", "4")
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "says"),
+    [
+        ("print('error: wrong', file=sys.stderr); sys.exit(2)", 2, "error: wrong\n"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: process 1 was killed by SIGKILL"),
+    ],
+)
+def test_one_process_that_fails_ends_all(launch, mark, ends, code, says):
+    run = launch(ends, NUM_PROCESSES="2", OMP_NUM_THREADS="3")
+    said, errors = run.communicate(timeout=GUARD)
+    assert run.returncode == code, errors
+    assert sorted(said.splitlines()) == [f"rank {rank} ['--flag'] threads 3" for rank in range(2)]
+    assert errors.startswith(says) and len(errors.splitlines()) == 1
+    assert running(mark) == []
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_launcher_ends_all_processes(launch, mark, stop):
+    run = launch("time.sleep(600)", NUM_PROCESSES="2")
+    assert {run.stdout.readline().split()[1] for _ in range(2)} == {"0", "1"}
+    run.send_signal(stop)
+    errors = run.communicate(timeout=GUARD)[1]
+    assert run.returncode == 128 + stop, errors
+    assert "torch" not in errors  # it says nothing about its own parts
+    assert running(mark) == []
+
+
+# Two real machines: network namespaces with an address each, and the script as a user types it.
+
+MAIN_IP, OTHER_IP = "10.77.0.1", "10.77.0.2"
+
+
+def ip(command: str, check: bool = True) -> str:
+    return subprocess.run(["ip", *command.split()], check=check, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[str]]:
+    """Two network namespaces, joined by a cable."""
+    names = [f"chatglm-{os.getpid()}-{rank}" for rank in range(2)]
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"two network namespaces need root and the program ip ({error})")
+    for name, address in zip(names, (MAIN_IP, OTHER_IP), strict=True):
+        ip(f"-n {name} addr add {address}/24 dev eth0")
+        for card in ("lo", "eth0"):
+            ip(f"-n {name} link set {card} up")
+    yield names
+    for name in names:
+        ip(f"netns del {name}", check=False)
+
+
+@pytest.fixture
+def train(tmp_path, mark) -> Callable[..., subprocess.Popen]:
+    """Starts full/train.sh, on one of two machines if one is named; what it says goes to the file ``said``."""
+
+    def start_training(host: str = "", rank: int = 0, **variables: str) -> subprocess.Popen:
+        where = ["ip", "netns", "exec", host] if host else []
+        several = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": MAIN_IP} if host else {}
+        here = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", MARK: mark}
+        name = f"machine{rank}" if host else "alone"
+        demo = {
+            "OUTPUT_DIR": str(tmp_path / ("two" if host else "one")),
+            "EVALUATE": "false",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        with (tmp_path / name).open("w") as said:
+            return subprocess.Popen(
+                [*where, "bash", str(ROOT / "full" / "train.sh"), "--logging_steps", "1", "--disable_tqdm", "true"],
+                env={**os.environ, **here, **several, **demo, **variables},
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+
+    return start_training
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_two_machines_train_as_one_does(hosts, train, tmp_path):
+    """The global batch is the same, so are the losses; what is saved is saved once."""
+    two = [train(host, rank, MAX_STEPS="3", BATCH_SIZE="2") for rank, host in enumerate(hosts)]
+    assert [run.wait(300) for run in two] == [0, 0], [(tmp_path / f"machine{rank}").read_text() for rank in range(2)]
+    alone = train(MAX_STEPS="3", BATCH_SIZE="4")
+    assert alone.wait(300) == 0, (tmp_path / "alone").read_text()
+    checkpoints = [[file.name for file in (tmp_path / run).glob("checkpoint-*")] for run in ("two", "one")]
+    assert checkpoints == [["checkpoint-3"], ["checkpoint-3"]]
+    together, by_one = (losses(tmp_path / run / "checkpoint-3") for run in ("two", "one"))
+    assert len(together) == 3
+    assert together == pytest.approx(by_one, abs=1e-4)
+
+
+def cut_the_cable(hosts: list[str]) -> None:
+    ip(f"-n {hosts[1]} link set eth0 down")
+
+
+def kill_machine_1(hosts: list[str]) -> None:
+    for process in ip(f"netns pids {hosts[1]}").split():
+        os.kill(int(process), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("happens", "says"),
+    [
+        (cut_the_cable, ["machine 1 was not heard of for 5 s", "machine 0 was not heard of for 5 s"]),
+        (kill_machine_1, ["the launcher of machine 1 was killed"]),
+    ],
+)
+def test_what_happens_to_one_machine_ends_both(hosts, train, tmp_path, mark, happens, says):
+    runs = [train(host, rank, MAX_STEPS="100000", BATCH_SIZE="2", PEER_TIMEOUT="5") for rank, host in enumerate(hosts)]
+    said = [tmp_path / f"machine{rank}" for rank in range(2)]
+    while "'loss'" not in said[0].read_text():
+        assert [run.poll() for run in runs] == [None, None], [file.read_text() for file in said]
+        time.sleep(0.2)
+    happens(hosts)
+    codes = [run.wait(GUARD) for run in runs]
+    for sentence, code, file in zip(says, codes, said, strict=False):  # of a killed machine nobody hears
+        assert code == 2
+        assert f"error: {sentence}; this machine was stopped too. Saved checkpoints are whole." in file.read_text()
+    assert running(mark) == []
