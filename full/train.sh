@@ -9,6 +9,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the file holds earlier rounds
@@ -36,7 +38,8 @@ EVALUATE=${EVALUATE:-true}                               # false: only train
 # An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
 launch "$ROOT/full/main.py" \
     --do_train \
-    --train_file "$TRAIN_FILE" \
+    ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
+    ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
