@@ -1,6 +1,7 @@
 """Old ``.bin`` weights, converted once to safetensors, which every process of a machine maps instead of reading.
 
-Mapped weights lie in the page cache, once for all ranks; what a pickle of the oldest kind holds, each rank would copy.
+Mapped weights lie in the page cache, once for all ranks. So do those of a zip-format .bin; of a plain pickle, the
+oldest kind, each rank would hold a copy of its own.
 """
 
 import hashlib
@@ -27,8 +28,8 @@ CONVERT_FROM = 64 * 2**20  # bytes; a smaller checkpoint costs nobody anything a
 def weights_folder(folder: Path) -> Path:
     """Where the weights of a model folder are read from: the folder itself, or the safetensors made of its .bin files.
 
-    One job converts, the others wait for it. Where that can't be done, the folder itself is as good, if larger in
-    memory. Raises UserError for a .bin file that can't be read.
+    One job converts, the others wait for it. Where that can't be done, the folder itself is read.
+    Raises UserError for a .bin file that can't be read.
     """
     files = bin_files(folder)
     size = sum(file.stat().st_size for file in files)
