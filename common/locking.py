@@ -56,8 +56,8 @@ def write_holder(lock: Path) -> None:
 def make_lock(path: Path) -> BaseFileLock:
     """A lock of the operating system, or with CHATGLM_LOCKS=soft one that is a file, for shares without locks (NFS).
 
-    The file of a soft lock names its holder; one that was killed on this machine is found out, one that was killed on
-    another is not: then the file must be deleted.
+    The file of a soft lock names its holder. One that was killed on this machine is found out where the file system can
+    exchange two files (NFS can't); of one on another machine nobody can tell: then the file must be deleted.
     """
     kind = os.environ.get("CHATGLM_LOCKS", "native")
     if kind not in ("native", "soft"):
@@ -69,13 +69,14 @@ def make_lock(path: Path) -> BaseFileLock:
 def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
     """Holds the lock at ``path``. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
     lock = make_lock(path)
+    hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
     try:
         lock.acquire(timeout=WAIT_IN_SILENCE if wait else 0)
     except Timeout:
         if not wait:
-            raise UserError(f"{what} is in use by {describe_holder(path)}.") from None
+            raise UserError(f"{what} is in use by {describe_holder(path)}{hint}.") from None
     while not lock.is_locked:
-        print(f"waiting for {what}: held by {describe_holder(path)}", file=sys.stderr, flush=True)
+        print(f"waiting for {what}: held by {describe_holder(path)}{hint}", file=sys.stderr, flush=True)
         try:
             lock.acquire(timeout=REMIND_EVERY)
         except Timeout:
@@ -104,7 +105,7 @@ def free_port() -> int:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-            lock = FileLock(lock_file("port", str(port)))
+            lock = make_lock(lock_file("port", str(port)))
             try:
                 lock.acquire(blocking=False)
             except Timeout:
@@ -113,4 +114,4 @@ def free_port() -> int:
             return port
 
 
-_held_ports: list[FileLock] = []
+_held_ports: list[BaseFileLock] = []

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from common.errors import UserError
-from common.locking import free_port, guard
+from common.locking import free_port, guard, lock_file
 
 # Holds the lock of a resource from "held" until its stdin is closed.
 HOLD = """
@@ -117,7 +117,7 @@ def test_the_second_process_waits_and_says_for_whom(start, hold, tmp_path):
     assert (tmp_path / "log").read_text().split() == ["held", "released", "held", "released"]
 
 
-def test_no_update_is_lost(start, tmp_path):
+def test_no_update_is_lost(kind_of_lock, start, tmp_path):
     counter = tmp_path / "counter"
     counter.write_text("0")
     processes = [start(COUNT, counter) for _ in range(4)]
@@ -136,7 +136,13 @@ def test_without_waiting_a_held_lock_is_an_error(hold, tmp_path):
     assert is_free("output", tmp_path / "folder")
 
 
-def test_a_killed_holder_frees_its_lock(start, hold, tmp_path):
+@pytest.fixture(params=["native", "soft"])
+def kind_of_lock(request, monkeypatch) -> str:
+    monkeypatch.setenv("CHATGLM_LOCKS", request.param)
+    return request.param
+
+
+def test_a_killed_holder_frees_its_lock(kind_of_lock, start, hold, tmp_path):
     folder = tmp_path / "folder"
     first = hold("output", folder)
     second = start(HOLD, "output", folder, tmp_path / "log")
@@ -149,7 +155,31 @@ def test_a_killed_holder_frees_its_lock(start, hold, tmp_path):
     assert is_free("output", folder)
 
 
-def test_an_error_inside_frees_the_lock(tmp_path):
+def test_a_soft_lock_says_which_file_to_delete(monkeypatch, start, hold, tmp_path):
+    """Of a holder on another machine nobody can tell whether it still runs."""
+    monkeypatch.setenv("CHATGLM_LOCKS", "soft")
+    folder = tmp_path / "folder"
+    first = hold("output", folder)
+    first.kill()
+    first.wait()
+    file = lock_file("output", folder).with_suffix(".soft")
+    file.write_text(file.read_text().replace(f"\n{socket.gethostname()}", "\nanother-machine"))
+    with pytest.raises(UserError) as error, guard("output", folder, wait=False):
+        pass
+    assert str(error.value).endswith(f"; if that is gone, delete {file}.")
+    second = start(HOLD, "output", folder, tmp_path / "log")
+    assert second.stderr.readline().endswith(f"; if that is gone, delete {file}\n")
+    file.unlink()
+    assert second.stdout.readline() == "held\n"
+
+
+def test_a_wrong_kind_of_lock_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("CHATGLM_LOCKS", "hard")
+    with pytest.raises(UserError, match="CHATGLM_LOCKS=hard: there are native and soft"), guard("output", tmp_path):
+        pass
+
+
+def test_an_error_inside_frees_the_lock(kind_of_lock, tmp_path):
     with pytest.raises(KeyError), guard("output", tmp_path):
         assert not is_free("output", tmp_path)
         raise KeyError
@@ -186,7 +216,7 @@ def test_a_folder_that_its_holder_makes_stays_locked(start, tmp_path, monkeypatc
     assert not is_free("output", Path("folder")) and not is_free("output", tmp_path / "folder")
 
 
-def test_sixteen_jobs_at_once_get_sixteen_ports(start):
+def test_sixteen_jobs_at_once_get_sixteen_ports(kind_of_lock, start):
     processes = [start(PORT) for _ in range(16)]
     ports = [int(process.stdout.readline()) for process in processes]
     assert len(set(ports)) == 16 and all(1024 <= port < 65536 for port in ports)
