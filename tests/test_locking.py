@@ -96,6 +96,12 @@ def hold(start, tmp_path):
     return hold_resource
 
 
+@pytest.fixture(params=["native", "soft"])
+def kind_of_lock(request, monkeypatch) -> str:
+    monkeypatch.setenv("CHATGLM_LOCKS", request.param)
+    return request.param
+
+
 def is_free(kind: str, resource: object) -> bool:
     try:
         with guard(kind, resource, wait=False):
@@ -134,12 +140,6 @@ def test_without_waiting_a_held_lock_is_an_error(hold, tmp_path):
     assert f"process {process.pid} on " in str(error.value) and process.args[1] in str(error.value)
     process.communicate()
     assert is_free("output", tmp_path / "folder")
-
-
-@pytest.fixture(params=["native", "soft"])
-def kind_of_lock(request, monkeypatch) -> str:
-    monkeypatch.setenv("CHATGLM_LOCKS", request.param)
-    return request.param
 
 
 def test_a_killed_holder_frees_its_lock(kind_of_lock, start, hold, tmp_path):
