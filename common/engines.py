@@ -127,30 +127,6 @@ def check_offload(args: "TrainingArguments", weights: int, trained: int) -> None
         )
 
 
-def check_checkpoint(args: "TrainingArguments", checkpoint: Path) -> None:
-    """Raises UserError for a checkpoint that the engine can't continue with as many processes as there are now."""
-    states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
-    if states is None:
-        if args.engine == "DeepSpeed":
-            raise UserError(f"{checkpoint} was not written under DeepSpeed: continue it without --deepspeed.")
-        by_fsdp = (checkpoint / "optimizer.bin").is_file()
-        if by_fsdp != (args.engine == "FSDP2"):
-            raise UserError(
-                f"{checkpoint} was written with{'' if by_fsdp else 'out'} --fsdp: continue it the same way."
-            )
-        return
-    if args.engine != "DeepSpeed":
-        raise UserError(f"{checkpoint} was written under DeepSpeed: continue it with the same --deepspeed file.")
-    written_by = len(list(states.glob("*_optim_states.pt")))
-    if written_by != args.processes:
-        raise UserError(
-            f"{checkpoint} was written by {written_by} processes, and ZeRO can't spread its optimizer states over "
-            f"{args.processes}: continue with {written_by}, or train on from its weights in a new --output_dir "
-            f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
-            "--ptuning_checkpoint for the others)."
-        )
-
-
 def compute_dtype(device: torch.device) -> torch.dtype:
     """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
     if device.type == "cpu":

@@ -23,6 +23,10 @@ def describe(error: Exception) -> str | None:
     # torch.save does not say why it could not write on; a full disk is why.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "a checkpoint could not be written: No space left on device. What was saved before is complete."
+    # Collective operations between processes fail in the words of gloo or of torch.distributed.
+    if isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__module__ == "torch.distributed"):
+        reason = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
+        return f"another process of this training is gone ({reason}). What was saved before is complete."
     return None
 
 

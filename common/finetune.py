@@ -13,26 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.checks import SPLITS, check
 from common.collator import TrainCollator
 from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
-from common.engines import check_checkpoint, check_offload, compute_dtype
+from common.engines import compute_dtype
 from common.errors import UserError
 from common.loading import (
-    check_model_folder,
-    count_parameters,
     load_model,
     load_tokenizer,
-    resolve_model,
 )
 from common.methods import Method
 from common.metrics import score
 from common.output import (
+    check_checkpoint,
     check_space,
-    check_writable,
     is_finished,
     own,
     resume_point,
@@ -41,15 +41,8 @@ from common.output import (
 )
 from common.predict import generate_answers
 from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
-from common.rows import find_files
-from common.shards import load_shards, read_manifest
+from common.shards import load_shards
 from common.trainer import FinetuneTrainer
-
-SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
-    ("train", "do_train", "train_file", "max_train_samples"),
-    ("validation", "do_eval", "validation_file", "max_eval_samples"),
-    ("test", "do_predict", "test_file", "max_predict_samples"),
-)
 
 
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -58,9 +51,10 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     folder = check(method, model_args, data_args, args)
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    with own(output_dir) if args.process_index == 0 else nullcontext():
+    with own(output_dir) if args.should_save else nullcontext():
         settings = settings_of(folder, method, model_args, data_args, args)
-        checkpoint = resume_point(args, settings, method.files) if args.do_train else None
+        checkpoint = resume_point(args, settings, method.files) if args.do_train and args.process_index == 0 else None
+        checkpoint = broadcast_object_list([checkpoint])[0]
         if checkpoint:
             check_checkpoint(args, checkpoint)
         set_seed(args.seed)
@@ -81,54 +75,6 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             evaluate(method, trainer, data_args)
         if args.do_predict:
             predict(method, trainer, tokenizer, data["test"], data_args)
-
-
-def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
-    """Finds out what can't work before anything is loaded. Returns the model's folder."""
-    if not (args.do_train or args.do_eval or args.do_predict):
-        raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    shards = data_args.train_datasets if args.do_train else None
-    if shards:
-        read_manifest(Path(shards))
-    for split, flag, file_flag, _ in SPLITS:
-        patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
-        if patterns:
-            find_files(patterns)
-        elif vars(args)[flag] and not data_args.dataset_name and not (split == "train" and shards):
-            raise UserError(f"--{flag} needs --{file_flag}.")
-    if args.do_predict and data_args.text_column:
-        raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
-    if args.sharded and not args.do_train:
-        raise UserError(f"{args.engine} shards the weights for training: evaluate without its flag.")
-    if args.do_train and method.trains_base and data_args.evaluate_base:
-        raise UserError("--evaluate_base: there is no room for a base beside all that is trained; evaluate afterwards.")
-    if args.engine == "FSDP2" and (method.optimizer or args.load_best_model_at_end):
-        raise UserError("--fsdp can't be used with --loraplus_lr_ratio or --load_best_model_at_end.")
-    if args.fp16 and args.device.type == "cpu":
-        raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
-    if args.label_smoothing_factor:
-        raise UserError("--label_smoothing_factor is not supported.")
-    if args.processes != args.world_size and not args.dry_run:
-        raise UserError(f"{args.processes} processes were asked for and {args.world_size} are running.")
-    if args.n_gpu > 1:
-        raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
-            f"or with torchrun --nproc_per_node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
-    folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
-    check_model_folder(folder)
-    method.check(folder, args.do_train)
-    if any(args.offload):
-        count = count_parameters(folder)
-        check_offload(args, count, count if method.trains_base else 0)
-    if args.do_train and method.trains_base and model_args.quantization_bit:
-        raise UserError("--quantization_bit is for LoRA and P-Tuning v2: packed weights can't be trained themselves.")
-    if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
-        raise UserError(
-            f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."
-        )
-    check_writable(Path(args.output_dir))
-    return folder
 
 
 def prepare(
@@ -177,7 +123,11 @@ def build_model(method: Method, model_args: ModelArguments, args: TrainingArgume
     )
     # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
-    return method.attach(model)
+    model = method.attach(model)
+    # DDP would write into frozen weights too when it starts, which all processes of a machine share until then.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return model
 
 
 def build_trainer(

@@ -107,8 +107,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return adapted.eval()
 
 
-def save_lora(model: PeftModel, folder: str | Path, weights: dict[str, Tensor]) -> None:
-    """Writes the adapter out of the model's ``weights``: adapter_config.json, adapter_model.safetensors.
+def save_lora(model: PeftModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors, out of gathered ``weights`` where they are given.
 
     PEFT would look on the hub whether the vocabulary was extended, to save the embedding too; here it never is.
     """

@@ -20,6 +20,8 @@ from common.loading import check_takes_prefix, load_model
 from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
 from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
 
+Weights = dict[str, Tensor] | None
+
 
 @dataclass(frozen=True)
 class Method:
@@ -28,7 +30,7 @@ class Method:
     trains_base: bool  # whether the model's own weights are trained, in float32 then
     check: Callable[[Path, bool], None]  # (model's folder, whether to train): raises UserError for what can't work
     load_flags: dict[str, Any]  # flags of load_model
-    save: Callable[[PreTrainedModel, Path, dict[str, Tensor]], None]  # (model, folder, whole weights): what was trained
+    save: Callable[[PreTrainedModel, Path, Weights], None]  # writes what was trained, out of gathered weights if given
     restore: Callable[[PreTrainedModel, Path], None]  # reads it back into the same model, to resume
     base: Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]  # the model without it
     files: tuple[str, ...]  # names of what ``save`` writes, of which one is there
@@ -110,7 +112,7 @@ def check_without_prefix(folder: Path) -> None:
         raise UserError(f"{folder} holds a prefix beside the model: only P-Tuning v2 can go on from there.")
 
 
-def save_full(model: PreTrainedModel, folder: Path, weights: dict[str, Tensor], as_bin: bool = False) -> None:
+def save_full(model: PreTrainedModel, folder: Path, weights: Weights = None, as_bin: bool = False) -> None:
     """A folder that loads by itself, but for the tokenizer, which is saved beside it; it names its base."""
     if as_bin and model.config.model_type == "chatglm":
         weights = model.original_state_dict(model.dtype, weights)

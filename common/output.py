@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +126,35 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
     if checkpoints or any((folder / name).exists() for name in files):
         check_settings(folder, settings)
     return checkpoints[-1] if checkpoints else None
+
+
+def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
+    """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
+    if not is_complete_checkpoint(checkpoint):
+        raise UserError(
+            f"{checkpoint} is not whole on this machine ({socket.gethostname()}): let all machines share the output "
+            "folder, or train with --save_on_each_node."
+        )
+    states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
+    if states is None:
+        if args.engine == "DeepSpeed":
+            raise UserError(f"{checkpoint} was not written under DeepSpeed: continue it without --deepspeed.")
+        by_fsdp = (checkpoint / "optimizer.bin").is_file()
+        if by_fsdp != (args.engine == "FSDP2"):
+            raise UserError(
+                f"{checkpoint} was written with{'' if by_fsdp else 'out'} --fsdp: continue it the same way."
+            )
+        return
+    if args.engine != "DeepSpeed":
+        raise UserError(f"{checkpoint} was written under DeepSpeed: continue it with the same --deepspeed file.")
+    written_by = len(list(states.glob("*_optim_states.pt")))
+    if written_by != args.processes:
+        raise UserError(
+            f"{checkpoint} was written by {written_by} processes, and ZeRO can't spread its optimizer states over "
+            f"{args.processes}: continue with {written_by}, or train on from its weights in a new --output_dir "
+            f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
+            "--ptuning_checkpoint for the others)."
+        )
 
 
 def check_settings(folder: Path, settings: dict) -> None:

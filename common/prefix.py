@@ -73,11 +73,14 @@ def without_prefix(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         model.base_model.prefix_encoder = encoder
 
 
-def save_prefix(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor]) -> None:
-    """Writes the prefix out of the model's ``weights``, float32 under the original names, and the config."""
+def save_prefix(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes the prefix alone, float32 under the original names, and the config, as the original code reads them.
+
+    It is taken out of the gathered ``weights`` where they are given.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor for name, tensor in weights.items() if name.startswith(KEY_PREFIX)}
+    tensors = {name: tensor for name, tensor in (weights or model.state_dict()).items() if name.startswith(KEY_PREFIX)}
     partial = folder / "pytorch_model.bin.partial"
     torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, folder / "pytorch_model.bin")

@@ -62,8 +62,7 @@ class FinetuneTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        self.method.save(model, folder, model.state_dict() if state_dict is None else state_dict)
+        self.method.save(self.accelerator.unwrap_model(self.model), folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 

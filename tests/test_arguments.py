@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.arguments import LoraArguments, NoArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
@@ -81,7 +81,7 @@ def test_the_flags_of_lora_have_the_official_defaults():
         (LoraArguments, "--lora_dropout 1", "--lora_dropout must be at least 0 and below 1"),
         (LoraArguments, "--pre_seq_len 8", "unknown flag --pre_seq_len"),
         (PrefixArguments, "--lora_rank 8", "unknown flag --lora_rank"),
-        (NoArguments, "--lora_rank 8", "unknown flag --lora_rank"),
+        (FullArguments, "--lora_rank 8", "unknown flag --lora_rank"),
     ],
 )
 def test_a_method_refuses_the_flags_of_another(method, flags, says):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.arguments import NoArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
 from common.loading import DEMOS, load_model
@@ -190,8 +190,8 @@ FULL = TRAINING.replace("--pre_seq_len 8", "--max_steps 4 --save_steps 2 --repor
 
 
 def finetune_full(flags: str, output_dir: Path) -> None:
-    model_args, _, *others = parse_arguments(NoArguments, [*flags.split(), "--output_dir", str(output_dir)])
-    run(full(), model_args, *others)
+    model_args, full_args, *others = parse_arguments(FullArguments, [*flags.split(), "--output_dir", str(output_dir)])
+    run(full(full_args), model_args, *others)
 
 
 @pytest.fixture(scope="module")

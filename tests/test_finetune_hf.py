@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.arguments import LoraArguments, NoArguments, PrefixArguments, TrainingArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments, parse_arguments
 from common.errors import UserError
 from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume, training_flags
 
@@ -69,7 +69,7 @@ def flags_of(file: Path, data_dir: Path) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("lora", LoraArguments()), ("ptuning_v2", None), ("sft", NoArguments())]
+    ("kind", "expected"), [("lora", LoraArguments()), ("ptuning_v2", None), ("sft", FullArguments())]
 )
 def test_the_official_files_mean_what_they_say(tmp_path, kind, expected):
     _, method, data, training = flags_of(write_official(tmp_path, kind), tmp_path)

@@ -136,7 +136,7 @@ def test_eight_trainings_start_at_once_on_an_empty_cache(tmp_path):
     assert len(prefixes) == 1
 
 
-TWO_PROCESSES = {"ACCELERATE_USE_CPU": "true", "NUM_PROCESSES": "2"}
+TWO_PROCESSES = {"NUM_PROCESSES": "2"}
 
 
 def test_two_processes_train_one_prefix_and_share_the_evaluation(tmp_path):
@@ -165,7 +165,7 @@ def test_bad_input_is_said_once_for_all_processes(tmp_path):
     [
         (["--max_stepz", "3"], {}, "unknown flag --max_stepz: did you mean --max_steps?"),
         ([], {"TRAIN_FILE": "nowhere.json"}, "no data file nowhere.json"),
-        ([], {"NUM_GPUS": "2"}, "NUM_GPUS=2, but 0 GPUs are visible"),
+        ([], {"NUM_GPUS": "2"}, "2 GPUs are asked for, but 0 are visible here"),
         ([], {"OUTPUT_DIR": "/proc/out"}, "can't write to the output folder /proc/out"),
     ],
 )

@@ -77,6 +77,8 @@ def make_model(generation: str, shape: str, tokenizer: PreTrainedTokenizer) -> P
 
 
 def attach(method: str, model: PreTrainedModel) -> PreTrainedModel:
+    if method == "full":
+        return model
     if method == "lora":
         return attach_lora(model, LoraArguments())
     attach_prefix(model, PREFIX)
@@ -182,7 +184,9 @@ def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kind", choices=[f"{name}-{how}" for name in TOKENIZERS for how in ("prefix", "lora")])
+    parser.add_argument(
+        "--kind", choices=[f"{name}-{how}" for name in TOKENIZERS for how in ("prefix", "lora", "full")]
+    )
     parser.add_argument("--shape", choices=["small", "large"], default="small")
     parser.add_argument("--vocabulary", help="ice_text.model or tokenizer.model; default: a demo's")
     parser.add_argument("--data", type=Path, default=ROOT / "AdvertiseGen" / "dev.json")

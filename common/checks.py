@@ -1,0 +1,83 @@
+"""What can be found out before anything is loaded: each mistake is one sentence, said before it has cost any time."""
+
+from pathlib import Path
+
+from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.engines import check_offload
+from common.errors import UserError
+from common.loading import check_model_folder, count_parameters, resolve_model
+from common.methods import Method
+from common.output import check_writable
+from common.rows import find_files
+from common.shards import read_manifest
+
+SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
+    ("train", "do_train", "train_file", "max_train_samples"),
+    ("validation", "do_eval", "validation_file", "max_eval_samples"),
+    ("test", "do_predict", "test_file", "max_predict_samples"),
+)
+
+
+def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
+    """Raises UserError for what can't work. Returns the model's folder."""
+    check_data(data_args, args)
+    check_devices(args)
+    check_engine(method, data_args, args)
+    folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
+    check_model_folder(folder)
+    method.check(folder, args.do_train)
+    if any(args.offload):
+        count = count_parameters(folder)
+        check_offload(args, count, count if method.trains_base else 0)
+    if args.do_train and method.trains_base and model_args.quantization_bit:
+        raise UserError("--quantization_bit is for LoRA and P-Tuning v2: packed weights can't be trained themselves.")
+    if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
+        raise UserError(
+            f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."
+        )
+    check_writable(Path(args.output_dir))
+    return folder
+
+
+def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Something is to be done, and the files for it are there."""
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    shards = data_args.train_datasets if args.do_train else None
+    if shards:
+        read_manifest(Path(shards))
+    for split, flag, file_flag, _ in SPLITS:
+        patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
+        if patterns:
+            find_files(patterns)
+        elif vars(args)[flag] and not data_args.dataset_name and not (split == "train" and shards):
+            raise UserError(f"--{flag} needs --{file_flag}.")
+    if args.do_predict and data_args.text_column:
+        raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
+    if args.label_smoothing_factor:
+        raise UserError("--label_smoothing_factor is not supported.")
+
+
+def check_devices(args: TrainingArguments) -> None:
+    """As many processes run as were asked for, with one device each."""
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
+    if args.processes != args.world_size and not args.dry_run:
+        raise UserError(f"{args.processes} processes were asked for and {args.world_size} are running.")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
+            f"or with torchrun --nproc_per_node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
+    """The engine can do what is asked of it."""
+    if args.sharded and not args.do_train:
+        raise UserError(f"{args.engine} shards the weights for training: evaluate without its flag.")
+    if args.sharded and method.trains_base and data_args.evaluate_base:
+        raise UserError(
+            f"--evaluate_base: {args.engine} has no room for the base beside the model; evaluate afterwards."
+        )
+    if args.engine == "FSDP2" and (method.optimizer or args.load_best_model_at_end):
+        raise UserError("--fsdp can't be used with --loraplus_lr_ratio or --load_best_model_at_end.")
