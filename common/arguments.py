@@ -206,6 +206,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return int(os.environ.get("EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
     @property
+    def owns_output(self) -> bool:
+        """Whether this process holds the lock of the output folder, which machines may share, also while they check."""
+        return self.should_save and not (self.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes

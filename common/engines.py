@@ -170,7 +170,7 @@ def guard_compilation() -> None:
 def join(args: "TrainingArguments") -> None:
     """Joins the processes that a launcher started, before the Trainer would: on a CPU it would forget the backend."""
     on_cpu = args.use_cpu or not torch.accelerator.is_available()
-    if args.deepspeed and "LOCAL_RANK" not in os.environ:  # DeepSpeed wants to be told that it is alone
+    if (args.deepspeed or args.fsdp) and "LOCAL_RANK" not in os.environ:  # they want to be told that they are alone
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
     if "LOCAL_RANK" not in os.environ:

@@ -51,7 +51,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     folder = check(method, model_args, data_args, args)
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    with own(output_dir) if args.should_save else nullcontext():
+    with own(output_dir) if args.owns_output else nullcontext():
         settings = settings_of(folder, method, model_args, data_args, args)
         checkpoint = resume_point(args, settings, method.files) if args.do_train and args.process_index == 0 else None
         checkpoint = broadcast_object_list([checkpoint])[0]

@@ -39,7 +39,7 @@ class LogitsTrainer(FinetuneTrainer):
 nn.Dropout.forward = lambda self, inputs: inputs
 if "--fsdp" in sys.argv:
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    if "LOCAL_RANK" in os.environ:
+    if "--dry_run" not in sys.argv:
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 if __name__ == "__main__":
