@@ -79,5 +79,7 @@ def check_engine(method: Method, data_args: DataArguments, args: TrainingArgumen
         raise UserError(
             f"--evaluate_base: {args.engine} has no room for the base beside the model; evaluate afterwards."
         )
+    if args.engine != "DDP" and args.save_on_each_node:
+        raise UserError(f"--save_on_each_node: {args.engine} needs an output folder that all machines share.")
     if args.engine == "FSDP2" and (method.optimizer or args.load_best_model_at_end):
         raise UserError("--fsdp can't be used with --loraplus_lr_ratio or --load_best_model_at_end.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
@@ -136,6 +137,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
+def sizes(model: nn.Module, args: "TrainingArguments") -> tuple[int, int]:
+    """(parameters, trained parameters), of which ZeRO-3 leaves only a shard in every process."""
+    if args.engine != "DeepSpeed":
+        counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    else:
+        from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+        counted = [
+            (vars(parameter)["ds_numel"] if is_zero_param(parameter) else parameter.numel(), parameter.requires_grad)
+            for parameter in model.parameters()
+        ]
+    return sum(size for size, _ in counted), sum(size for size, trained in counted if trained)
+
+
 @contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
     os.environ[name] = value
@@ -169,7 +184,7 @@ def guard_compilation() -> None:
 
 def join(args: "TrainingArguments") -> None:
     """Joins the processes that a launcher started, before the Trainer would: on a CPU it would forget the backend."""
-    on_cpu = args.use_cpu or not torch.accelerator.is_available()
+    args.use_cpu = on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if (args.deepspeed or args.fsdp) and "LOCAL_RANK" not in os.environ:  # they want to be told that they are alone
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
@@ -183,8 +198,7 @@ def join(args: "TrainingArguments") -> None:
         with variable("ACCELERATE_USE_DEEPSPEED", "true"):
             PartialState(backend="gloo" if on_cpu else args.ddp_backend, timeout=timeout)
     else:
-        args.use_cpu = on_cpu and not args.fsdp
-        PartialState(cpu=args.use_cpu, backend=args.ddp_backend, timeout=timeout)
+        PartialState(cpu=on_cpu and not args.fsdp, backend=args.ddp_backend, timeout=timeout)
     args.accelerator_config = read_config("accelerator_config", args.accelerator_config) | {
         "use_configured_state": True
     }

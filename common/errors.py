@@ -23,6 +23,8 @@ def describe(error: Exception) -> str | None:
     # torch.save does not say why it could not write on; a full disk is why.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "a checkpoint could not be written: No space left on device. What was saved before is complete."
+    if "loss scale already at minimum" in str(error):  # as DeepSpeed says it
+        return "fp16 overflows in every step: use --bf16 or a lower --learning_rate. What was saved before is complete."
     # Collective operations between processes fail in the words of gloo or of torch.distributed.
     if isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__module__ == "torch.distributed"):
         reason = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
@@ -47,7 +49,7 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (UserError, OSError, RuntimeError) as error:
+    except Exception as error:
         sentence = describe(error)
         if sentence is None:
             raise

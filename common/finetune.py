@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -22,7 +23,7 @@ from common.checks import SPLITS, check
 from common.collator import TrainCollator
 from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
-from common.engines import compute_dtype
+from common.engines import compute_dtype, sizes
 from common.errors import UserError
 from common.loading import (
     load_model,
@@ -67,7 +68,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             print_settings(method.name, model, folder, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
-            check_space(output_dir, 3 * model.num_parameters(only_trainable=True) * 4)  # with Adam's moments
+            check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_run(output_dir, settings, args.overwrite_output_dir and checkpoint is None)
             train(trainer, data["train"], tokenizer, checkpoint)
@@ -75,6 +76,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             evaluate(method, trainer, data_args)
         if args.do_predict:
             predict(method, trainer, tokenizer, data["test"], data_args)
+    state = PartialState()
+    state.wait_for_everyone()  # who leaves while others still talk to it can take them along
+    state.destroy_process_group()
 
 
 def prepare(
@@ -183,9 +187,9 @@ def train(
             print(f"continuing from {checkpoint}", flush=True)
     if checkpoint and args.engine != "DeepSpeed":  # which reads its own shards
         trainer.load_trained(checkpoint)
+    trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
-    trainable = trainer.model.num_parameters(only_trainable=True)
     trainer.save_metrics("train", metrics | {"trainable_parameters": trainable})
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -246,9 +250,8 @@ def answer_rows(
         generation["max_length"] = args.generation_max_length
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
-    return generate_answers(
-        model, tokenizer, list(data.questions["prompt_ids"]), args.per_device_eval_batch_size, description, **generation
-    )
+    prompts, batch_size = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
+    return generate_answers(model, tokenizer, prompts, batch_size, description, in_step=args.sharded, **generation)
 
 
 def score_rows(

@@ -133,7 +133,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     if not is_complete_checkpoint(checkpoint):
         raise UserError(
             f"{checkpoint} is not whole on this machine ({socket.gethostname()}): let all machines share the output "
-            "folder, or train with --save_on_each_node."
+            "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
     states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
     if states is None:

@@ -50,12 +50,13 @@ def generate_answers(
     prompts: Sequence[Sequence[int]],
     batch_size: int,
     description: str = "generating",
+    in_step: bool = False,
     **generation,
 ) -> list[str]:
     """The answer to each prompt (token ids), in their order, on every process.
 
-    Prompts of like length share a batch, so that little is padded; processes share the batches. ``generation`` goes
-    to ``model.generate``.
+    Prompts of like length share a batch, so that little is padded; processes share the batches. ``in_step``: whether
+    they share the weights too, so that all generate as long as one does. ``generation`` goes to ``model.generate``.
     """
     state = PartialState()
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -70,7 +71,7 @@ def generate_answers(
             batch = batches[min(start + state.process_index, len(batches) - 1)]
             inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            output = model.generate(**inputs, use_cache=True, **generation)
+            output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             if start + state.process_index < len(batches):
                 answers += zip(batch, (text.strip() for text in texts), strict=True)

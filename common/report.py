@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data import Prepared
+from common.engines import sizes
 from common.metrics import SCORES
 
 
@@ -84,7 +85,7 @@ def print_settings(
     method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments
 ) -> None:
     """What is about to run, in numbers."""
-    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
+    total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
         "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "

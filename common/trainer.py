@@ -1,11 +1,13 @@
 """The Trainer of transformers, told to save only what was trained and to score generated answers."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from common.errors import UserError
@@ -40,13 +42,18 @@ class FinetuneTrainer(Trainer):
         self.finite = self.finite & torch.isfinite(loss.detach())  # looked at now and then: each look waits for the GPU
         return loss
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs) -> None:
         if self.control.should_log or self.control.should_save:
-            self.check_loss()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+            self.check_finite(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def check_loss(self) -> None:
-        """Raises UserError in all processes where the loss of one was not finite, before that is saved."""
+    def check_finite(self, grad_norm: Tensor | float | None) -> None:
+        """Raises UserError in all processes where loss or gradients of one are not finite, before that is saved.
+
+        Steps with gradients that overflow are part of training in fp16: they are left out, and the scale is lowered.
+        """
+        if grad_norm is not None and not self.args.fp16:
+            self.finite = self.finite & math.isfinite(float(grad_norm))
         if bool(self.accelerator.gather(self.finite.reshape(1)).all()):
             return
         whole = complete_checkpoints(Path(self.args.output_dir))
@@ -70,6 +77,9 @@ class FinetuneTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        for module in self.model.modules():  # after an evaluation some weights are still whole
+            if isinstance(module, FSDPModule):
+                module.reshard()
         # The Trainer would save the weights a second time, frozen ones included.
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir

@@ -2,16 +2,22 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from conftest import ROOT
 from engine_runs import STEPS, interrupt, reload_difference, run, start, train
 from safetensors.torch import load_file
 
+from common import finetune
+from common.arguments import FullArguments, TrainingArguments, parse_arguments
+from common.errors import UserError
 from common.loading import load_model
+from common.methods import full
 from common.output import is_complete_checkpoint
 
 # What DeepSpeed compiles takes most of a minute: once a machine, not once a test run.
@@ -126,3 +132,84 @@ def test_a_killed_process_ends_all_of_them(tmp_path):
     assert "was killed by SIGKILL" in said and "Traceback" not in said
     assert not [process for process in family if process.is_running()]
     assert is_complete_checkpoint(output / "checkpoint-20")
+
+
+def parse(*flags: str, **variables: str) -> TrainingArguments:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return parse_arguments(FullArguments, ["--do_train", "--dry_run", *flags])[-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "sentence"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            ["--per_device_train_batch_size", "2"],
+            "train_micro_batch_size_per_gpu = 4, but --per_device_train_batch_size is 2",
+        ),
+        (
+            {"train_batch_size": 16},
+            ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
+            "train_batch_size = 16, but --per_device_train_batch_size x --gradient_accumulation_steps x 3 processes is",
+        ),
+        ({"fp16": {"enabled": True}}, [], "fp16.enabled = true, but --fp16 is False"),
+        ({"gradient_clipping": 0.5}, [], "gradient_clipping = 0.5, but --max_grad_norm is 1.0"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
+            ["--learning_rate", "1e-4"],
+            "optimizer.params.lr = 1e-05, but --learning_rate is 0.0001",
+        ),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(config, flags, sentence, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        parse("--deepspeed", str(file), *flags, EXPECTED_PROCESSES="3")
+    assert f"{file} says {sentence}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--deepspeed", "nowhere.json"], "--deepspeed: no file nowhere.json"),
+        (["--deepspeed", "{broken"], "is broken JSON"),
+        (["--deepspeed", "{}", "--fsdp", "true"], "give one of them"),
+        (["--fsdp", "true", "--fsdp_config", '{"fsdp_state_dict_type": "SHARDED_STATE_DICT"}'], "FULL_STATE_DICT"),
+        (["--fsdp", "true", "--fsdp_config", '{"version": 1}'], "FSDP2 is version 2"),
+        (["--precision", "int8"], "there are auto, fp32, bf16 and fp16"),
+    ],
+)
+def test_bad_settings_of_an_engine_are_one_sentence(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse(*flags)
+
+
+def test_precision_is_one_word():
+    assert [
+        (parse("--precision", word).bf16, parse("--precision", word).fp16) for word in ("bf16", "fp32", "auto")
+    ] == [
+        (True, False),
+        (False, False),
+        (False, False),  # nothing but float32 is fast on a CPU
+    ]
+
+
+def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
+    """The size is read off config.json: here that of a model of 2 * 10^12 parameters."""
+    shutil.copytree(demo_folder, tmp_path / "model")
+    config = json.loads((demo_folder / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": 131072, "num_layers": 10}))
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(ROOT / "AdvertiseGen" / "train.json")]
+    flags += ["--do_train", "--dry_run", "--deepspeed", str(ROOT / "full" / "ds_zero_3_offload.json")]
+    model_args, full_args, *others = parse_arguments(FullArguments, [*flags, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"offloading needs [\d,.]+ GB of this machine's memory and [\d.]+ GB are free"):
+        finetune.run(full(full_args), model_args, *others)
+
+
+def test_fsdp_without_gpus_is_refused():
+    with pytest.raises(UserError, match="--fsdp needs GPUs"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        parse_arguments(FullArguments, ["--do_train", "--fsdp", "true"])

@@ -337,3 +337,30 @@ def test_a_prefix_is_no_model(whole_run, tmp_path):
 def test_contradicting_flags_are_refused(flags, says, whole_run, tmp_path):
     with pytest.raises(UserError, match=says):
         finetune(f"{PREDICTION} {flags.format(run=whole_run)}", tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+    """Before it is saved: the last checkpoint is whole, and named."""
+    flags = FULL.replace("--max_steps 4", "--max_steps 40").replace("1e-3", "1e12")
+    with pytest.raises(UserError, match=r"no longer finite \(nan or inf\) at step \d+: lower --learning_rate") as error:
+        finetune_full(flags.replace("--save_steps 2", "--save_steps 1"), tmp_path)
+    checkpoints = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    assert str(error.value).endswith(f"Last good checkpoint: {checkpoints[-1]}.")
+    for checkpoint in checkpoints:
+        assert all(torch.isfinite(weight).all() for weight in load_file(checkpoint / "model.safetensors").values())
+
+
+def test_weights_are_saved_as_the_original_code_reads_them(tmp_path):
+    run_folder, again = tmp_path / "bin", tmp_path / "again"
+    finetune_full(f"{FULL} --save_format bin", run_folder)
+    assert not list(run_folder.rglob("*.safetensors"))
+    saved = torch.load(run_folder / "pytorch_model.bin", weights_only=True)
+    loaded = load_model(run_folder).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in loaded.items() if name != "lm_head.weight")
+    shutil.copytree(run_folder / "checkpoint-2", again / "checkpoint-2")
+    shutil.copyfile(run_folder / "run_settings.json", again / "run_settings.json")
+    finetune_full(f"{FULL} --save_format bin", again)  # goes on from the .bin file
+    assert all(
+        torch.equal(tensor, saved[name])
+        for name, tensor in torch.load(again / "pytorch_model.bin", weights_only=True).items()
+    )
