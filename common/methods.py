@@ -47,7 +47,7 @@ def p_tuning(args: PrefixArguments) -> Method:
             check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
         elif do_train and not args.pre_seq_len:
             raise UserError(
-                "--do_train needs --pre_seq_len, the number of virtual tokens to train; full/main.py trains all weights."
+                "--do_train needs --pre_seq_len, the number of virtual tokens to train (full/main.py trains weights)."
             )
         elif args.pre_seq_len and not do_train:
             raise UserError("--pre_seq_len makes an untrained prefix: give --ptuning_checkpoint to evaluate one.")
