@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
 from common.engines import compute_dtype, deepspeed_config, fsdp_config, is_sharded, join, offloads
@@ -180,6 +181,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("a batch must have at least 1 row")
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
+        if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
+            self.precision = "auto"  # ZeRO-3 would take float32
         if self.precision:
             device = torch.accelerator.current_accelerator() or torch.device("cpu")
             dtype = compute_dtype(torch.device("cpu") if self.use_cpu else device)
@@ -199,6 +202,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.deepspeed = self.fsdp = None
         join(self)
         super().__post_init__()
+        if self.fsdp and (self.bf16 or self.fp16):  # Accelerate would add up gradients in 16 bit, and the loss
+            dtype = torch.bfloat16 if self.bf16 else torch.float16
+            self.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(dtype, torch.float32)
 
     @property
     def processes(self) -> int:

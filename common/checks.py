@@ -31,6 +31,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
         check_offload(args, count, count if method.trains_base else 0)
     if args.do_train and method.trains_base and model_args.quantization_bit:
         raise UserError("--quantization_bit is for LoRA and P-Tuning v2: packed weights can't be trained themselves.")
+    if args.sharded and model_args.quantization_bit:
+        raise UserError(f"--quantization_bit: packed weights can't be sharded by {args.engine}; take ZeRO-2 or DDP.")
     if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
         raise UserError(
             f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."
@@ -73,13 +75,15 @@ def check_devices(args: TrainingArguments) -> None:
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
     """The engine can do what is asked of it."""
-    if args.sharded and not args.do_train:
-        raise UserError(f"{args.engine} shards the weights for training: evaluate without its flag.")
+    if args.engine != "DDP" and not args.do_train:
+        raise UserError(f"{args.engine} is for training: evaluate without its flag.")
+    if args.engine == "DeepSpeed" and args.sharded and args.fp16 and not method.trains_base:
+        raise UserError(f"ZeRO stage 3 trains {method.name} in float32 or --bf16; --fp16 takes stage 2.")
     if args.sharded and method.trains_base and data_args.evaluate_base:
         raise UserError(
             f"--evaluate_base: {args.engine} has no room for the base beside the model; evaluate afterwards."
         )
     if args.engine != "DDP" and args.save_on_each_node:
         raise UserError(f"--save_on_each_node: {args.engine} needs an output folder that all machines share.")
-    if args.engine == "FSDP2" and (method.optimizer or args.load_best_model_at_end):
-        raise UserError("--fsdp can't be used with --loraplus_lr_ratio or --load_best_model_at_end.")
+    if args.engine == "FSDP2" and args.load_best_model_at_end:
+        raise UserError("--fsdp can't be used with --load_best_model_at_end.")

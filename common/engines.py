@@ -6,6 +6,7 @@ said here.
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import PartialState
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
 from common.errors import UserError
@@ -42,11 +43,13 @@ def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]
     return config
 
 
-def find(config: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+def find(config: dict[str, Any], file: str, path: str) -> tuple[dict[str, Any], str]:
     """The section that a dotted name stands in, an empty one where there is none, and the name's last part."""
     *sections, name = path.split(".")
     for section in sections:
         config = config.get(section) or {}
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: {section} must be an object with settings.")
     return config, name
 
 
@@ -71,7 +74,7 @@ def deepspeed_config(args: "TrainingArguments") -> dict[str, Any]:
         "scheduler.params.warmup_max_lr": ("--learning_rate", args.learning_rate),
     }
     for path, (flag, value) in agree.items():
-        section, name = find(config, path)
+        section, name = find(config, file, path)
         stored = section.get(name, "auto")
         if stored not in ("auto", value):
             raise UserError(
@@ -79,10 +82,12 @@ def deepspeed_config(args: "TrainingArguments") -> dict[str, Any]:
             )
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         config.setdefault(name, "auto")
+    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 where nothing is said
+        config.setdefault(name, {}).setdefault("enabled", "auto")
     # Trainer's AdamW is in order; and what is saved are the gathered weights, not the shards.
     config["zero_allow_untested_optimizer"] = True
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    if zero.get("stage") == 3:
+    zero = config.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 0) == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return config
 
@@ -118,7 +123,8 @@ def check_offload(args: "TrainingArguments", weights: int, trained: int) -> None
     ``weights``, ``trained``: how many parameters there are, and how many of them are trained.
     """
     optimizer, parameters = args.offload
-    share = int(os.environ.get("PROCESSES_PER_MACHINE", args.processes)) / args.processes
+    here = os.environ.get("PROCESSES_PER_MACHINE") or os.environ.get("LOCAL_WORLD_SIZE") or args.processes
+    share = int(here) / args.processes
     needed = share * (optimizer * trained * BYTES_OFFLOADED + parameters * weights * 2)
     available = psutil.virtual_memory().available
     if needed > available:
@@ -137,27 +143,27 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
-def sizes(model: nn.Module, args: "TrainingArguments") -> tuple[int, int]:
+def sizes(model: PreTrainedModel, args: "TrainingArguments") -> tuple[int, int]:
     """(parameters, trained parameters), of which ZeRO-3 leaves only a shard in every process."""
-    if args.engine != "DeepSpeed":
-        counted = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    else:
-        from deepspeed.runtime.zero.partition_parameters import is_zero_param
+    if args.engine != "DeepSpeed" or not args.sharded:
+        return model.num_parameters(), model.num_parameters(only_trainable=True)
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
-        counted = [
-            (vars(parameter)["ds_numel"] if is_zero_param(parameter) else parameter.numel(), parameter.requires_grad)
-            for parameter in model.parameters()
-        ]
+    counted = [
+        (vars(parameter)["ds_numel"] if is_zero_param(parameter) else parameter.numel(), parameter.requires_grad)
+        for parameter in model.parameters()
+    ]
     return sum(size for size, _ in counted), sum(size for size, trained in counted if trained)
 
 
 @contextmanager
-def variable(name: str, value: str) -> Iterator[None]:
-    os.environ[name] = value
+def variables(**values: str) -> Iterator[None]:
+    os.environ |= values
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in values:
+            del os.environ[name]
 
 
 def guard_compilation() -> None:
@@ -167,15 +173,15 @@ def guard_compilation() -> None:
     """
     from deepspeed.ops.op_builder.builder import OpBuilder
 
-    folder = cache_folder() / "extensions"
-    folder.mkdir(exist_ok=True)
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
-    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    kind = f"python{platform.python_version()}-torch{torch.__version__}-{platform.machine()}"
+    own = cache_folder() / "extensions" / kind
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+    folder.mkdir(parents=True, exist_ok=True)
     compile_or_load = OpBuilder.jit_load
 
     def guarded(self: OpBuilder, verbose: bool = True) -> Any:
         with guard("compiled extensions", folder):
-            for left_behind in folder.glob("**/lock"):
+            for left_behind in own.glob("**/lock"):
                 left_behind.unlink()
             return compile_or_load(self, verbose=False)
 
@@ -184,6 +190,10 @@ def guard_compilation() -> None:
 
 def join(args: "TrainingArguments") -> None:
     """Joins the processes that a launcher started, before the Trainer would: on a CPU it would forget the backend."""
+    if args.use_cpu and args.deepspeed and torch.accelerator.is_available():
+        raise UserError(
+            "--use_cpu: DeepSpeed takes the GPUs that it sees; hide them with CUDA_VISIBLE_DEVICES= instead."
+        )
     args.use_cpu = on_cpu = args.use_cpu or not torch.accelerator.is_available()
     if (args.deepspeed or args.fsdp) and "LOCAL_RANK" not in os.environ:  # they want to be told that they are alone
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -195,10 +205,13 @@ def join(args: "TrainingArguments") -> None:
     timeout = timedelta(seconds=args.ddp_timeout)
     if args.deepspeed:
         guard_compilation()
-        with variable("ACCELERATE_USE_DEEPSPEED", "true"):
+        with variables(ACCELERATE_USE_DEEPSPEED="true"):
             PartialState(backend="gloo" if on_cpu else args.ddp_backend, timeout=timeout)
+    elif args.fsdp:  # which moves tensors on the CPU too, for saving and offloading
+        with variables(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
+            PartialState(backend=args.ddp_backend, timeout=timeout)
     else:
-        PartialState(cpu=on_cpu and not args.fsdp, backend=args.ddp_backend, timeout=timeout)
+        PartialState(cpu=on_cpu, backend=args.ddp_backend, timeout=timeout)
     args.accelerator_config = read_config("accelerator_config", args.accelerator_config) | {
         "use_configured_state": True
     }

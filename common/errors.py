@@ -27,8 +27,8 @@ def describe(error: Exception) -> str | None:
         return "fp16 overflows in every step: use --bf16 or a lower --learning_rate. What was saved before is complete."
     # Collective operations between processes fail in the words of gloo or of torch.distributed.
     if isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__module__ == "torch.distributed"):
-        reason = str(error).splitlines()[0].rpartition("] ")[2] or str(error).splitlines()[0]
-        return f"another process of this training is gone ({reason}). What was saved before is complete."
+        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
+        return f"another process of this training can't be reached ({reason}). What was saved before is complete."
     return None
 
 

@@ -34,7 +34,9 @@ from common.metrics import score
 from common.output import (
     check_checkpoint,
     check_space,
+    copy_trained,
     is_finished,
+    is_saved,
     own,
     resume_point,
     settings_of,
@@ -70,7 +72,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
-                start_run(output_dir, settings, args.overwrite_output_dir and checkpoint is None)
+                start_run(output_dir, settings, method.files, args.overwrite_output_dir and checkpoint is None)
             train(trainer, data["train"], tokenizer, checkpoint)
         if args.do_eval:
             evaluate(method, trainer, data_args)
@@ -86,8 +88,10 @@ def prepare(
 ) -> dict[str, Prepared]:
     """The tokenized data of every split that is needed, cut to --max_*_samples."""
     data = {}
-    # The other processes read what the first one has overwritten.
-    data_args = replace(data_args, overwrite_cache=data_args.overwrite_cache and args.process_index == 0)
+    # What the check before the start, or the first process, has overwritten, the other processes read.
+    checked = "EXPECTED_PROCESSES" in os.environ and args.processes > 1 and not args.dry_run
+    overwrite = data_args.overwrite_cache and args.process_index == 0 and not checked
+    data_args = replace(data_args, overwrite_cache=overwrite)
     for split, flag, file_flag, limit_flag in SPLITS:
         if not vars(args)[flag]:
             continue
@@ -107,7 +111,7 @@ def base_dtype(method: Method, args: TrainingArguments) -> torch.dtype:
 
     DeepSpeed keeps a float32 copy of trained 16-bit weights itself.
     """
-    if method.trains_base and not (args.deepspeed and (args.fp16 or args.bf16)):
+    if args.do_train and method.trains_base and not (args.deepspeed and (args.fp16 or args.bf16)):
         return torch.float32
     if args.fp16 or args.bf16:
         return torch.float16 if args.fp16 else torch.bfloat16
@@ -150,7 +154,6 @@ def build_trainer(
     return FinetuneTrainer(
         method=method,
         score_answers=score_answers,
-        optimizers=(method.optimizer(model, args) if method.optimizer else None, None),
         model=model,
         args=args,
         train_dataset=data["train"].rows if "train" in data else None,
@@ -172,12 +175,13 @@ def train(
     if checkpoint:
         start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if is_finished(start, args):
-            if args.sharded and (args.do_eval or args.do_predict):
-                raise UserError(f"the training was finished before: {checkpoint}; evaluate it without --do_train.")
+            if args.engine != "DDP" and (args.do_eval or args.do_predict):
+                raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine}.")
             best = start.get("best_model_checkpoint") if args.load_best_model_at_end else None
-            trainer.load_trained(Path(best or checkpoint))
-            if not any((Path(args.output_dir) / name).exists() for name in trainer.method.files):
-                trainer.save_model()  # it was interrupted after its last checkpoint
+            if args.engine == "DDP":
+                trainer.load_trained(Path(best or checkpoint))
+            if args.should_save and not is_saved(Path(args.output_dir), trainer.method.files):
+                copy_trained(Path(best or checkpoint), Path(args.output_dir))  # it was interrupted after its last step
             if trainer.is_world_process_zero():
                 print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)
             return
@@ -189,6 +193,7 @@ def train(
         trainer.load_trained(checkpoint)
     trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    trainer.check_finite(None)
     trainer.save_model()
     trainer.save_metrics("train", metrics | {"trainable_parameters": trainable})
     trainer.save_state()

@@ -22,7 +22,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import UserError, exit_on_user_error
-from common.machines import Machines, Peers, number, read_machines, say
+from common.machines import Machines, Peers, read_machines, say, whole_number
 
 
 def count_processes() -> int:
@@ -30,8 +30,8 @@ def count_processes() -> int:
     import torch
 
     found = torch.accelerator.device_count()
-    gpus = int(number(os.environ, "NUM_GPUS", found))
-    processes = int(number(os.environ, "NUM_PROCESSES", max(1, gpus)))
+    gpus = whole_number(os.environ, "NUM_GPUS", found)
+    processes = whole_number(os.environ, "NUM_PROCESSES", max(1, gpus))
     if processes < 1:
         raise UserError(f"NUM_PROCESSES={processes}: at least one is needed.")
     if gpus > found:
@@ -55,7 +55,7 @@ def set_environment(processes: int, machines: Machines) -> None:
 
 def first_gpu() -> dict[str, str]:
     """The environment of a single process, which sees one GPU: with several it would fall into DataParallel."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    visible = "" if os.environ.get("NUM_GPUS") == "0" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     return os.environ | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
 
 
@@ -65,7 +65,7 @@ def run_here(program: list[str], environ: dict[str, str]) -> NoReturn:
 
 def start(program: list[str], processes: int, machines: Machines, port: int) -> int:
     """Runs the program in all processes of this machine. Returns the exit code of the first that failed, or 0."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.commands.launch import launch_command_parser, multi_gpu_launcher
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -75,13 +75,14 @@ def start(program: list[str], processes: int, machines: Machines, port: int) -> 
     if machines.count > 1:
         flags += ["--main_process_ip", machines.main_ip, "--rdzv_backend", "static"]
     args = launch_command_parser().parse_args([*flags, *program])
+    args.gpu_ids, args.debug = "all", False  # which launch_command would take from a file in the user's home
     if machines.count == 1:
         args.standalone = True  # torch's own launcher then binds a free port itself, which nobody can take between
         args.local_addr = "127.0.0.1"
     logging.disable()  # the processes say themselves what failed
     warnings.filterwarnings("ignore", module="accelerate")
     try:
-        launch_command(args)
+        multi_gpu_launcher(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -95,9 +96,9 @@ def start(program: list[str], processes: int, machines: Machines, port: int) -> 
     return 0
 
 
-def check_and_start(program: list[str], processes: int, machines: Machines, port: int) -> int:
-    check = subprocess.run([sys.executable, *program, "--dry_run"], env=first_gpu())
-    return check.returncode or start(program, processes, machines, port)
+def check(program: list[str]) -> int:
+    """The exit code of the program's own check of its input, in one process."""
+    return subprocess.run([sys.executable, *program, "--dry_run"], env=first_gpu()).returncode
 
 
 def stop_here(*_) -> NoReturn:
@@ -115,13 +116,16 @@ def main() -> int:
         run_here(program, first_gpu())
     signal.signal(signal.SIGTERM, stop_here)
     if machines.count == 1:
-        return check_and_start(program, processes, machines, port=0)
+        return check(program) or start(program, processes, machines, port=0)
     greeting = {"processes a machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
     peers = Peers(machines, greeting, on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
     code = 1
     try:
         peers.meet()
-        code = check_and_start(program, processes, machines, peers.port)
+        code = check(program)
+        if code == 0:
+            peers.wait()
+            code = start(program, processes, machines, peers.port)
     except BaseException:
         if not peers.stopped:
             raise

@@ -47,15 +47,22 @@ def number(environ: Mapping[str, str], name: str, default: float) -> float:
         raise UserError(f"{name}={environ[name]} is no number.") from error
 
 
+def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
+    value = number(environ, name, default)
+    if value != int(value) or value < 0:
+        raise UserError(f"{name}={environ[name]} is no whole number.")
+    return int(value)
+
+
 def read_machines(environ: Mapping[str, str]) -> Machines:
     """NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, or what srun says. Raises UserError for a contradiction."""
     if "NUM_MACHINES" not in environ:
         environ = from_slurm(environ) | dict(environ)
     machines = Machines(
-        count=int(number(environ, "NUM_MACHINES", 1)),
-        rank=int(number(environ, "MACHINE_RANK", 0)),
+        count=whole_number(environ, "NUM_MACHINES", 1),
+        rank=whole_number(environ, "MACHINE_RANK", 0),
         main_ip=environ.get("MAIN_IP", ""),
-        main_port=int(number(environ, "MAIN_PORT", 29500)),
+        main_port=whole_number(environ, "MAIN_PORT", 29500),
         patience=number(environ, "RDZV_TIMEOUT", 600),
         silence=number(environ, "PEER_TIMEOUT", 60),
     )
@@ -136,9 +143,12 @@ class Peers:
         self.leaving = False
         self.lines: dict[int, Line] = {}
         self.port = 0
+        self.ready: set[int] = set()
+        self.all_ready = threading.Event()
+        self.counting = threading.Lock()
 
     def meet(self) -> None:
-        """Returns when all machines are here and ``port`` is known. Raises UserError where one does not come."""
+        """Returns when all machines are here and agree. Raises UserError where one does not come."""
         if self.machines.rank == 0:
             self.welcome()
         else:
@@ -148,7 +158,7 @@ class Peers:
             threading.Thread(target=self.sign, args=(line,), daemon=True).start()
 
     def welcome(self) -> None:
-        """Machine 0 waits for the others, checks what they are about to do, and tells them the port."""
+        """Machine 0 waits for the others and checks what they are about to do."""
         machines = self.machines
         deadline = time.monotonic() + machines.patience
         try:
@@ -173,8 +183,7 @@ class Peers:
                         f"missing: MACHINE_RANK {', '.join(map(str, missing))}. Were they started with "
                         f"MAIN_IP={machines.main_ip} MAIN_PORT={machines.main_port}, and can they reach that?"
                     ) from error
-        self.port = free_port()
-        self.tell(port=self.port)
+        self.tell(welcome=True)
         name_interface(next(iter(self.lines.values())).connection)
 
     def admit(self, line: Line, address: str) -> None:
@@ -222,17 +231,36 @@ class Peers:
                 continue
             if "refused" in answer:
                 raise UserError(f"machine 0 at {place} refused: {answer['refused']}.")
-            if "port" not in answer:
+            if "welcome" not in answer:
                 raise UserError(f"{place} is not a launcher of this program: is MAIN_PORT the one of machine 0?")
             connection.settimeout(machines.silence)
             self.lines[0] = line
-            self.port = answer["port"]
             name_interface(connection)
             return
         raise UserError(
             f"machine 0 at {place} did not answer within {machines.patience:g} s ({reason}): was it started, is "
             "MAIN_IP its address, and are as many machines started as NUM_MACHINES says?"
         )
+
+    def wait(self) -> None:
+        """Returns when all machines have got this far, and the port for the training is known.
+
+        One may download or prepare data for much longer than another, and must be able to say that it failed.
+        """
+        if self.machines.rank == 0:
+            self.count(0)
+        else:
+            self.tell(ready=True)
+        self.all_ready.wait()
+
+    def count(self, rank: int) -> None:
+        """Machine 0 notes who is ready, and chooses a port when all are."""
+        with self.counting:
+            self.ready.add(rank)
+            if len(self.ready) == self.machines.count:
+                self.port = free_port()
+                self.tell(port=self.port)
+                self.all_ready.set()
 
     def listen(self, rank: int, line: Line) -> None:
         """Until machine ``rank`` stops or falls silent."""
@@ -241,6 +269,11 @@ class Peers:
                 message = line.receive()
                 if message.get("finished"):
                     return
+                if message.get("ready"):
+                    self.count(rank)
+                if "port" in message:
+                    self.port = message["port"]
+                    self.all_ready.set()
                 if "stopped" in message:
                     news = message["stopped"]
                     break
@@ -284,11 +317,11 @@ class Peers:
 
 
 def name_interface(connection: socket.socket) -> None:
-    """Lets gloo use the network card over which the machines see each other; it would take 127.0.0.1."""
+    """Lets gloo use the network card over which the machines see each other; it would take 127.0.0.1. NCCL too."""
     address = connection.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in addresses):
-            for variable in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
+            for variable in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(variable, name)
 
 

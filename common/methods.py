@@ -126,7 +126,7 @@ def save_full(model: PreTrainedModel, folder: Path, weights: Weights = None, as_
 
 def convert_to_bin(folder: Path) -> None:
     """Safetensors files -> the .bin files that the original code reads, one after the other."""
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("model*.safetensors")):
         torch.save(load_file(file), folder / bin_name(file.name))
         file.unlink()
     index = folder / "model.safetensors.index.json"

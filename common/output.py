@@ -1,9 +1,9 @@
 """The output folder: who owns it, with which settings it was written, and from where a training continues."""
 
-import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +54,8 @@ def check_writable(folder: Path) -> None:
     """Raises UserError where the folder can't be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b" ")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b" ")
     except OSError as error:
         raise UserError(f"can't write to the output folder {folder}: {error.strerror}.") from error
 
@@ -174,9 +173,42 @@ def is_finished(state: dict, args: TrainingArguments) -> bool:
     return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
 
 
-def start_run(folder: Path, settings: dict, start_over: bool) -> None:
-    """Writes the settings down; the checkpoints of an earlier training go where starting over was asked for."""
+def start_run(folder: Path, settings: dict, files: Iterable[str], start_over: bool) -> None:
+    """Writes the settings down; what an earlier training left goes where starting over was asked for."""
     for checkpoint in checkpoint_folders(folder) if start_over else ():
         print(f"starting over: {checkpoint} is deleted", flush=True)
         shutil.rmtree(checkpoint)
+    for file in [path for name in files for path in parts_of(folder / name)] if start_over else ():
+        file.unlink()
     write_json(folder / SETTINGS_FILE, settings)
+
+
+def parts_of(file: Path) -> list[Path]:
+    """A weight file that is there; of an index, the files that it names too."""
+    if not file.is_file():
+        return []
+    named = (read_json(file) or {}).get("weight_map", {}) if file.suffix == ".json" else {}
+    return [file, *(file.with_name(name) for name in sorted(set(named.values())))]
+
+
+def is_saved(folder: Path, files: Iterable[str]) -> bool:
+    """Whether a training has left its result, whole: one of ``files``."""
+    found = [parts_of(folder / name) for name in files]
+    return any(parts and all(part.is_file() and is_complete(part) for part in parts) for parts in found)
+
+
+STATES = (
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "latest",
+    "zero_to_*",
+    "global_step*",
+)
+
+
+def copy_trained(checkpoint: Path, folder: Path) -> None:
+    """Copies the result out of a checkpoint, without what is there to continue from it."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*STATES), dirs_exist_ok=True)

@@ -18,6 +18,8 @@ from common.output import complete_checkpoints
 class FinetuneTrainer(Trainer):
     """``score_answers`` generates answers to the validation set and returns their metrics."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self, method: Method, score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None, **kwargs
     ):
@@ -25,6 +27,11 @@ class FinetuneTrainer(Trainer):
         self.score_answers = score_answers
         super().__init__(**kwargs)
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        if self.method.optimizer:
+            self.optimizer = self.method.optimizer(self.model, self.args)
+        return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, "loss_only": True, "use_cache": False}, *args, **kwargs)

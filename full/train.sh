@@ -35,6 +35,11 @@ SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # a checkpoint of a 6B 
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/adgen-$(basename "$MODEL")-full-$LR}
 EVALUATE=${EVALUATE:-true}                               # false: only train
 
+case " $* " in
+    *" --output_dir"*) echo "error: set OUTPUT_DIR=... for the training and its evaluation, not --output_dir." >&2; exit 2 ;;
+    *" --dry_run "* | *" --help "*) EVALUATE=false ;;
+esac
+
 # An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
 launch "$ROOT/full/main.py" \
     --do_train \

@@ -14,7 +14,7 @@ LORA_RANK=${LORA_RANK:-8}                                # like LR it only names
 CHECKPOINT=${CHECKPOINT-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bit
 
-NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
     --model_name_or_path "$MODEL" \
     ${CHECKPOINT:+--lora_checkpoint "$CHECKPOINT"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

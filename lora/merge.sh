@@ -15,7 +15,7 @@ LORA_RANK=${LORA_RANK:-8}                                # like LR it only names
 CHECKPOINT=${CHECKPOINT:-$ROOT/lora/output/adgen-$(basename "${MODEL:-demo}")-lora-$LORA_RANK-$LR}
 OUTPUT_DIR=${OUTPUT_DIR:-$CHECKPOINT/merged}
 
-NUM_PROCESSES=1 launch "$ROOT/common/merge.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/merge.py" \
     --lora_checkpoint "$CHECKPOINT" \
     --output_dir "$OUTPUT_DIR" \
     ${MODEL:+--model_name_or_path "$MODEL"} \

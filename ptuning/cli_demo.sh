@@ -13,7 +13,7 @@ esac
 LR=${LR:-2e-2}                                           # like PRE_SEQ_LEN it only names the folder
 CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
 
-NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
     --model_name_or_path "$MODEL" \
     ${CHECKPOINT:+--ptuning_checkpoint "$CHECKPOINT"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

@@ -36,13 +36,12 @@ class LogitsTrainer(FinetuneTrainer):
             torch.save(logits, Path(output_dir or self.args.output_dir) / "logits.pt")
 
 
-nn.Dropout.forward = lambda self, inputs: inputs
-if "--fsdp" in sys.argv:
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    if "--dry_run" not in sys.argv:
-        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-
 if __name__ == "__main__":
+    nn.Dropout.forward = lambda self, inputs: inputs
+    if "--fsdp" in sys.argv:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        if "--dry_run" not in sys.argv:
+            PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     common.finetune.FinetuneTrainer = LogitsTrainer
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

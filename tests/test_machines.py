@@ -131,7 +131,11 @@ def listener(port: int, answer: bytes | None = None) -> Iterator[list[socket.soc
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_machines_meet_and_get_the_same_port(meet, count):
+    """When all of them have checked their input: until then there is none."""
     met = meet(count)
+    assert not any(machine.port for machine in met)
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(Machine.wait, met))
     assert len({machine.port for machine in met}) == 1 and met[0].port > 0
     assert not any(machine.stopped for machine in met)
 
@@ -273,8 +277,9 @@ def test_a_silent_machine_ends_the_others(start, port):
 
 def test_a_silent_machine_0_ends_the_others(start, port):
     machine = Machine(1, 2, port, silence=0.5)
-    with listener(port, b'{"port": 12345}\n'):
+    with listener(port, b'{"welcome": true}\n{"port": 12345}\n'):
         start(machine).result(GUARD)
+        machine.wait()
         assert machine.port == 12345
         assert machine.news() == "machine 0 was not heard of for 0.5 s"
 
@@ -288,9 +293,14 @@ def test_machine_0_may_vanish_before_the_others_have_met(start, port):
             time.sleep(0.01)
         for connection in connections:
             connection.close()
-    start(Machine(0, 2, port)).result(GUARD)
+    start(main := Machine(0, 2, port)).result(GUARD)
     meeting.result(GUARD)
-    assert machine.port > 0
+    waiting = threading.Thread(target=main.wait, daemon=True)
+    waiting.start()
+    assert machine.port == 0  # machine 0 has got further, machine 1 has not
+    machine.wait()
+    waiting.join(GUARD)
+    assert machine.port == main.port > 0
 
 
 # What the variables say.
