@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 SESSION_CACHE = tempfile.TemporaryDirectory(prefix="chatglm-tests-")
 os.environ["CHATGLM_CACHE"] = SESSION_CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+# But for what DeepSpeed compiles, which takes most of a minute: once a machine, not once a run of the tests.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "chatglm-tuning" / "test-extensions"))
 
 import numpy as np
 import pytest

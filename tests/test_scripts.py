@@ -294,3 +294,40 @@ def test_the_methods_have_the_same_variables_and_flags(script):
     if script == "train.sh":
         for variable in SHARED:
             assert all(re.search(rf"\b{variable}=\$\{{{variable}[:-]", text) for text in texts.values()), variable
+
+
+@pytest.fixture
+def few(tmp_path) -> dict[str, str]:
+    """Variables for a short run: few rows to answer, few steps."""
+    (tmp_path / "few.json").write_text("".join((ROOT / "AdvertiseGen" / "dev.json").open().readlines()[:8]))
+    return {"OUTPUT_DIR": str(tmp_path / "out"), "VALIDATION_FILE": str(tmp_path / "few.json"), "BATCH_SIZE": "4"}
+
+
+def test_every_weight_is_trained_and_scored_beside_the_base(tmp_path, few):
+    """train.sh, and after it evaluate_finetune.sh on what was saved; from another folder."""
+    said = bash("full/train.sh", "--save_steps", "6", cwd=tmp_path, MAX_STEPS="6", **few).stdout
+    scores = json.loads((tmp_path / "out" / "predict_results.json").read_text())
+    assert scores["predict_samples"] == 8 and scores["predict_rouge-l"] != scores["predict_base_rouge-l"]
+    assert "tuned / base" in said
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-6"):  # each is a model of its own
+        assert {"config.json", "model.safetensors", "ice_text.model"} <= {file.name for file in folder.iterdir()}
+    variables = few | {"OUTPUT_DIR": str(tmp_path / "again"), "CHECKPOINT": "out/checkpoint-6"}
+    bash("full/evaluate_finetune.sh", cwd=tmp_path, **variables)
+    again = json.loads((tmp_path / "again" / "predict_results.json").read_text())
+    assert again["predict_rouge-l"] == scores["predict_rouge-l"]
+
+
+def test_deepspeed_trains_in_one_process_too(tmp_path, few):
+    bash("full/ds_train_finetune.sh", cwd=tmp_path, MAX_STEPS="2", EVALUATE="false", **few)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_fsdp_without_a_gpu_is_one_sentence(tmp_path, few):
+    done = bash("full/fsdp_train_finetune.sh", cwd=tmp_path, check=False, **few)
+    assert done.returncode == 2
+    assert "--fsdp needs GPUs" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_output_folder_that_the_evaluation_would_miss_is_refused(tmp_path):
+    done = bash("full/train.sh", "--output_dir", str(tmp_path), check=False)
+    assert done.returncode == 2 and "set OUTPUT_DIR" in done.stderr
