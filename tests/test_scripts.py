@@ -111,26 +111,29 @@ def test_the_official_commands_run_unchanged(tmp_path, demo_folder):
     assert len((tmp_path / "output" / "generated_predictions.txt").read_text().splitlines()) == 3
 
 
-def test_eight_trainings_start_at_once_on_an_empty_cache(tmp_path):
-    flags = ["--do_predict", "false", "--max_train_samples", "16"]
+def test_trainings_of_all_methods_start_at_once_on_an_empty_cache(tmp_path):
+    """One of them in two processes. tests/bench/launches.py does the same with sixteen."""
+    flags = ["--do_predict", "false", "--evaluate_base", "false", "--max_train_samples", "16"]
+    scripts = {"ptuning/train.sh": "1", "lora/train.sh": "1", "full/train.sh": "2"}
     jobs = [
         subprocess.Popen(
-            ["bash", str(PTUNING / "train.sh"), *flags],
+            ["bash", str(ROOT / script), *flags],
             env=environment(
                 OUTPUT_DIR=str(tmp_path / str(job)),
                 CHATGLM_CACHE=str(tmp_path / "cache"),
+                NUM_PROCESSES=processes,
                 MAX_STEPS="2",
                 BATCH_SIZE="2",
-                OMP_NUM_THREADS="1",
+                EVALUATE="false",
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for job in range(8)
+        for job, (script, processes) in enumerate((scripts | {"ptuning/./train.sh": "1"}).items())
     ]
     said = [job.communicate(timeout=400)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0] * 8, "\n".join(said)
+    assert [job.returncode for job in jobs] == [0] * len(jobs), "\n".join(said)
     assert sum("rows tokenized" in text for text in said) == 1  # the others found it in the cache
     prefixes = {(tmp_path / str(job) / "pytorch_model.bin").read_bytes() for job in range(8)}
     assert len(prefixes) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"demo": "ChatGLM-6B demo", "demo3": "ChatGLM3-6B demo"}
-METHODS = {"ptuning": "P-Tuning v2", "lora": "LoRA"}
+METHODS = {"ptuning": "P-Tuning v2", "lora": "LoRA", "full": "all weights"}
 SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 
