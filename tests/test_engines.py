@@ -66,9 +66,12 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert (ours[key] - tensor).abs().mean() < 1e-4, key
 
 
-@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "lora"), ("DDP", "full")])
+@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "lora")])
 def test_two_processes_equal_one(engine, method, one_process, tmp_path):
-    """Also after an interruption: the second half is trained again from the checkpoint in the middle."""
+    """Also after an interruption: the second half is trained again from the checkpoint in the middle.
+
+    bench/engines.py compares every engine with every method; DDP is what test_machines.py compares.
+    """
     expected, folder = one_process(method)
     output = tmp_path / "out"
     assert train(method, engine, output, *FURTHER[method]) == pytest.approx(expected, abs=1e-4)
@@ -96,11 +99,6 @@ def test_the_official_deepspeed_file_runs_unchanged(one_process, tmp_path):
     assert all(
         torch.equal(weight, saved[name]) for name, weight in live.state_dict().items() if name != "lm_head.weight"
     )
-
-    (output / "pytorch_model.bin").unlink()  # as if it had been killed before it was written
-    assert train("full", "DDP", output, *flags) == pytest.approx(expected, abs=1e-4)
-    again = torch.load(output / "pytorch_model.bin", weights_only=True)
-    assert all(torch.equal(weight, again[name]) for name, weight in saved.items())
 
     code, said = run("full", "DDP", output, *flags, "--max_steps", "6", processes=1)
     assert code == 2

@@ -364,3 +364,14 @@ def test_weights_are_saved_as_the_original_code_reads_them(tmp_path):
         torch.equal(tensor, saved[name])
         for name, tensor in torch.load(again / "pytorch_model.bin", weights_only=True).items()
     )
+
+
+def test_what_was_not_saved_at_the_end_is_taken_from_the_last_checkpoint(full_run, tmp_path):
+    """A training that was killed after its last step, or in the middle of the last save, is finished."""
+    shutil.copytree(full_run, tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    saved = weights.read_bytes()
+    weights.write_bytes(saved[:1000])
+    finetune_full(FULL, tmp_path / "out")
+    assert weights.read_bytes() == saved
+    assert not (tmp_path / "out" / "optimizer.pt").exists()

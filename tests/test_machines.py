@@ -603,31 +603,17 @@ def test_two_machines_train_as_one_does(hosts, train, tmp_path):
     assert together == pytest.approx(by_one, abs=1e-4)
 
 
-def cut_the_cable(hosts: list[str]) -> None:
-    ip(f"-n {hosts[1]} link set eth0 down")
-
-
-def kill_machine_1(hosts: list[str]) -> None:
-    for process in ip(f"netns pids {hosts[1]}").split():
-        os.kill(int(process), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("happens", "says"),
-    [
-        (cut_the_cable, ["machine 1 was not heard of for 5 s", "machine 0 was not heard of for 5 s"]),
-        (kill_machine_1, ["the launcher of machine 1 was killed"]),
-    ],
-)
-def test_what_happens_to_one_machine_ends_both(hosts, train, tmp_path, mark, happens, says):
+def test_a_cut_cable_ends_both_machines(hosts, train, tmp_path, mark):
     runs = [train(host, rank, MAX_STEPS="100000", BATCH_SIZE="2", PEER_TIMEOUT="5") for rank, host in enumerate(hosts)]
     said = [tmp_path / f"machine{rank}" for rank in range(2)]
     while "'loss'" not in said[0].read_text():
         assert [run.poll() for run in runs] == [None, None], [file.read_text() for file in said]
         time.sleep(0.2)
-    happens(hosts)
-    codes = [run.wait(GUARD) for run in runs]
-    for sentence, code, file in zip(says, codes, said, strict=False):  # of a killed machine nobody hears
-        assert code == 2
-        assert f"error: {sentence}; this machine was stopped too. Saved checkpoints are whole." in file.read_text()
+    ip(f"-n {hosts[1]} link set eth0 down")
+    assert [run.wait(GUARD) for run in runs] == [2, 2]
+    for other, file in zip((1, 0), said, strict=True):
+        sentence = (
+            f"machine {other} was not heard of for 5 s; this machine was stopped too. Saved checkpoints are whole."
+        )
+        assert f"error: {sentence}" in file.read_text()
     assert running(mark) == []
