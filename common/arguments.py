@@ -13,8 +13,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from common.engines import compute_dtype, deepspeed_config, fsdp_config, is_sharded, join, offloads
-from common.errors import UserError
+from common.engines import choose_precision, deepspeed_config, fsdp_config, is_sharded, join, offloads
+from common.errors import UserError, say
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
     "evaluation_strategy": ("eval_strategy", None),
@@ -181,13 +181,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("a batch must have at least 1 row")
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
-        if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
-            self.precision = "auto"  # ZeRO-3 would take float32
-        if self.precision:
-            device = torch.accelerator.current_accelerator() or torch.device("cpu")
-            dtype = compute_dtype(torch.device("cpu") if self.use_cpu else device)
-            self.bf16 = self.precision == "bf16" or self.precision == "auto" and dtype == torch.bfloat16
-            self.fp16 = self.precision == "fp16" or self.precision == "auto" and dtype == torch.float16
+        choose_precision(self)
         if str(self.fsdp).lower() in ("true", "false"):  # else an older way to say how to shard
             self.fsdp = str(self.fsdp).lower() == "true"
         if self.deepspeed and self.fsdp:
@@ -235,14 +229,14 @@ def translate_old_flags(argv: list[str]) -> list[str]:
         if not equals and pending is not None and not pending.startswith("--"):
             value, pending = pending, next(tokens, None)
         if name in REMOVED:
-            print(f"advice: --{name} has no effect any more: {REMOVED[name]}.", file=sys.stderr)
+            say(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
             continue
         new_name, new_value = RENAMED[name]
         if new_value and value.lower() == "false":
             continue
         value = new_value or value
         translated += [f"--{new_name}", *([value] if value else [])]
-        print(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.", file=sys.stderr)
+        say(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
     return translated
 
 

@@ -1,7 +1,6 @@
 """Data files -> checked rows -> a tokenized data set, prepared once for all running jobs and cached on disk."""
 
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.encoding import EvalRow, TrainRow, Turn, encode_eval, encode_texts, encode_train
 from common.errors import UserError
-from common.files import write_json
+from common.files import short_hash, write_json
 from common.formats import check_roles, read_messages, read_pair
 from common.locking import cache_folder, guard
 from common.rows import find_files, read_rows, text_of
@@ -30,6 +29,7 @@ from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
 ENCODING_VERSION = 3  # part of the fingerprint: to be raised when the same text shall become other tokens
 ROWS_PER_BATCH = 1000
+COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")  # what happened to the rows of a table
 
 Example = str | list[Turn]
 """A row as it was read: plain text, or a conversation; empty where there is nothing to learn."""
@@ -144,7 +144,7 @@ def write_table(
     An example without anything to learn is dropped, as in the official script.
     """
     encode, features = TABLES[table]
-    summary: dict[str, Any] = dict.fromkeys(("rows", "dropped", "truncated", "shortened", "unlabelled"), 0)
+    summary: dict[str, Any] = dict.fromkeys(COUNTS, 0)
     summary["first_dropped"] = ""
     with ArrowWriter(path=str(file), features=features) as writer:
         while batch := list(islice(examples, ROWS_PER_BATCH)):
@@ -219,10 +219,6 @@ def fingerprint(
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
         "dataset": None if named is None else named._fingerprint,
     }
-
-
-def short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:24]
 
 
 def prepare_dataset(

@@ -7,8 +7,6 @@ said here.
 import json
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from transformers import PreTrainedModel
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -143,6 +142,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
 
 
+def choose_precision(args: "TrainingArguments") -> None:
+    """Sets --bf16 and --fp16 as --precision says; under DeepSpeed also where nothing is said."""
+    if args.deepspeed and not (args.precision or args.bf16 or args.fp16):
+        args.precision = "auto"  # ZeRO-3 would take float32
+    if args.precision:
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        dtype = compute_dtype(torch.device("cpu") if args.use_cpu else device)
+        args.bf16 = args.precision == "bf16" or args.precision == "auto" and dtype == torch.bfloat16
+        args.fp16 = args.precision == "fp16" or args.precision == "auto" and dtype == torch.float16
+
+
 def sizes(model: PreTrainedModel, args: "TrainingArguments") -> tuple[int, int]:
     """(parameters, trained parameters), of which ZeRO-3 leaves only a shard in every process."""
     if args.engine != "DeepSpeed" or not args.sharded:
@@ -154,16 +164,6 @@ def sizes(model: PreTrainedModel, args: "TrainingArguments") -> tuple[int, int]:
         for parameter in model.parameters()
     ]
     return sum(size for size, _ in counted), sum(size for size, trained in counted if trained)
-
-
-@contextmanager
-def variables(**values: str) -> Iterator[None]:
-    os.environ |= values
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
 
 
 def guard_compilation() -> None:
@@ -205,10 +205,10 @@ def join(args: "TrainingArguments") -> None:
     timeout = timedelta(seconds=args.ddp_timeout)
     if args.deepspeed:
         guard_compilation()
-        with variables(ACCELERATE_USE_DEEPSPEED="true"):
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
             PartialState(backend="gloo" if on_cpu else args.ddp_backend, timeout=timeout)
     elif args.fsdp:  # which moves tensors on the CPU too, for saving and offloading
-        with variables(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
+        with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
             PartialState(backend=args.ddp_backend, timeout=timeout)
     else:
         PartialState(cpu=on_cpu, backend=args.ddp_backend, timeout=timeout)

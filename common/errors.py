@@ -14,6 +14,11 @@ class UserError(Exception):
     """Its text says what is wrong, where, and what to do."""
 
 
+def say(text: str) -> None:
+    """On stderr, at once: what a person should read even where standard output goes into a file."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def describe(error: Exception) -> str | None:
     """The sentence for an error that a user can mend; None for all others."""
     if isinstance(error, UserError):
@@ -47,11 +52,11 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say("interrupted")
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # DeepSpeed raises the plain class; what is not described goes on as it came
         sentence = describe(error)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        say(f"error: {sentence}")
         sys.exit(2)

@@ -1,5 +1,6 @@
 """Files that another process may have been killed in the middle of writing."""
 
+import hashlib
 import json
 import os
 import zipfile
@@ -31,6 +32,17 @@ def check_complete(file: Path) -> None:
     """Raises UserError for a weight file that ends too early."""
     if not is_complete(file):
         raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
+
+
+def short_hash(content: bytes) -> str:
+    """Names a cached folder by what decides its content."""
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def indexed_files(index: Path) -> list[Path] | None:
+    """The weight files that an index names; None where there is no whole index."""
+    weight_map = (read_json(index) or {}).get("weight_map")
+    return None if weight_map is None else [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
 def read_json(file: Path) -> dict | None:

@@ -25,10 +25,7 @@ from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
 from common.engines import compute_dtype, sizes
 from common.errors import UserError
-from common.loading import (
-    load_model,
-    load_tokenizer,
-)
+from common.loading import load_model, load_tokenizer
 from common.methods import Method
 from common.metrics import score
 from common.output import (

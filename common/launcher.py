@@ -21,12 +21,15 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import UserError, exit_on_user_error
-from common.machines import Machines, Peers, read_machines, say, whole_number
+from common.errors import UserError, exit_on_user_error, say
+from common.machines import Machines, Peers, read_machines, whole_number
 
 
 def count_processes() -> int:
     """Processes on this machine. Raises UserError where more GPUs are asked for than there are."""
+    if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
+        return 1  # which needs no look at the devices, for which torch must be imported
+
     import torch
 
     found = torch.accelerator.device_count()

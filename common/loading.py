@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from common.errors import UserError
-from common.files import check_complete, read_json
+from common.files import check_complete, indexed_files
 from common.generations import generation_of
 from common.locking import guard
 from common.lora import adapter_config, load_adapter
@@ -64,10 +64,10 @@ def check_model_folder(folder: Path) -> None:
     files += sorted(folder.glob("*.safetensors"))
     # With both formats there, transformers reads the safetensors: model.… comes before pytorch_model.….
     for index in sorted(folder.glob("*.index.json"))[:1]:
-        content = read_json(index)
-        if content is None or "weight_map" not in content:
+        named = indexed_files(index)
+        if named is None:
             raise UserError(f"{index} is broken: copy or download it again.")
-        files = [folder / name for name in sorted(set(content["weight_map"].values()))]
+        files = named
     if not files:
         raise UserError(f"{folder} has no weights: neither *.safetensors nor *.bin is there.")
     for file in files:

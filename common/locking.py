@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from common.errors import UserError
+from common.errors import UserError, say
 from common.files import read_json, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds: most locks are free again before anybody wonders
@@ -76,7 +76,7 @@ def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
         if not wait:
             raise UserError(f"{what} is in use by {describe_holder(path)}{hint}.") from None
     while not lock.is_locked:
-        print(f"waiting for {what}: held by {describe_holder(path)}{hint}", file=sys.stderr, flush=True)
+        say(f"waiting for {what}: held by {describe_holder(path)}{hint}")
         try:
             lock.acquire(timeout=REMIND_EVERY)
         except Timeout:

@@ -10,7 +10,6 @@ import os
 import re
 import select
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from common.errors import UserError
+from common.errors import UserError, say
 from common.locking import free_port
 
 ALIVE_EVERY = 2.0  # seconds between two signs of life
@@ -323,7 +322,3 @@ def name_interface(connection: socket.socket) -> None:
         if any(entry.address.partition("%")[0] == address for entry in addresses):
             for variable in ("GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(variable, name)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ from common.generations import read_config
 from common.loading import check_takes_prefix, load_model
 from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
 from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
+from common.weights import read_bin
 
 Weights = dict[str, Tensor] | None
 
@@ -143,7 +144,7 @@ def bin_name(name: str) -> str:
 def restore_full(model: PreTrainedModel, folder: Path) -> None:
     """Copies saved weights into the model, file by file, without a second model in memory."""
     for file in [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
-        weights = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True, mmap=True)
+        weights = load_file(file) if file.suffix == ".safetensors" else read_bin(file)
         model.load_state_dict(weights, strict=False)
 
 

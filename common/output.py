@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.errors import UserError, differences
-from common.files import is_complete, read_json, write_json
+from common.files import indexed_files, is_complete, read_json, write_json
 from common.locking import hold
 from common.methods import Method
 from common.rows import find_files
@@ -187,8 +187,7 @@ def parts_of(file: Path) -> list[Path]:
     """A weight file that is there; of an index, the files that it names too."""
     if not file.is_file():
         return []
-    named = (read_json(file) or {}).get("weight_map", {}) if file.suffix == ".json" else {}
-    return [file, *(file.with_name(name) for name in sorted(set(named.values())))]
+    return [file, *(indexed_files(file) or [] if file.suffix == ".json" else [])]
 
 
 def is_saved(folder: Path, files: Iterable[str]) -> bool:

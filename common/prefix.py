@@ -8,7 +8,6 @@ On disk a prefix is what the official code writes: ``pytorch_model.bin`` with ``
 """
 
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.files import check_complete, read_json
+from common.weights import read_bin
 
 KEY_PREFIX = "transformer.prefix_encoder."
 
@@ -100,8 +100,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
         else:
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-            tensors |= {name: tensor for name, tensor in stored.items() if name.startswith(KEY_PREFIX)}
+            tensors |= {name: tensor for name, tensor in read_bin(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
 

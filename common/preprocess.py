@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, ModelArguments, parse_dataclasses, told
 from common.data import (
+    COUNTS,
     ROWS_PER_BATCH,
     Example,
     check_any,
@@ -48,7 +49,6 @@ from common.rows import find_files
 from common.shards import MANIFEST, load_shards, shard_file
 
 SETTINGS_FILE = "settings.json"
-COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")
 
 
 @dataclass

@@ -4,12 +4,9 @@ Mapped weights lie in the page cache, once for all ranks. So do those of a zip-f
 oldest kind, each rank would hold a copy of its own.
 """
 
-import hashlib
 import os
 import shutil
-import sys
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from common.errors import UserError
-from common.files import read_json, write_json
+from common.errors import UserError, say
+from common.files import indexed_files, short_hash, write_json
 from common.locking import cache_folder, guard
 
 CONVERT_FROM = 64 * 2**20  # bytes; a smaller checkpoint costs nobody anything as it is
@@ -52,22 +49,17 @@ def bin_files(folder: Path) -> list[Path]:
         return []
     if (folder / WEIGHTS_NAME).is_file():
         return [folder / WEIGHTS_NAME]
-    index = read_json(folder / WEIGHTS_INDEX_NAME) or {"weight_map": {}}
-    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return indexed_files(folder / WEIGHTS_INDEX_NAME) or []
 
 
 def conversion_of(files: list[Path]) -> tuple[Path, list[Path]]:
     """The folder of their conversion, and what else lies there of these files: of older content, or never finished."""
     stats = [file.stat() for file in files]
-    place = short_hash(file.resolve() for file in files)
-    content = short_hash((stat.st_size, stat.st_mtime_ns) for stat in stats)
+    place = short_hash(str([str(file.resolve()) for file in files]).encode())
+    content = short_hash(str([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
     cache = cache_folder() / "weights"
     target = cache / f"{place}-{content}"
     return target, [found for found in cache.glob(f"{place}-*") if found != target]
-
-
-def short_hash(parts: Iterable) -> str:
-    return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
 def convert(folder: Path, files: list[Path], size: int, target: Path) -> Path:
@@ -127,7 +119,3 @@ def flush(file: Path) -> None:
 
 def gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

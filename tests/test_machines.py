@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
+from engine_runs import losses
 
 from common import launcher, machines
 from common.errors import UserError
@@ -583,11 +584,6 @@ def train(tmp_path, mark) -> Callable[..., subprocess.Popen]:
             )
 
     return start_training
-
-
-def losses(folder: Path) -> list[float]:
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
 def test_two_machines_train_as_one_does(hosts, train, tmp_path):

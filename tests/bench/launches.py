@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
+from loading import pss
 from rich.table import Table
 
 from common.report import console
@@ -48,7 +49,7 @@ def start(job: int, folder: Path, processes: int, steps: int) -> subprocess.Pope
         )
 
 
-def memory_of(jobs: list[subprocess.Popen]) -> float:
+def memory_of(jobs: list[subprocess.Popen]) -> int:
     """Bytes that the jobs and all their children take together."""
     total = 0
     for job in jobs:
@@ -56,11 +57,7 @@ def memory_of(jobs: list[subprocess.Popen]) -> float:
             family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
         except psutil.NoSuchProcess:
             continue
-        for process in family:
-            try:
-                total += process.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
+        total += sum(pss(process.pid) for process in family)
     return total
 
 

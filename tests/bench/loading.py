@@ -86,10 +86,10 @@ def run_rank(way: str, folder: Path) -> None:
     sys.stdin.read()
 
 
-def pss(process: subprocess.Popen) -> int:
-    """Bytes; 0 for a process that has ended."""
+def pss(pid: int) -> int:
+    """Bytes of a process; 0 for one that has ended."""
     try:
-        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
@@ -109,9 +109,9 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
         reader.start()
     peak = 0
     while any(reader.is_alive() for reader in readers):
-        peak = max(peak, sum(pss(process) for process in processes))
+        peak = max(peak, sum(pss(process.pid) for process in processes))
         time.sleep(0.2)
-    peak = max(peak, sum(pss(process) for process in processes))
+    peak = max(peak, sum(pss(process.pid) for process in processes))
     for process in processes:
         process.communicate()
     if len(seconds) < ranks:
