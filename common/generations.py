@@ -120,7 +120,9 @@ def second_or_third(folder: Path, config: dict) -> str:
     for sign, generation in (("<|assistant|>", "chatglm3"), ("def build_prompt", "chatglm2")):
         if sign in source:
             return generation
-    for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), folder.resolve().name):
+    place = folder.resolve()
+    own_name = place.parents[1].name if place.parent.name == "snapshots" else place.name  # of the hub's cache, or any
+    for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), own_name):
         found = re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(name).lower())
         if found:
             return f"chatglm{''.join(found[-1])}"

@@ -1,11 +1,8 @@
 """A name -> its checkpoint folder, checked -> tokenizer and model. Nothing in a checkpoint folder is ever executed."""
 
-import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -15,40 +12,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.download import download
 from common.errors import UserError
 from common.files import check_complete, indexed_files
 from common.generations import generation_of
-from common.locking import guard
+from common.hubs import hub_id, is_hub_name
 from common.lora import adapter_config, load_adapter
 from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 from common.weights import weights_folder
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Weights, config, vocabulary and chat template: never Python files.
-HUB_FILES = ["*.json", "*.bin", "*.safetensors", "*.model", "*.jinja"]
 
 
 def resolve_model(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:
-    """The folder of a demo, of a folder's own path, or of a hub id, which is downloaded by one job at a time."""
+    """The folder of a demo, of a folder's own path, or of a model on a hub, which is downloaded if need be."""
     if name in DEMOS:
         return DEMOS[name]
     if Path(name).is_dir():
         return Path(name)
-    if not HUB_ID.fullmatch(name):
+    if not is_hub_name(name):
         raise UserError(
-            f"no model folder {name}: give demo, demo3, an existing folder, or a hub id like THUDM/chatglm3-6b."
+            f"no model folder {name}: give demo, demo3, an existing folder, a name like chatglm3-6b, or a hub id like "
+            "THUDM/chatglm3-6b."
         )
-    try:
-        with guard("model", name):
-            return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name} is no folder and can't be downloaded ({reason}): "
-            "give a folder, or set HF_ENDPOINT to a mirror that you can reach."
-        ) from error
+    return download(name, revision, cache_dir)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -221,13 +209,15 @@ def count_parameters(folder: Path) -> int:
 
 
 def lasting_name(name: str) -> str:
-    """A name that will mean the same model from any working directory."""
-    return str(Path(name).resolve()) if name not in DEMOS and Path(name).is_dir() else name
+    """A name that will mean the same model from any working directory, and to other programs."""
+    if name not in DEMOS and Path(name).is_dir():
+        return str(Path(name).resolve())
+    return hub_id(name) if is_hub_name(name) else name
 
 
 def is_base(name: str) -> bool:
-    """Whether a name can be that of a model: a demo's, a folder's, or a hub id."""
-    return name in DEMOS or bool(name) and Path(name).is_dir() or HUB_ID.fullmatch(name) is not None
+    """Whether a name can be that of a model: a demo's, a folder's, or one on a hub."""
+    return name in DEMOS or bool(name) and Path(name).is_dir() or is_hub_name(name)
 
 
 def base_of_adapter(folder: str | Path, override: str | None = None) -> str:

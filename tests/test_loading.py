@@ -122,6 +122,14 @@ def test_what_a_user_writes_into_the_config_decides(tmp_path):
     assert generation_of(folder).key == "chatglm3"
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_hub_id_tells_the_generation(number, tmp_path):
+    """The hub's cache names the folder of a model by its commit, and Python files are not downloaded."""
+    folder = tmp_path / f"models--someone--ChatGLM{number}-6B-law" / "snapshots" / ("0123456789" * 4)
+    folder.mkdir(parents=True)
+    assert generation_of(write_config(folder, SECOND | {"_name_or_path": "/data/output"})).key == f"chatglm{number}"
+
+
 def test_codegeex2_is_read_as_chatglm2(tmp_path):
     assert generation_of(write_config(tmp_path / "codegeex2-6b", SECOND)).key == "chatglm2"
 

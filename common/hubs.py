@@ -1,0 +1,166 @@
+"""Hugging Face and ModelScope: what a model is called there, which files make up its checkpoint, what is refused.
+
+HUB=modelscope chooses the second one; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors of them.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from json import JSONDecodeError
+from typing import NamedTuple
+from urllib.parse import quote
+
+import httpx2
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from common.errors import UserError
+
+SHORT_NAMES = (
+    *("chatglm-6b", "chatglm-6b-int8", "chatglm-6b-int4"),
+    *("chatglm2-6b", "chatglm2-6b-32k", "chatglm2-6b-int4", "chatglm2-6b-32k-int4"),
+    *("chatglm3-6b", "chatglm3-6b-base", "chatglm3-6b-32k", "chatglm3-6b-128k"),
+    *("glm-4-9b-hf", "glm-4-9b-chat-hf", "GLM-4-9B-0414", "GLM-4-32B-0414"),
+)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model")
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there, as transformers reads it
+NO_ANSWER = (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled)
+TIMEOUT = 10.0  # seconds without a byte
+
+
+class HubFile(NamedTuple):
+    """``digest``: its sha256, or of a small file on Hugging Face the name that git gives it (a sha1)."""
+
+    path: str
+    size: int
+    digest: str
+    url: str
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name is a short one or has the form of a hub id."""
+    return name in SHORT_NAMES or HUB_ID.fullmatch(name) is not None
+
+
+def hub_id(name: str) -> str:
+    """THUDM/… for a short name, a hub id as it is. Raises UserError for anything else."""
+    if not is_hub_name(name):
+        raise UserError(
+            f"no model is known as {name}: give {', '.join(SHORT_NAMES)}, or any hub id like THUDM/chatglm3-6b."
+        )
+    return f"THUDM/{name}" if name in SHORT_NAMES else name
+
+
+def on_modelscope() -> bool:
+    """What the variable HUB says."""
+    name = os.environ.get("HUB") or "huggingface"
+    if name not in ("huggingface", "modelscope"):
+        raise UserError(f"HUB={name}: there are huggingface and modelscope.")
+    return name == "modelscope"
+
+
+def endpoint() -> str:
+    """The address of the hub in use, or of the mirror instead of it."""
+    if on_modelscope():
+        return os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+    return constants.ENDPOINT
+
+
+def repository_of(name: str) -> str:
+    """The hub id on the hub in use: on ModelScope the makers of ChatGLM go by another name."""
+    owner, _, model = hub_id(name).partition("/")
+    return f"ZhipuAI/{model}" if on_modelscope() and owner in ("THUDM", "zai-org") else f"{owner}/{model}"
+
+
+def list_huggingface(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    files = []
+    for file in info.siblings or []:
+        digest = file.lfs.sha256 if file.lfs else file.blob_id
+        if file.size is None or digest is None:
+            raise UserError(f"{endpoint()} says neither sizes nor hashes of files: set HF_ENDPOINT to another mirror.")
+        url = hf_hub_url(repository, file.rfilename, revision=info.sha)
+        files.append(HubFile(file.rfilename, file.size, digest, url))
+    return str(info.sha), files
+
+
+def list_modelscope(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+    """One request, where ModelScope's own library would bring 13 packages and a cache and checks of its own."""
+    url = f"{endpoint()}/api/v1/models/{repository}/repo"
+    revision = "master" if revision == "main" else revision
+    response = get_session().get(f"{url}/files?Revision={quote(revision)}", timeout=TIMEOUT)
+    hf_raise_for_status(response)
+    files = [file for file in response.json()["Data"]["Files"] if file["Type"] != "tree"]
+    return revision, [
+        HubFile(
+            file["Path"],
+            file["Size"],
+            file["Sha256"],
+            f"{url}?Revision={quote(revision)}&FilePath={quote(file['Path'])}",
+        )
+        for file in files
+    ]
+
+
+def checkpoint_files(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+    """The commit behind a revision, and of its files weights of one format, config, vocabulary and chat template.
+
+    Never Python files, nor what stands in folders. Raises UserError where this is no model in transformers' format.
+    """
+    commit, files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
+    top = {file.path: file for file in files if "/" not in file.path}
+    by_kind = ([path for path in top if fnmatch(path, kind)] for kind in WEIGHTS)
+    weights = next((paths for paths in by_kind if paths), [])
+    if "config.json" not in top or not weights:
+        missing = "weights (model*.safetensors or pytorch_model*.bin)" if "config.json" in top else "config.json"
+        raise UserError(f"{repository} is no model in the format of transformers: it has no {missing}.")
+    small = [path for path in top if any(fnmatch(path, kind) for kind in SMALL_FILES)]
+    other_index = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
+    return commit, [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
+
+
+def request_headers() -> dict[str, str]:
+    """With the user's token for Hugging Face. Not compressed: a compressed answer could not be gone on with."""
+    return {"Accept-Encoding": "identity"} | ({} if on_modelscope() else build_hf_headers())
+
+
+def is_down(error: Exception) -> bool:
+    """Whether the hub did not answer: no network, offline mode, or an error on its side."""
+    return error.response.status_code >= 500 if isinstance(error, HfHubHTTPError) else True
+
+
+@contextmanager
+def hub_errors(repository: str, revision: str) -> Iterator[None]:
+    """Turns what a hub refuses, or why it can't be reached, into one sentence."""
+    try:
+        yield
+    except (*NO_ANSWER, HFValidationError, JSONDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, RevisionNotFoundError):
+            sentence = f"{repository} has no revision {revision}."
+        elif isinstance(error, GatedRepoError) or status == 403:
+            sentence = f"{repository} is gated: accept its terms at {endpoint()}/{repository}, then set HF_TOKEN."
+        elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+            sentence = (
+                f"there is no folder {repository}, and {endpoint()} has no such model or keeps it private: check the "
+                "name, or set HF_TOKEN to a token that may read it."
+            )
+        else:
+            sentence = (
+                f"{repository} is not here and can't be downloaded from {endpoint()} ({reason}): set HF_ENDPOINT to a "
+                "mirror that you can reach, or HUB=modelscope, or give a folder that holds it."
+            )
+        raise UserError(sentence) from error

@@ -1,0 +1,185 @@
+"""A hub of one's own: what huggingface_hub and ModelScope's interface ask for, throttled, counted, and with faults.
+
+Large files are answered as Hugging Face answers them: a redirect to another host.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BLOCK = 2**14
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def is_large(path: str) -> bool:
+    return path.endswith((".safetensors", ".bin", ".model"))
+
+
+class Hub(ThreadingHTTPServer):
+    """``repositories``: {id: {path: content}}. What was asked for stands in ``requests``, what was sent in ``sent``."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.statuses: dict[str, tuple[int, str]] = {}  # {id: (status, error code)} of repositories that are refused
+        self.claimed_sizes: dict[str, int] = {}  # {path: size} that the listing says instead of the real one
+        self.break_at: dict[str, int] = {}  # {path: bytes of an answer after which the connection breaks}
+        self.spoilt: Counter = Counter()  # {path: how many answers with wrong content are still to be given}
+        self.gate = threading.Event()  # content is sent while it is set
+        self.gate.set()
+        self.rate = 0.0  # bytes per second and connection; 0: as fast as possible
+        self.requests: list[tuple[str, str]] = []
+        self.sent: Counter = Counter()
+        self.counting = threading.Lock()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address) -> None:
+        """Silent, because connections of killed programs are what this server is for; tests see what went missing."""
+
+    def asked(self, method: str = "GET") -> list[str]:
+        """Files whose content was asked for, one entry a request."""
+        return [path for kind, path in self.requests if kind == method]
+
+    def forget(self) -> None:
+        self.requests.clear()
+        self.sent.clear()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        parts = unquote(url.path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self.answer_hugging_face("/".join(parts[2:4]), parts[4])
+        elif parts[:3] == ["api", "v1", "models"]:
+            self.answer_modelscope("/".join(parts[3:5]), parts[5:], query)
+        elif parts[0] == "cdn":
+            repository, path = "/".join(parts[1:3]), "/".join(parts[3:])
+            self.send_file(path, self.server.repositories[repository][path])
+        elif self.is_there(repository := "/".join(parts[:2])):
+            path = "/".join(parts[4:])
+            content = self.server.repositories[repository][path]
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_sha1(content)}"'}
+            if is_large(path):
+                headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256(content)}"'}
+                self.send(
+                    302,
+                    b"",
+                    headers | {"Location": f"http://localhost:{self.server.server_port}/cdn/{repository}/{path}"},
+                )
+            else:
+                self.send_file(path, content, headers)
+
+    def is_there(self, repository: str) -> bool:
+        if repository in self.server.repositories and repository not in self.server.statuses:
+            return True
+        status, code = self.server.statuses.get(repository, (404, "RepoNotFound"))
+        self.send(status, b'{"error": "refused"}', {"X-Error-Code": code})
+        return False
+
+    def answer_hugging_face(self, repository: str, kind: str) -> None:
+        if not self.is_there(repository):
+            return
+        entries = []
+        for path, content in self.server.repositories[repository].items():
+            size = self.server.claimed_sizes.get(path, len(content))
+            lfs = {"sha256": sha256(content), "oid": sha256(content), "size": size, "pointerSize": 134}
+            entries.append({"size": size} | ({"lfs": lfs} if is_large(path) else {}))
+            names = {"rfilename": path, "blobId": git_sha1(content)}
+            tree = {"type": "file", "path": path, "oid": git_sha1(content)}
+            entries[-1] |= tree if kind == "tree" else names
+        listing = entries if kind == "tree" else {"id": repository, "sha": COMMIT, "siblings": entries}
+        self.send(200, json.dumps(listing).encode())
+
+    def answer_modelscope(self, repository: str, rest: list[str], query: dict[str, str]) -> None:
+        if not self.is_there(repository):
+            return
+        files = self.server.repositories[repository]
+        assert query["Revision"] == "master"
+        if rest == ["repo"]:
+            self.send_file(query["FilePath"], files[query["FilePath"]])
+            return
+        entries = [
+            {"Path": path, "Size": len(content), "Sha256": sha256(content), "Type": "blob"}
+            for path, content in files.items()
+        ]
+        entries.append({"Path": "folder", "Size": 0, "Sha256": "", "Type": "tree"})
+        self.send(200, json.dumps({"Code": 200, "Data": {"Files": entries}}).encode())
+
+    def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_file(self, path: str, content: bytes, headers: dict[str, str] | None = None) -> None:
+        hub = self.server
+        hub.requests.append((self.command, path))
+        if self.command == "HEAD":
+            self.send(200, content, headers)
+            return
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if hub.spoilt[path] > 0:
+            hub.spoilt[path] -= 1
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        self.send_response(206 if "Range" in self.headers else 200)
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        for name, value in ({"Content-Length": str(len(content) - start)} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        end = min(len(content), start + hub.break_at.get(path, len(content)))
+        try:
+            for place in range(start, end, BLOCK):
+                hub.gate.wait()
+                block = content[place : min(place + BLOCK, end)]
+                self.wfile.write(block)
+                with hub.counting:
+                    hub.sent[path] += len(block)
+                if hub.rate:
+                    time.sleep(len(block) / hub.rate)
+        except ConnectionError:  # whoever asked was killed
+            self.close_connection = True
+        if end < len(content):
+            self.close_connection = True
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
