@@ -72,7 +72,7 @@ class ModelArguments:
     tokenizer_name: str | None = told("Folder or hub id of the tokenizer, where it is not the model's own")
     cache_dir: str | None = told("Where models from the hub are stored")
     model_revision: str = told("Branch, tag or commit of the model on the hub", "main")
-    quantization_bit: int | None = told("Load the frozen base model in 4 or 8 bit (bitsandbytes)")
+    quantization_bit: int | None = told("4 or 8: the bits that the frozen base model is loaded in")
 
     def __post_init__(self):
         if self.quantization_bit not in (None, 4, 8):
@@ -195,6 +195,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if self.dry_run:  # which looks at the input in one process, whatever engine will run
             self.deepspeed = self.fsdp = None
         join(self)
+        self.may_checkpoint = self.activation_checkpointing is None  # which becomes False
         super().__post_init__()
         if self.fsdp and (self.bf16 or self.fp16):  # Accelerate would add up gradients in 16 bit, and the loss
             dtype = torch.bfloat16 if self.bf16 else torch.float16

@@ -5,9 +5,10 @@ from pathlib import Path
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.engines import check_offload
 from common.errors import UserError
-from common.loading import check_model_folder, count_parameters, resolve_model
+from common.loading import check_model_folder, empty_model, resolve_model
 from common.methods import Method
 from common.output import check_writable
+from common.quantization import packed_bits
 from common.rows import find_files
 from common.shards import read_manifest
 
@@ -19,26 +20,40 @@ SPLITS = (  # split, the flag that asks for it, the flag that names its files, t
 
 
 def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
-    """Raises UserError for what can't work. Returns the model's folder."""
+    """Raises UserError for what can't work. Returns the model's folder, and completes what depends on it."""
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
     folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
     check_model_folder(folder)
+    complete(model_args, args, folder)
+    check_quantization(method, model_args, args, folder)
     method.check(folder, args.do_train)
     if any(args.offload):
-        count = count_parameters(folder)
+        count = empty_model(folder).num_parameters()
         check_offload(args, count, count if method.trains_base else 0)
-    if args.do_train and method.trains_base and model_args.quantization_bit:
-        raise UserError("--quantization_bit is for LoRA and P-Tuning v2: packed weights can't be trained themselves.")
-    if args.sharded and model_args.quantization_bit:
-        raise UserError(f"--quantization_bit: packed weights can't be sharded by {args.engine}; take ZeRO-2 or DDP.")
     if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
         raise UserError(
             f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."
         )
     check_writable(Path(args.output_dir))
     return folder
+
+
+def complete(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
+    """A packed checkpoint says its bits; and where bits save memory, so does checkpointing, unless it was turned off."""
+    model_args.quantization_bit = model_args.quantization_bit or packed_bits(folder)
+    if args.may_checkpoint and args.do_train and model_args.quantization_bit:
+        args.activation_checkpointing = True
+
+
+def check_quantization(method: Method, model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
+    """Quantized weights are neither trained nor sharded."""
+    source = f"{folder} is packed in {packed_bits(folder)} bit" if packed_bits(folder) else "--quantization_bit"
+    if args.do_train and method.trains_base and model_args.quantization_bit:
+        raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
+    if args.sharded and model_args.quantization_bit:
+        raise UserError(f"{source}: packed weights can't be sharded by {args.engine}; take ZeRO-2, DDP, or no bits.")
 
 
 def check_data(data_args: DataArguments, args: TrainingArguments) -> None:

@@ -45,6 +45,20 @@ def indexed_files(index: Path) -> list[Path] | None:
     return None if weight_map is None else [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the model of a checkpoint folder. Raises UserError for a broken index.
+
+    With both formats there, transformers reads the safetensors: model.… comes before pytorch_model.….
+    """
+    for index in sorted(folder.glob("*.index.json"))[:1]:
+        named = indexed_files(index)
+        if named is None:
+            raise UserError(f"{index} is broken: copy or download it again.")
+        return named
+    safetensors = sorted(folder.glob("*.safetensors"))
+    return safetensors or [file for file in sorted(folder.glob("*.bin")) if file.name != "training_args.bin"]
+
+
 def read_json(file: Path) -> dict | None:
     """The object in a JSON file; None where there is no whole one."""
     try:

@@ -34,7 +34,7 @@ from common.finetune import run
 from common.methods import full, lora, p_tuning
 from common.output import complete_checkpoints
 
-SECTIONS = ("data_config", "max_input_length", "max_output_length", "training_args", "peft_config")
+SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
 DATA_FILES = {"train_file": "train_file", "val_file": "validation_file", "test_file": "test_file"}
 SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
@@ -193,7 +193,7 @@ def main() -> None:
         ("do_eval", "val_file"),
         ("do_predict", "test_file"),
     ]
-    flags = ["--model_name_or_path", args.model_dir]
+    flags = ["--model_name_or_path", args.model_dir, *flag("quantization_bit", config.get("quantization_bit"))]
     flags += [f"--{name}" for name, file in wanted if config["data_config"].get(file)]
     flags += data_flags(args.config_file, config, args.data_dir)
     flags += training_flags(args.config_file, config)

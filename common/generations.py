@@ -92,11 +92,6 @@ def generation_of(folder: Path) -> Generation:
             f"{folder / 'config.json'} describes a model of type {kind!r}: "
             "supported are ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, and GLM-4 in the format of transformers."
         )
-    if config.get("quantization_bit"):
-        raise UserError(
-            f"{folder} holds weights that are packed in {config['quantization_bit']} bit: use the 16-bit checkpoint "
-            "with --quantization_bit, which needs as little memory."
-        )
     if config.get("vocab_size") == 150528:
         raise UserError(
             f"{folder} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."

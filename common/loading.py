@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -14,11 +13,12 @@ from transformers import (
 
 from common.download import download
 from common.errors import UserError
-from common.files import check_complete, indexed_files
+from common.files import check_complete, weight_files
 from common.generations import generation_of
 from common.hubs import hub_id, is_hub_name
 from common.lora import adapter_config, load_adapter
 from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
+from common.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
 from common.weights import weights_folder
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -48,20 +48,26 @@ def check_model_folder(folder: Path) -> None:
         raise UserError(
             f"{folder} is a {generation.name} without its vocabulary: {generation.vocabulary} is missing{mixed}."
         )
-    files = [file for file in sorted(folder.glob("*.bin")) if file.name != "training_args.bin"]
-    files += sorted(folder.glob("*.safetensors"))
-    # With both formats there, transformers reads the safetensors: model.… comes before pytorch_model.….
-    for index in sorted(folder.glob("*.index.json"))[:1]:
-        named = indexed_files(index)
-        if named is None:
-            raise UserError(f"{index} is broken: copy or download it again.")
-        files = named
+    files = weight_files(folder)
     if not files:
         raise UserError(f"{folder} has no weights: neither *.safetensors nor *.bin is there.")
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} is missing, though the index of {folder} names it.")
         check_complete(file)
+    if packed_bits(folder):
+        check_packed_shapes(folder)
+
+
+def check_packed_shapes(folder: Path) -> None:
+    """Raises UserError for packed weights that don't fit config.json: once quantized again nobody would notice."""
+    parameters = dict(empty_model(folder).named_parameters())
+    for name, weight in packed_weights(folder).items():
+        if isinstance(weight, PackedWeight) and name in parameters and weight.shape != parameters[name].shape:
+            raise UserError(
+                f"{folder}: {name} unpacks to {list(weight.shape)} with the {weight.bits} bit that config.json says, "
+                f"and the model needs {list(parameters[name].shape)}."
+            )
 
 
 def check_takes_prefix(folder: Path) -> None:
@@ -93,22 +99,6 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with double quantization, or LLM.int8(); the output layer stays as it is."""
-    if bits is None:
-        return None
-    if bits not in (4, 8):
-        raise UserError(f"--quantization_bit {bits}: only 4 and 8 exist.")
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "output_layer"],
-    )
-
-
 def generation_config(folder: Path) -> GenerationConfig:
     """The defaults of generation: generation_config.json, or what config.json says of them."""
     if (folder / "generation_config.json").is_file():
@@ -126,11 +116,13 @@ def load_base(
     """The model of a folder, without prefix and adapter. Raises UserError where weights and config do not fit.
 
     The weights are mapped, not read: those that stay on the CPU in the dtype that they are stored in are shared by
-    all processes of the machine, and the others are converted and moved one by one.
+    all processes of the machine, and the others are unpacked, converted, moved and quantized one by one.
     """
+    packed = packed_weights(folder) if packed_bits(folder) else None
     try:
         model, report = generation_of(folder).model.from_pretrained(
-            weights_folder(folder),
+            None if packed else weights_folder(folder),
+            state_dict=packed,
             config=config,
             dtype=dtype,
             device_map=None if device is None else {"": torch.device(device)},
@@ -183,7 +175,7 @@ def load_model(
     config = generation.config.from_pretrained(resolve_model(str(config_path or folder)))
     if generation.key in ("chatglm2", "chatglm3"):
         config.generation = generation.key
-    model = load_base(folder, config, dtype, quantization_bit, device)
+    model = load_base(folder, config, dtype, quantization_bit or packed_bits(folder), device)
     model.name_or_path = model.config.name_or_path = lasting_name(name or str(path))
     if adapter:
         return load_adapter(model, adapter)
@@ -199,13 +191,12 @@ def load_model(
     return model
 
 
-def count_parameters(folder: Path) -> int:
-    """The size of the model of a folder, for which nothing of its weights is read."""
+def empty_model(folder: Path) -> PreTrainedModel:
+    """The model of a folder on the meta device: shapes without weights, of which nothing is read."""
     generation = generation_of(folder)
     config = generation.config.from_pretrained(folder)
     with torch.device("meta"):
-        model = generation.model.from_config(config) if generation.key == "glm" else generation.model(config)
-    return model.num_parameters()
+        return generation.model.from_config(config) if generation.key == "glm" else generation.model(config)
 
 
 def lasting_name(name: str) -> str:

@@ -19,6 +19,7 @@ from common.generations import read_config
 from common.loading import base_of_adapter, load_model, load_tokenizer, resolve_model
 from common.lora import merge_adapter
 from common.output import check_space, check_writable
+from common.quantization import packed_bits
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLE = "你好，请介绍一下你自己。"
@@ -36,7 +37,7 @@ def main() -> None:
 
     base = base_of_adapter(args.lora_checkpoint, args.model_name_or_path)
     folder = resolve_model(base)
-    if read_config(folder).get("quantization_config"):
+    if read_config(folder).get("quantization_config") or packed_bits(folder):
         raise UserError(
             f"{folder} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )

@@ -14,17 +14,16 @@ CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where it holds wh
 
 case $MODEL in
     demo | demo3)
-        LR=${LR:-5e-3}
+        LR=${LR:-5e-3} QUANTIZATION_BIT=${QUANTIZATION_BIT-}
         MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64} ;;
     *)
-        LR=${LR:-5e-5}
+        LR=${LR:-5e-5} QUANTIZATION_BIT=${QUANTIZATION_BIT-4}        # 4, 8, or empty: 16 bit
         MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-512} ;;
 esac
 LORA_RANK=${LORA_RANK:-8}                                # like LR it only names the folder
 CHECKPOINT=${CHECKPOINT:-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 OUTPUT_DIR=${OUTPUT_DIR:-$CHECKPOINT}
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
-QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bit
 
 launch "$ROOT/lora/main.py" \
     --do_predict \

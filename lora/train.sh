@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a LoRA adapter and scores base and tuned model side by side.
 #     bash train.sh                                      the shipped demo, minutes on a CPU
-#     MODEL=THUDM/chatglm3-6b bash train.sh              the real model, with the settings of the ChatGLM3 repository
+#     MODEL=THUDM/chatglm3-6b bash train.sh              the real model in 4 bit, with ChatGLM3's settings
 #     LR=1e-4 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
@@ -32,7 +32,7 @@ case $MODEL in
         LR=${LR:-5e-5} MAX_STEPS=${MAX_STEPS:-3000}
         BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
         MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-512}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;
 esac
 SAVE_STEPS=${SAVE_STEPS:-500}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}

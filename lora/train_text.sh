@@ -16,16 +16,18 @@ LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
 LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
-QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bit
+# QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
 case $MODEL in
     demo | demo3)
         LR=${LR:-5e-3} MAX_STEPS=${MAX_STEPS:-250}
         BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
-        BLOCK_SIZE=${BLOCK_SIZE:-128} GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} ;;
+        BLOCK_SIZE=${BLOCK_SIZE:-128} GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false}
+        QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
     *)
         LR=${LR:-5e-5} MAX_STEPS=${MAX_STEPS:-3000}
         BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-4}
-        BLOCK_SIZE=${BLOCK_SIZE:-1024} GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} ;;
+        BLOCK_SIZE=${BLOCK_SIZE:-1024} GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true}
+        QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;
 esac
 SAVE_STEPS=${SAVE_STEPS:-500}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/text-$(basename "$MODEL")-lora-$LORA_RANK-$LR}

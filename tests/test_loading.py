@@ -150,8 +150,6 @@ def test_nothing_of_a_checkpoint_is_executed(chatglm3_folder):
     [
         (SECOND, r'may be a ChatGLM2 or a ChatGLM3.*"generation": "chatglm3"'),
         (FIRST | {"vocab_size": 150528}, "old vocabulary of 150,528 words: use a checkpoint with 130,528"),
-        (FIRST | {"quantization_bit": 4}, "packed in 4 bit: use the 16-bit checkpoint with --quantization_bit"),
-        (SECOND | {"quantization_bit": 8}, "packed in 8 bit"),
         (SECOND | {"padded_vocab_size": 151552}, "a GLM-4 in its first format.*-hf"),
         ({"model_type": "chatglm"}, "a model of type 'chatglm'"),
         (
