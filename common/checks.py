@@ -41,7 +41,7 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
 
 
 def complete(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
-    """A packed checkpoint says its bits; and where bits save memory, so does checkpointing, unless it was turned off."""
+    """A packed checkpoint says its bits; and where bits save memory, checkpointing does too, unless it is off."""
     model_args.quantization_bit = model_args.quantization_bit or packed_bits(folder)
     if args.may_checkpoint and args.do_train and model_args.quantization_bit:
         args.activation_checkpointing = True
