@@ -59,21 +59,29 @@ def linear_names(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
-    """A new adapter, float32 and trainable, on the frozen model. Raises UserError for a module that does not exist."""
+def target_modules(model: PreTrainedModel, args: LoraArguments) -> str | list[str]:
+    """The layers that get an adapter, as PEFT names them. Raises UserError for one that does not exist."""
     default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
     targets = args.lora_target or default
+    if targets == "all-linear":
+        return targets
     names = [name.strip() for name in targets.split(",")]
-    missing = [name for name in names if targets != "all-linear" and name.rpartition(".")[2] not in linear_names(model)]
-    if missing:
-        known = ", ".join(sorted(linear_names(model)))
-        raise UserError(f"--lora_target: the model has no linear layer {missing[0]}; there are {known}, or all-linear.")
+    known = linear_names(model)
+    for name in names:
+        if name.rpartition(".")[2] not in known:
+            there = ", ".join(sorted(known))
+            raise UserError(f"--lora_target: the model has no linear layer {name}; there are {there}, or all-linear.")
+    return names
+
+
+def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
+    """A new adapter, float32 and trainable, on the frozen model. Raises UserError as ``target_modules`` does."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=targets if targets == "all-linear" else names,
+        target_modules=target_modules(model, args),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )

@@ -16,8 +16,16 @@ from common.arguments import FullArguments, LoraArguments, PrefixArguments, Trai
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.generations import read_config
-from common.loading import check_takes_prefix, load_model
-from common.lora import attach_lora, check_adapter, loraplus_optimizer, restore_lora, save_lora, without_lora
+from common.loading import check_takes_prefix, empty_model, load_model
+from common.lora import (
+    attach_lora,
+    check_adapter,
+    loraplus_optimizer,
+    restore_lora,
+    save_lora,
+    target_modules,
+    without_lora,
+)
 from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
 from common.weights import read_bin
 
@@ -73,6 +81,8 @@ def lora(args: LoraArguments) -> Method:
         check_without_prefix(folder)
         if args.lora_checkpoint:
             check_adapter(args.lora_checkpoint, args)
+        else:
+            target_modules(empty_model(folder), args)
 
     return Method(
         name="LoRA",

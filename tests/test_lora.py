@@ -455,6 +455,11 @@ def test_a_continued_training_equals_an_uninterrupted_one(flags, tmp_path):
     assert not any(torch.equal(before[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_layer_that_does_not_exist_is_said_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="--lora_target: the model has no linear layer q_proj"):
+        finetune(f"{TRAINING} --dry_run --lora_target q_proj", tmp_path)
+
+
 def test_other_lora_settings_are_not_continued(tmp_path):
     finetune(f"{TRAINING} --max_steps 2", tmp_path)
     with pytest.raises(UserError, match="lora_rank was 8, now 4"):
