@@ -166,13 +166,17 @@ def sizes(model: PreTrainedModel, args: "TrainingArguments") -> tuple[int, int]:
     return sum(size for size, _ in counted), sum(size for size, trained in counted if trained)
 
 
-def guard_compilation() -> None:
+def guard_compilation(on_cpu: bool) -> None:
     """DeepSpeed compiles what it needs when it needs it; here one job does, in our folder, and the others wait.
 
     torch's own lock there is a file, which a killed process leaves behind for ever; whoever holds ours may remove it.
     """
+    import deepspeed.ops
     from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    if on_cpu:  # it would compile for a minute what only its inference calls
+        deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     kind = f"python{platform.python_version()}-torch{torch.__version__}-{platform.machine()}"
     own = cache_folder() / "extensions" / kind
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
@@ -204,7 +208,7 @@ def join(args: "TrainingArguments") -> None:
         raise UserError("--fsdp needs GPUs, and none is visible here; --deepspeed works on CPUs too.")
     timeout = timedelta(seconds=args.ddp_timeout)
     if args.deepspeed:
-        guard_compilation()
+        guard_compilation(on_cpu)
         with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
             PartialState(backend="gloo" if on_cpu else args.ddp_backend, timeout=timeout)
     elif args.fsdp:  # which moves tensors on the CPU too, for saving and offloading

@@ -16,7 +16,6 @@ from common.errors import UserError
 from common.files import check_complete, weight_files
 from common.generations import generation_of
 from common.hubs import hub_id, is_hub_name
-from common.lora import adapter_config, load_adapter
 from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 from common.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
 from common.weights import weights_folder
@@ -168,6 +167,8 @@ def load_model(
     if adapter and (ptuning_checkpoint or pre_seq_len):
         raise UserError("a model takes a LoRA adapter or a prefix, not both.")
     if adapter:
+        from common.lora import adapter_config, load_adapter  # with PEFT, which takes two seconds to import
+
         adapter_config(adapter)
     if ptuning_checkpoint:
         check_prefix(ptuning_checkpoint, pre_seq_len, prefix_projection or None)
@@ -213,6 +214,8 @@ def is_base(name: str) -> bool:
 
 def base_of_adapter(folder: str | Path, override: str | None = None) -> str:
     """The base model that an adapter names, or the one given instead. Raises UserError where it is no longer there."""
+    from common.lora import adapter_config
+
     named = adapter_config(folder).get("base_model_name_or_path") or ""
     base = override or named
     if is_base(base):
