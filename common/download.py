@@ -253,8 +253,9 @@ def link(place: Place, files: list[HubFile], revision: str) -> None:
         if not named.exists():
             named.unlink(missing_ok=True)  # a link to nothing
             named.symlink_to(os.path.relpath(place.blobs / file.digest, named.parent))
-    if revision != place.folder.name:
-        reference = place.blobs.parent / "refs" / revision
+    reference = place.blobs.parent / "refs" / revision
+    known = reference.read_text() if reference.is_file() else revision
+    if known != place.folder.name:
         reference.parent.mkdir(parents=True, exist_ok=True)
         partial = reference.with_name(f"{reference.name}.{os.getpid()}")
         partial.write_text(place.folder.name)
@@ -265,12 +266,11 @@ def link(place: Place, files: list[HubFile], revision: str) -> None:
 
 
 def unchecked_folder(repository: str, revision: str, cache_dir: str | None, *kinds: str) -> Path | None:
-    """The folder in Hugging Face's cache that has a file of one of these kinds, whoever put it there."""
-    place = place_of(repository, revision, cache_dir, None)
-    if place.blobs is None:
-        return None
-    reference = place.blobs.parent / "refs" / revision
-    folder = place.folder.with_name(reference.read_text()) if reference.is_file() else place.folder
+    """The folder in the cache that has a file of one of these kinds, whoever put it there."""
+    folder, blobs = place_of(repository, revision, cache_dir, None)
+    reference = blobs.parent / "refs" / revision if blobs else None
+    if reference and reference.is_file():
+        folder = folder.with_name(reference.read_text())
     return folder if any(any(folder.glob(kind)) for kind in kinds) else None
 
 
@@ -304,23 +304,21 @@ def download(name: str, revision: str = "main", cache_dir: str | None = None, lo
 
 
 def fetch_config(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:
-    """The config.json of a model on a hub, of which nothing else is downloaded. Raises UserError as above."""
+    """The config.json of a model on a hub, beside that of its tokenizer; of the model nothing else is downloaded.
+
+    The hub is asked only where the cache has none. Raises UserError as above.
+    """
     repository = repository_of(name)
-    if folder := complete_folder(record_file(repository, revision, cache_dir, None)):
-        return folder / "config.json"
-    with guard("model", repository), hub_errors(repository, revision):
-        try:
+    folder = unchecked_folder(repository, revision, cache_dir, "config.json")
+    if folder is None:
+        with guard("model", repository), hub_errors(repository, revision):
             commit, files = checkpoint_files(repository, revision)
-        except NO_ANSWER as error:
-            folder = unchecked_folder(repository, revision, cache_dir, "config.json")
-            if folder is None or not is_down(error):
-                raise
-            return folder / "config.json"
-        place = place_of(repository, commit, cache_dir, None)
-        config = [file for file in files if file.path == "config.json"]
-        fetch_all(repository, config, place, {}, ours=True)
-        link(place, config, revision)
-    return place.folder / "config.json"
+            place = place_of(repository, commit, cache_dir, None)
+            configs = [file for file in files if file.path in ("config.json", "tokenizer_config.json")]
+            fetch_all(repository, configs, place, {}, ours=True)
+            link(place, configs, revision)
+            folder = place.folder
+    return folder / "config.json"
 
 
 def main() -> None:
@@ -348,7 +346,7 @@ def main() -> None:
         for name in args.names:
             folder = download(name, args.revision, args.cache_dir, args.local_dir)
             sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
-            say(f"{name} is complete: {len(sizes)} files, {sum(sizes) / 1e9:,.2f} GB in {folder}")
+            say(f"{name}: {len(sizes)} files, {sum(sizes) / 1e9:,.2f} GB in {folder}")
             print(folder, flush=True)
 
 

@@ -4,7 +4,6 @@ HUB=modelscope chooses the second one; HF_ENDPOINT and MODELSCOPE_ENDPOINT name 
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from common.errors import UserError
 
@@ -33,7 +32,6 @@ SHORT_NAMES = (
     *("chatglm3-6b", "chatglm3-6b-base", "chatglm3-6b-32k", "chatglm3-6b-128k"),
     *("glm-4-9b-hf", "glm-4-9b-chat-hf", "GLM-4-9B-0414", "GLM-4-32B-0414"),
 )
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SMALL_FILES = ("*.json", "*.jinja", "*.model")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there, as transformers reads it
 NO_ANSWER = (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled)
@@ -51,7 +49,11 @@ class HubFile(NamedTuple):
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is a short one or has the form of a hub id."""
-    return name in SHORT_NAMES or HUB_ID.fullmatch(name) is not None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name in SHORT_NAMES or "/" in name
 
 
 def hub_id(name: str) -> str:
@@ -99,17 +101,12 @@ def list_huggingface(repository: str, revision: str) -> tuple[str, list[HubFile]
 def list_modelscope(repository: str, revision: str) -> tuple[str, list[HubFile]]:
     """One request, where ModelScope's own library would bring 13 packages and a cache and checks of its own."""
     url = f"{endpoint()}/api/v1/models/{repository}/repo"
-    revision = "master" if revision == "main" else revision
-    response = get_session().get(f"{url}/files?Revision={quote(revision)}", timeout=TIMEOUT)
+    query = f"Revision={quote('master' if revision == 'main' else revision)}"
+    response = get_session().get(f"{url}/files?{query}", timeout=TIMEOUT)
     hf_raise_for_status(response)
     files = [file for file in response.json()["Data"]["Files"] if file["Type"] != "tree"]
     return revision, [
-        HubFile(
-            file["Path"],
-            file["Size"],
-            file["Sha256"],
-            f"{url}?Revision={quote(revision)}&FilePath={quote(file['Path'])}",
-        )
+        HubFile(file["Path"], file["Size"], file["Sha256"], f"{url}?{query}&FilePath={quote(file['Path'])}")
         for file in files
     ]
 
@@ -146,7 +143,7 @@ def hub_errors(repository: str, revision: str) -> Iterator[None]:
     """Turns what a hub refuses, or why it can't be reached, into one sentence."""
     try:
         yield
-    except (*NO_ANSWER, HFValidationError, JSONDecodeError) as error:
+    except (*NO_ANSWER, JSONDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, RevisionNotFoundError):

@@ -11,7 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.download import download
+from common.download import download, fetch_config
 from common.errors import UserError
 from common.files import check_complete, weight_files
 from common.generations import generation_of
@@ -35,6 +35,7 @@ def resolve_model(name: str, revision: str = "main", cache_dir: str | None = Non
             f"no model folder {name}: give demo, demo3, an existing folder, a name like chatglm3-6b, or a hub id like "
             "THUDM/chatglm3-6b."
         )
+    generation_of(fetch_config(name, revision, cache_dir).parent)  # what is not supported is said before gigabytes come
     return download(name, revision, cache_dir)
 
 

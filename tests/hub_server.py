@@ -40,11 +40,13 @@ class Hub(ThreadingHTTPServer):
         self.statuses: dict[str, tuple[int, str]] = {}  # {id: (status, error code)} of repositories that are refused
         self.claimed_sizes: dict[str, int] = {}  # {path: size} that the listing says instead of the real one
         self.break_at: dict[str, int] = {}  # {path: bytes of an answer after which the connection breaks}
+        self.ranges = True
         self.spoilt: Counter = Counter()  # {path: how many answers with wrong content are still to be given}
         self.gate = threading.Event()  # content is sent while it is set
         self.gate.set()
         self.rate = 0.0  # bytes per second and connection; 0: as fast as possible
         self.requests: list[tuple[str, str]] = []
+        self.starts: list[tuple[str, int]] = []  # (path, first byte that was asked for)
         self.sent: Counter = Counter()
         self.counting = threading.Lock()
         self.address = f"http://127.0.0.1:{self.server_port}"
@@ -58,6 +60,7 @@ class Hub(ThreadingHTTPServer):
 
     def forget(self) -> None:
         self.requests.clear()
+        self.starts.clear()
         self.sent.clear()
 
 
@@ -146,12 +149,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             self.send(200, content, headers)
             return
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        wanted = self.headers["Range"] if hub.ranges else None
+        start = int((wanted or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        hub.starts.append((path, start))
         if hub.spoilt[path] > 0:
             hub.spoilt[path] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
-        self.send_response(206 if "Range" in self.headers else 200)
-        if "Range" in self.headers:
+        self.send_response(206 if wanted else 200)
+        if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         for name, value in ({"Content-Length": str(len(content) - start)} | (headers or {})).items():
             self.send_header(name, value)

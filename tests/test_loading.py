@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_poison
+from hub_server import running_hub
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -24,7 +26,7 @@ from common.data import training_rows
 from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.generations import generation_of
-from common.loading import check_model_folder, load_model, load_tokenizer
+from common.loading import check_model_folder, is_base, lasting_name, load_model, load_tokenizer, resolve_model
 from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -140,6 +142,24 @@ def test_nothing_of_a_checkpoint_is_executed(chatglm3_folder):
     assert isinstance(model, chatglm2.ChatGLMForConditionalGeneration)
     assert model.config.generation == "chatglm3"
     assert not (chatglm3_folder / "executed").exists()
+
+
+def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HUB", "modelscope")
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path))
+    files = {file.name: file.read_bytes() for file in chatglm3_folder.iterdir()}
+    with running_hub() as hub:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.address)
+        hub.repositories["ZhipuAI/chatglm3-6b"] = files
+        assert generation_of(resolve_model("chatglm3-6b")).key == "chatglm3"
+        assert load_model("THUDM/chatglm3-6b").name_or_path == "THUDM/chatglm3-6b"
+        assert lasting_name("chatglm3-6b") == "THUDM/chatglm3-6b" and is_base("chatglm3-6b")
+        hub.repositories["me/llama"] = files | {"config.json": b'{"model_type": "llama"}'}
+        hub.forget()
+        with pytest.raises(UserError, match="type 'llama'"):
+            resolve_model("me/llama")
+        assert hub.asked() == ["config.json"]
 
 
 # What is refused
