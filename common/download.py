@@ -101,16 +101,17 @@ def record_file(repository: str, revision: str, cache_dir: str | None, local_dir
     return cache_folder() / "models" / f"{short_hash(key.encode())}.json"
 
 
-def write_record(record: Path, repository: str, folder: Path, digests: dict[str, str]) -> None:
+def write_record(record: Path, repository: str, folder: Path, digests: dict[str, str], whole: bool = True) -> None:
+    """Remembers files that are right now. ``whole``: whether they are all of the model."""
     record.parent.mkdir(exist_ok=True)
     files = {path: {"digest": digest, "stamp": stamp(folder / path)} for path, digest in digests.items()}
-    write_json(record, {"repository": repository, "folder": str(folder), "files": files})
+    write_json(record, {"repository": repository, "folder": str(folder), "whole": whole, "files": files})
 
 
 def complete_folder(record: Path) -> Path | None:
-    """The folder whose files were all found right and are there; what has another time by now is read again."""
+    """The folder of a whole model whose files are all right and there; what has another time by now is read again."""
     content = read_json(record)
-    if content is None:
+    if content is None or not content["whole"]:
         return None
     folder, files = Path(content["folder"]), content["files"]
     changed = {path: known for path, known in files.items() if not is_unchanged(folder / path, known)}
@@ -197,7 +198,7 @@ def discard_wrong(files: list[HubFile], place: Place, known: dict[str, dict], ou
     there = [file for file in files if place.content(file).is_file()]
     unread = [file for file in there if known.get(file.path, {}).get("digest") != file.digest]
     unread += [file for file in there if file not in unread and not is_unchanged(place.content(file), known[file.path])]
-    if unread:
+    if sum(file.size for file in unread) > 1e9:  # which takes seconds
         say(f"comparing {len(unread)} files that are there already with their hashes")
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         right = pool.map(lambda file: has_digest(place.content(file), file.size, file.digest), unread)
@@ -318,6 +319,8 @@ def fetch_config(name: str, revision: str = "main", cache_dir: str | None = None
             fetch_all(repository, configs, place, {}, ours=True)
             link(place, configs, revision)
             folder = place.folder
+            record = record_file(repository, revision, cache_dir, None)
+            write_record(record, repository, folder, {file.path: file.digest for file in configs}, whole=False)
     return folder / "config.json"
 
 

@@ -368,11 +368,18 @@ def test_without_a_name_the_known_ones_are_listed(start):
 
 
 def test_only_the_config_can_be_fetched(hub, download_here, monkeypatch):
+    """And edited, before the weights come."""
     content = hub.repositories[NAME]["config.json"]
     assert common.download.fetch_config("chatglm3-6b").read_bytes() == content
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert common.download.fetch_config("chatglm3-6b").read_bytes() == content
+    config = common.download.fetch_config("chatglm3-6b")
+    assert config.read_bytes() == content
     assert sorted(hub.asked()) == ["config.json", "tokenizer_config.json"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    config.write_text('{"generation": "chatglm3"}')
+    assert download_here(NAME) == config.parent
+    assert config.read_text() == '{"generation": "chatglm3"}'
+    assert sorted(hub.asked()) == sorted(WANTED)
 
 
 def test_nothing_heavy_is_imported():
