@@ -1,6 +1,8 @@
-"""One generation path for every chat: a conversation and a question in, the answer out piece by piece."""
+"""One path for every chat: its flags, its model; a conversation and a question in, the answer out piece by piece."""
 
+import argparse
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -17,13 +19,55 @@ from transformers import (
 )
 
 from common.collator import left_pad
-from common.encoding import History, encode_chat, stop_ids
+from common.encoding import History, check_system, encode_chat, stop_ids
+from common.engines import compute_dtype
 from common.errors import UserError
+from common.loading import load_model, load_tokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 # The vocabulary of ChatGLM-6B holds half-width punctuation only; people read the full-width form between Chinese words.
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = "[\u4e00-\u9fff]"
+MAX_NEW_TOKENS = 512
+
+
+def chat_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that all chats share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model_name_or_path", default="demo", help="demo, demo3, a folder, or a hub id")
+    parser.add_argument("--ptuning_checkpoint", help="folder of a trained prefix")
+    parser.add_argument("--lora_checkpoint", help="folder of a trained adapter")
+    parser.add_argument("--quantization_bit", type=int, help="4 or 8")
+    parser.add_argument("--system_prompt", default="", help="what ChatGLM3 and GLM-4 are told before the conversation")
+    half = f"default: {MAX_NEW_TOKENS}, or half of the model's context where that is less"
+    parser.add_argument("--max_new_tokens", type=int, help=f"longest answer; {half}")
+    parser.add_argument("--top_p", type=float, default=0.7, help="share of probability to draw from (0.7)")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0 always takes the likeliest token (0.95)")
+    return parser
+
+
+def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer; sets the default of ``max_new_tokens``. Raises UserError for flags that can't work."""
+    generation_settings(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    check_system(tokenizer, args.system_prompt)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = load_model(
+        args.model_name_or_path,
+        compute_dtype(device),
+        args.quantization_bit,
+        ptuning_checkpoint=args.ptuning_checkpoint,
+        adapter=args.lora_checkpoint,
+        device=device,
+    )
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(MAX_NEW_TOKENS, context_length(model) // 2)
+    return model, tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """How many tokens the model was made for: prompt and answer together."""
+    return model.config.max_position_embeddings
 
 
 def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -48,6 +92,25 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "top_p": top_p, "temperature": temperature}
 
 
+def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
+    """How many of the oldest rounds must be left out for the prompt to have at most ``room`` tokens.
+
+    Raises UserError where the question alone has more.
+    """
+
+    def fits(forgotten: int) -> bool:
+        return len(encode_chat(tokenizer, query, history[forgotten:], system)) <= room
+
+    forgotten = bisect_left(range(len(history) + 1), True, key=fits)
+    if forgotten > len(history):
+        length = len(encode_chat(tokenizer, query, system=system))
+        raise UserError(
+            f"the question is too long: it has {length} tokens, and beside --max_new_tokens the model's context has "
+            f"room for {max(0, room)}. Shorten one of them."
+        )
+    return forgotten
+
+
 class StopOnEvent(StoppingCriteria):
     """Ends a generation when an event is set: nobody listens to it any more."""
 
@@ -59,13 +122,18 @@ class StopOnEvent(StoppingCriteria):
 
 
 def stream_chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), **generation
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    query: str,
+    history: History = (),
+    system: str = "",
+    **generation,
 ) -> Iterator[str]:
     """The answer so far, longer with every token. ``generation`` goes to ``model.generate``.
 
     Generates in a thread, which ends when this iterator does; an error there is raised here.
     """
-    prompt_ids = encode_chat(tokenizer, query, history)
+    prompt_ids = encode_chat(tokenizer, query, history, system)
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()

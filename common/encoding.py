@@ -87,9 +87,26 @@ def encode_eval(
     return eval_messages(tokenizer, conversations, max_source_length, max_target_length)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = ()) -> list[int]:
-    """The prompt of a question after earlier rounds, as long as it is."""
-    return encode_eval(tokenizer, [conversation_of(query, "", history)], sys.maxsize, sys.maxsize)[0].prompt_ids
+def has_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model reads messages of roles, a system prompt among them; else numbered rounds."""
+    return type(tokenizer) not in ROUND_FORMATS
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+    """Raises UserError for a system prompt where the model knows no roles."""
+    if system and not has_roles(tokenizer):
+        raise UserError("--system_prompt: ChatGLM-6B and ChatGLM2-6B know questions and answers only.")
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), system: str = "") -> list[int]:
+    """The prompt of a question after a system prompt and earlier rounds, as long as it is.
+
+    Raises UserError for a system prompt where the model knows no roles.
+    """
+    check_system(tokenizer, system)
+    conversation = [Turn("system", system)] if system else []
+    conversation += conversation_of(query, "", history)
+    return encode_eval(tokenizer, [conversation], sys.maxsize, sys.maxsize)[0].prompt_ids
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_size: int) -> list[TrainRow]:

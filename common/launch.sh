@@ -3,10 +3,20 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-PYTHON=$(python3 "$ROOT/common/environment.py" requirements.txt)
+# EXTRA_REQUIREMENTS: one more file, for a script that needs more than all do.
+PYTHON=$(python3 "$ROOT/common/environment.py" requirements.txt ${EXTRA_REQUIREMENTS:+"$EXTRA_REQUIREMENTS"})
 
 # launch PROGRAM FLAGS...: one process a device, NUM_GPUS of them (default: all that are visible); on CPUs NUM_PROCESSES
 # (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT; see launcher.py.
 launch() {
     "$PYTHON" "$ROOT/common/launcher.py" "$@"
+}
+
+# need_checkpoint TRAINING FLAGS...: ends a script that wants a CHECKPOINT where nothing was trained yet.
+need_checkpoint() {
+    case " $* " in *" --help "*) return ;; esac
+    if [ -n "$CHECKPOINT" ] && [ ! -d "$CHECKPOINT" ]; then
+        echo "error: no folder $CHECKPOINT: train first ($1), or name another CHECKPOINT; CHECKPOINT= is the base alone." >&2
+        exit 2
+    fi
 }

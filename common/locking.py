@@ -4,6 +4,7 @@ Guarded is what races: building the environment, downloading, preparing a data s
 is killed loses its locks at once, because the operating system holds them, not a file's existence.
 """
 
+import errno
 import hashlib
 import os
 import socket
@@ -95,23 +96,35 @@ def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
         yield
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on and that no other job of ours was given.
+def take_port(host: str, port: int) -> int | None:
+    """Takes a port that nobody listens on and that no other job of ours was given; 0 is any. None: somebody has it.
 
     The lock of the port is kept until this process ends: a port that was only probed could be handed out twice
-    between the probe and its use.
+    between the probe and its use. Raises OSError where nobody could listen there.
     """
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-            lock = make_lock(lock_file("port", str(port)))
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                continue
-            _held_ports.append(lock)
-            return port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a program that ended don't matter
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return None
+        port = probe.getsockname()[1]
+        lock = make_lock(lock_file("port", str(port)))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return None
+        _held_ports.append(lock)
+        return port
+
+
+def free_port() -> int:
+    """Any TCP port of this machine that is free."""
+    while (port := take_port("", 0)) is None:
+        pass
+    return port
 
 
 _held_ports: list[BaseFileLock] = []
