@@ -173,9 +173,7 @@ def messages(rounds: list[Round]) -> list[dict[str, Any]]:
     for this in rounds:
         shown.append(("user", re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", this.query)))
         if this.forgotten:
-            note = (
-                f"最早的 {this.forgotten} 轮已超出上下文，不再记得 / forgotten, oldest rounds first: {this.forgotten}"
-            )
+            note = f"最早的 {this.forgotten} 轮放不进上下文，已忘记 / oldest rounds forgotten: {this.forgotten}"
             shown.append(("assistant", f"*（{note}）*"))
         if this.answer is not None:
             shown.append(("assistant", this.answer or "*（空 / empty）*"))

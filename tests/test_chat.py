@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 
-from common.chat import process_response, stream_chat
+from common.chat import chat_parser, count_forgotten, load_chat, process_response, stream_chat
+from common.encoding import encode_chat
+from common.errors import UserError
 from common.loading import load_model
-from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -71,3 +73,39 @@ def test_an_error_while_generating_is_raised(demo_tokenizer):
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(RuntimeError, match="nan"):
         list(stream_chat(broken, demo_tokenizer, "你好", do_sample=True, max_new_tokens=4))
+
+
+def test_a_system_prompt_comes_before_the_conversation(small_vocabulary):
+    tokenizer = ChatGLM3Tokenizer(str(small_vocabulary))
+    history = [["u", "a"]]
+    messages = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"))]
+    expected = tokenizer.build_chat_input("v", history=messages)["input_ids"][0].tolist()
+    assert encode_chat(tokenizer, "v", history, "s") == expected
+    assert encode_chat(tokenizer, "v", history) != expected
+
+
+def test_a_system_prompt_is_refused_where_there_are_no_roles(demo_tokenizer):
+    with pytest.raises(UserError, match="--system_prompt"):
+        encode_chat(demo_tokenizer, "v", system="s")
+    with pytest.raises(UserError, match="--system_prompt"):
+        load_chat(chat_parser("").parse_args(["--system_prompt", "s"]))
+
+
+def test_the_oldest_rounds_are_forgotten_one_by_one(demo_tokenizer):
+    history = [["类型#裙", "这条裙子。"], ["类型#裤", "这条裤子。"], ["颜色", "白色。"]]
+    lengths = [len(encode_chat(demo_tokenizer, "价格", history[forgotten:])) for forgotten in range(4)]
+    assert lengths == sorted(set(lengths), reverse=True)
+    for forgotten, length in enumerate(lengths):
+        assert count_forgotten(demo_tokenizer, "价格", history, "", room=length) == forgotten
+    with pytest.raises(UserError, match=f"it has {lengths[-1]} tokens, .* room for {lengths[-1] - 1}"):
+        count_forgotten(demo_tokenizer, "价格", history, "", room=lengths[-1] - 1)
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_a_quantized_model_chats_within_its_context(bits):
+    args = chat_parser("").parse_args(["--model_name_or_path", "demo3", "--quantization_bit", bits])
+    model, tokenizer = load_chat(args)
+    assert args.max_new_tokens == 512  # half of 1,024
+    assert model.is_quantized
+    *_, answer = stream_chat(model, tokenizer, "类型#裙*颜色#白色", system="你是客服。", **GREEDY)
+    assert "白色" in answer
