@@ -33,7 +33,6 @@ from common.errors import UserError, exit_on_user_error, say
 from common.generations import read_config
 from common.loading import is_base, load_model, resolve_model
 from common.locking import take_port
-from common.lora import without_lora
 from common.prefix import without_prefix
 
 USER = "chatglm"  # who may enter where there is a password
@@ -116,13 +115,20 @@ def load(args: argparse.Namespace) -> Chat:
     model, tokenizer = load_chat(args)
     speakers = [Speaker("微调后 / tuned" if trained or second else "ChatGLM", partial(nullcontext, model))]
     if trained and args.compare != "false":
-        speakers.append(
-            Speaker("基座 / base", partial(without_prefix if args.ptuning_checkpoint else without_lora, model))
-        )
+        speakers.append(Speaker("基座 / base", partial(base_context(args), model)))
     elif second:
         base = load_model(second, compute_dtype(model.device), args.quantization_bit, device=model.device)
         speakers.append(Speaker("基座 / base", partial(nullcontext, base)))
     return Chat(speakers, tokenizer, context_length(model), threading.Lock())
+
+
+def base_context(args: argparse.Namespace) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
+    """What makes a model its base for a while, in the same memory."""
+    if args.ptuning_checkpoint:
+        return without_prefix
+    from common.lora import without_lora  # with PEFT, which takes two seconds to import
+
+    return without_lora
 
 
 def base_of(checkpoint: str) -> str:

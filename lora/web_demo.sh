@@ -9,12 +9,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
 case $MODEL in
-    demo | demo3) LR=${LR:-5e-3} ;;
-    *) LR=${LR:-5e-5} ;;
+    demo | demo3) LR=${LR:-5e-3} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
+    *) LR=${LR:-5e-5} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;                      # 4, 8, or empty: 16 bit
 esac
 LORA_RANK=${LORA_RANK:-8}                                # like LR it only names the folder
 CHECKPOINT=${CHECKPOINT-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
-QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bit
 COMPARE=${COMPARE:-auto}                                 # false: without the base model beside it
 SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3 and GLM-4; can be changed in the page
 HOST=${HOST:-127.0.0.1}                                  # 0.0.0.0: reachable from other machines

@@ -234,8 +234,11 @@ def test_lora_is_evaluated_merged_and_asked(lora_run, tmp_path):
     bash("lora/merge.sh", "--dtype", "float32", cwd=tmp_path, CHECKPOINT=checkpoint, OUTPUT_DIR=str(merged))
     question = "类型#裙*颜色#白色*风格#甜美\nstop\n"
     said = [
-        bash("lora/cli_demo.sh", "--temperature", "0", cwd=tmp_path, stdin=question, MODEL=model, CHECKPOINT=adapter)
-        for model, adapter in (("demo3", checkpoint), (str(merged), ""))
+        bash("lora/cli_demo.sh", "--temperature", "0", cwd=tmp_path, stdin=question, **variables)
+        for variables in (
+            {"MODEL": "demo3", "CHECKPOINT": checkpoint},
+            {"MODEL": str(merged), "CHECKPOINT": "", "QUANTIZATION_BIT": ""},
+        )
     ]
     answers = [line for text in said for line in text.stdout.splitlines() if line.startswith("ChatGLM：")]
     assert len(answers) == 2
