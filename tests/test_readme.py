@@ -161,9 +161,9 @@ def commands_of(readme: Path) -> list[Command]:
 @cache
 def chain(script: Path) -> list[Path]:
     """A shell script and those that it starts or sources."""
-    started = re.findall(r'(?:bash|source) "\$\(?[^"/]*"?[^"/]*"?\)?/([^"]+\.sh)"', script.read_text())
-    found = [(ROOT / name if "/" in name and not name.startswith("..") else script.parent / name) for name in started]
-    return [script, *(further.resolve() for file in found for further in chain(file.resolve()))]
+    named = re.findall(r'(?:bash|source) ".*?(\$ROOT)?/([\w./]+\.sh)"', script.read_text())
+    started = [(ROOT if root else script.parent) / name for root, name in named]
+    return [script, *(further for file in started for further in chain(file.resolve()))]
 
 
 def programs_of(file: Path) -> list[Path]:
@@ -171,7 +171,7 @@ def programs_of(file: Path) -> list[Path]:
     if file.suffix == ".py":
         return [file]
     found = [name for script in chain(file) for name in re.findall(r'"\$ROOT/([\w/]+\.py)"', script.read_text())]
-    return [ROOT / name for name in found if name not in ("common/launcher.py", "common/environment.py")]
+    return [ROOT / name for name in found]
 
 
 @cache
@@ -207,7 +207,16 @@ def read_by_python() -> set[str]:
     return {name for text in texts for name in re.findall(r'"([A-Z][A-Z_]+)"', text)}
 
 
-TRACKED = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split())
+def shipped() -> set[str]:
+    """The files of the repository, as git knows them where this is a checkout."""
+    if (ROOT / ".git").exists():
+        return set(subprocess.run(["git", "ls-files"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.split())
+    return {
+        name_of(file) for folder in (*METHODS, "common", "tests", "AdvertiseGen") for file in ROOT.glob(f"{folder}/*")
+    }
+
+
+SHIPPED = shipped()
 
 
 @each_readme
@@ -216,7 +225,7 @@ def test_every_command_names_what_exists(readme):
     commands = [command for command in commands_of(readme) if command.file.name != "run.sh"]
     assert len(commands) >= 6
     for command in commands:
-        assert name_of(command.file) in TRACKED, command
+        assert name_of(command.file) in SHIPPED, command
         programs = programs_of(command.file)
         known = read_by(chain(command.file)) if command.file.suffix == ".sh" else read_by_python()
         assert not command.variables.keys() - known, command
@@ -227,9 +236,9 @@ def test_every_command_names_what_exists(readme):
 @each_readme
 def test_what_the_text_names_exists(readme):
     """Files, variables and flags between backquotes."""
-    scripts = [ROOT / name for name in TRACKED if re.fullmatch(r"(ptuning|lora|full|common|tests)/\w+\.sh", name)]
+    scripts = [ROOT / name for name in SHIPPED if re.fullmatch(r"(ptuning|lora|full|common|tests)/\w+\.sh", name)]
     variables = read_by(scripts)
-    flags = {flag for program in map(ROOT.joinpath, TRACKED) if is_program(program) for flag in flags_of(program)}
+    flags = {flag for program in map(ROOT.joinpath, SHIPPED) if is_program(program) for flag in flags_of(program)}
     for span in spans(prose(readme)):
         for word in span.split():
             if assignment := re.fullmatch(r"([A-Z][A-Z_]{1,})(=.*)?", word):
@@ -237,7 +246,7 @@ def test_what_the_text_names_exists(readme):
         if span.startswith("--"):
             assert span[2:].split()[0] in flags, span
         if re.fullmatch(r"(ptuning|lora|full|common|tests|AdvertiseGen)/[\w/.]+\.(py|sh|yaml|json)", span):
-            assert span in TRACKED, span
+            assert span in SHIPPED, span
 
 
 def is_program(file: Path) -> bool:
