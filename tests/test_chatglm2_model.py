@@ -9,7 +9,8 @@ from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradien
 from transformers import AutoModelForCausalLM
 
 from common.generations import GENERATIONS
-from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, inverse_frequencies
+from common.models import loss
+from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, SwiGLU, inverse_frequencies
 from common.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
 
 CASES = ["train_b4", "train_rounds", "train_trunc"]
@@ -408,3 +409,28 @@ def test_original_state_dict_is_the_original_checkpoint(tiny2_folder, tiny2_mode
     assert ours.keys() == original.keys()
     for name, tensor in original.items():
         assert ours[name].dtype == torch.float16 and torch.equal(ours[name], tensor), name
+
+
+def test_swiglu_is_what_autograd_makes_of_its_formula():
+    torch.manual_seed(0)
+    fused = torch.randn(2, 3, 16, dtype=torch.float64, requires_grad=True)
+    gate, up = fused.chunk(2, dim=-1)
+    assert torch.equal(SwiGLU.apply(fused), torch.nn.functional.silu(gate) * up)
+    assert torch.autograd.gradcheck(SwiGLU.apply, fused)
+
+
+def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 64, bias=False)
+    hidden_states = torch.randn(2, 10, 8, requires_grad=True)
+    labels = torch.randint(64, (2, 10))
+    labels[:, :3] = -100
+    whole = loss.next_token_loss(head, hidden_states, labels)
+    expected = torch.autograd.grad(whole, (hidden_states, head.weight))
+    largest = []
+    head.register_forward_hook(lambda module, inputs, logits: largest.append(len(logits)))
+    monkeypatch.setattr(loss, "LARGEST_PART", 64 * 4)
+    parts = loss.next_token_loss(head, hidden_states, labels)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, (hidden_states, head.weight)), expected)
+    assert largest == [4, 4, 4, 2] + [2, 4, 4, 4]  # 14 labelled positions, forward and again for the gradients
