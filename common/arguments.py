@@ -166,8 +166,24 @@ class DataArguments:
                 raise ValueError(f"--{name} must be at least 1")
 
 
+class BatchSize(int):
+    """A number of rows, or ``auto``: the largest that fits, which common/memory.py finds; until then it is 1."""
+
+    auto: bool
+
+    def __new__(cls, rows: int | str) -> "BatchSize":
+        size = super().__new__(cls, 1 if rows == "auto" else rows)
+        size.auto = rows == "auto"
+        return size
+
+    def __reduce__(self):
+        return int, (int(self),)  # what is saved is a plain number
+
+
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
+    per_device_train_batch_size: BatchSize = told("Rows of a batch on each device; auto: the largest that fits", 8)
+    check_memory: bool = told("Refuse what does not fit into memory by prediction; false: only warn", True)
     output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
     precision: str | None = told("auto, fp32, bf16 or fp16: how to compute; what is trained is kept in fp32 too")
@@ -177,6 +193,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
 
     def __post_init__(self):
+        self.per_device_train_batch_size = BatchSize(self.per_device_train_batch_size)
+        if self.per_device_train_batch_size.auto and self.deepspeed:
+            raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
         if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:
             raise ValueError("a batch must have at least 1 row")
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
@@ -192,6 +211,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.fsdp_config = fsdp_config(self)
         self.engine = "DeepSpeed" if self.deepspeed else "FSDP2" if self.fsdp else "DDP"
         self.offload, self.sharded = offloads(self), is_sharded(self)
+        self.zero = dict(self.deepspeed["zero_optimization"]) if self.deepspeed else {}
         if self.dry_run:  # which looks at the input in one process, whatever engine will run
             self.deepspeed = self.fsdp = None
         join(self)

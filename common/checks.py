@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.engines import check_offload
 from common.errors import UserError
-from common.loading import check_model_folder, empty_model, resolve_model
+from common.loading import check_model_folder, resolve_model
 from common.methods import Method
 from common.output import check_writable
 from common.quantization import packed_bits
@@ -29,9 +28,6 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     complete(model_args, args, folder)
     check_quantization(method, model_args, args, folder)
     method.check(folder, args.do_train)
-    if any(args.offload):
-        count = empty_model(folder).num_parameters()
-        check_offload(args, count, count if method.trains_base else 0)
     if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
         raise UserError(
             f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."

@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import patch_environment
@@ -23,9 +22,6 @@ from common.locking import cache_folder, free_port, guard
 
 if TYPE_CHECKING:
     from common.arguments import TrainingArguments
-
-BYTES_OFFLOADED = 16  # a trained weight on the host: float32 itself, its gradient, and Adam's two moments
-
 
 def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
     """What a flag gives as a JSON file or as JSON itself. Raises UserError where it is missing or broken."""
@@ -114,23 +110,6 @@ def offloads(args: "TrainingArguments") -> tuple[bool, bool]:
     zero = args.deepspeed["zero_optimization"] if args.deepspeed else {}
     optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
     return optimizer.get("device") == "cpu", parameters.get("device") == "cpu"
-
-
-def check_offload(args: "TrainingArguments", weights: int, trained: int) -> None:
-    """Raises UserError where the host's memory is too small for what is to be moved there.
-
-    ``weights``, ``trained``: how many parameters there are, and how many of them are trained.
-    """
-    optimizer, parameters = args.offload
-    here = os.environ.get("PROCESSES_PER_MACHINE") or os.environ.get("LOCAL_WORLD_SIZE") or args.processes
-    share = int(here) / args.processes
-    needed = share * (optimizer * trained * BYTES_OFFLOADED + parameters * weights * 2)
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise UserError(
-            f"offloading needs {needed / 1e9:,.1f} GB of this machine's memory and {available / 1e9:,.1f} GB are free: "
-            "use more machines, a configuration without offload, or LoRA."
-        )
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -23,10 +23,11 @@ from common.checks import SPLITS, check
 from common.collator import TrainCollator
 from common.data import Prepared, prepare_dataset
 from common.encoding import stop_ids
-from common.engines import compute_dtype, sizes
+from common.engines import sizes
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
-from common.methods import Method
+from common.memory import check_memory
+from common.methods import Method, base_dtype
 from common.metrics import score
 from common.output import (
     check_checkpoint,
@@ -49,6 +50,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     folder = check(method, model_args, data_args, args)
+    memory = check_memory(method, model_args, data_args, args, folder)
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     with own(output_dir) if args.owns_output else nullcontext():
@@ -64,7 +66,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             return
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            print_settings(method.name, model, folder, data_args, args)
+            print_settings(method.name, model, folder, data_args, args, memory)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
@@ -101,18 +103,6 @@ def prepare(
             print_prepared(split, prepared)
         data[split] = prepared
     return data
-
-
-def base_dtype(method: Method, args: TrainingArguments) -> torch.dtype:
-    """float32 where the weights themselves are trained; else what was asked for, or 16 bit where that computes fast.
-
-    DeepSpeed keeps a float32 copy of trained 16-bit weights itself.
-    """
-    if args.do_train and method.trains_base and not (args.deepspeed and (args.fp16 or args.bf16)):
-        return torch.float32
-    if args.fp16 or args.bf16:
-        return torch.float16 if args.fp16 else torch.bfloat16
-    return compute_dtype(args.device)
 
 
 def build_model(method: Method, model_args: ModelArguments, args: TrainingArguments, folder: Path) -> PreTrainedModel:

@@ -8,7 +8,12 @@ PYTHON=$(python3 "$ROOT/common/environment.py" requirements.txt ${EXTRA_REQUIREM
 
 # launch PROGRAM FLAGS...: one process a device, NUM_GPUS of them (default: all that are visible); on CPUs NUM_PROCESSES
 # (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT; see launcher.py.
+# PRINT_FLAGS=true only prints what would be started, a word a line.
 launch() {
+    if [ -n "${PRINT_FLAGS:-}" ]; then
+        printf '%s\n' "$@"
+        return
+    fi
     "$PYTHON" "$ROOT/common/launcher.py" "$@"
 }
 

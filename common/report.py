@@ -82,7 +82,7 @@ def peak_memory() -> dict[str, str]:
 
 
 def print_settings(
-    method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments
+    method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments, memory: str
 ) -> None:
     """What is about to run, in numbers."""
     total, trainable = sizes(model, args)
@@ -90,6 +90,7 @@ def print_settings(
         "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
         f"{torch.get_num_threads()} threads each",
+        "memory": memory,
         "lengths": f"{data_args.max_source_length} + {data_args.max_target_length} tokens",
         "output": args.output_dir,
     }

@@ -1,0 +1,357 @@
+"""How much memory a training or an evaluation will take: predicted before anything is loaded, from config.json alone.
+
+The model itself says what it keeps: built on the meta device, where tensors have shapes and no content, it does one
+step of training or generation, while every storage that comes and goes is counted. Written down here is only what meta
+tensors do otherwise than a CPU or a GPU does, and how engines spread what there is over processes.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.autograd._functions import MatMul8bitFp
+from bitsandbytes.functional import QuantState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from common.arguments import PrefixArguments
+from common.methods import Method
+from common.prefix import attach_prefix, check_prefix
+
+CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
+BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise
+GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
+HEADS = ("lm_head", "output_layer")  # never quantized
+aten = torch.ops.aten
+WORKSPACE = {  # what an operator allocates and frees inside, in bytes
+    "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
+    "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much memory is needed, beside the model and the method. A batch size of 0: that is not done."""
+
+    batch_size: int
+    source_length: int
+    target_length: int
+    all_labelled: bool = False  # whether every token may be learned, as of conversations and plain text
+    bits: int | None = None
+    dtype: torch.dtype = torch.float32  # of the model's own weights, where they are not quantized
+    autocast: torch.dtype | None = None
+    checkpointing: bool = False
+    accumulates: bool = False
+    evaluation_batch_size: int = 0  # rows whose loss is computed without gradients
+    generation_batch_size: int = 0  # rows, times beams, that are answered together
+    device: str = "cuda"
+    processes: int = 1
+    engine: str = "DDP"  # or DeepSpeed, or FSDP2
+    zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
+    offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, of the weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted bytes: of one process on its device at its peak, by what holds them, and of all its host memory."""
+
+    weights: int  # that are not trained
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int  # dequantized weights, buckets, gathered shards
+    offloaded: int  # in the host's memory
+
+    @property
+    def total(self) -> int:
+        """What is to be on the device."""
+        parts = (self.weights, self.trained, self.gradients, self.optimizer)
+        return sum(parts) + self.activations + self.logits + self.workspace
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all storages that are made under it for as long as somebody holds them, by what they hold.
+
+    ``labels``: how many positions a boolean mask selects, which meta tensors can't say.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int, labels: int, device: str):
+        super().__init__()
+        self.vocabulary, self.labels = vocabulary, labels
+        self.unit = 512 if device == "cuda" else 64
+        self.sums: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        # What holds weights is counted apart.
+        self.live = {tensor.untyped_storage()._cdata: ("weights", 0) for tensor in stored_tensors(model)}
+
+    def hold(self, tensor: Tensor, kind: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.live:
+            return
+        size = -(-storage.nbytes() // self.unit) * self.unit
+        self.live[storage._cdata] = (kind, size)
+        self.sums[kind] += size
+        weakref.finalize(storage, self.release, storage._cdata)
+        self.note()
+
+    def release(self, key: int) -> None:
+        kind, size = self.live.pop(key)
+        self.sums[kind] -= size
+
+    def rename(self, tensor: Tensor, kind: str) -> None:
+        key = tensor.untyped_storage()._cdata
+        was, size = self.live[key]
+        self.live[key] = (kind, size)
+        self.sums[was] -= size
+        self.sums[kind] += size
+
+    def note(self, workspace: float = 0) -> None:
+        now = self.sums + Counter(workspace=int(workspace))
+        if now.total() > self.peak.total():
+            self.peak = now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in WORKSPACE:
+            self.note(WORKSPACE[func.name()](*args))
+        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
+            out = args[0].new_empty(self.labels, *args[0].shape[args[1][0].ndim :])
+        else:
+            out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+                kind = "workspace" if "dequantize" in func.name() else "logits" if logits else "activations"
+                self.hold(tensor, kind)
+        return out
+
+
+def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Everything that holds weights: parameters, buffers, and what bitsandbytes keeps beside quantized ones."""
+    for module in model.modules():
+        yield from module.parameters(recurse=False)
+        yield from module.buffers(recurse=False)
+        yield from vars(module).get("scales", ())
+
+
+def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
+    """What bitsandbytes makes of a layer: NF4 with double quantization, or int8 with a scale for each row."""
+    rows, columns = linear.weight.shape
+    kind: Any = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
+    flags: dict[str, Any] = {"quant_type": "nf4", "compute_dtype": dtype} if bits == 4 else {"has_fp16_weights": False}
+    layer = kind(columns, rows, linear.bias is not None, device="meta", **flags).requires_grad_(False)
+    if linear.bias is not None:
+        layer.bias = linear.bias
+    if bits == 4:
+        blocks = -(-rows * columns // 64)
+        scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(256)]
+        second = QuantState(scales[1], code=scales[2], blocksize=256, dtype=torch.float32)
+        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, torch.empty(()), second)
+        packed = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8)
+        layer.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
+        )
+    else:
+        layer.weight = bnb.nn.Int8Params(
+            torch.empty(rows, columns, dtype=torch.int8), requires_grad=False, has_fp16_weights=False
+        )
+        scales = [torch.empty(rows)]
+        layer.state.CB, layer.state.SCB = layer.weight.data, scales[0]
+    layer.scales = scales
+    return layer
+
+
+def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> PreTrainedModel:
+    """The model with what is to be trained, on the meta device."""
+    with torch.device("meta"):
+        make = model_class if model_class.__name__.startswith("ChatGLM") else model_class.from_config
+        model = make(config).to(setup.dtype)
+        for name, module in [*model.named_modules()] if setup.bits else ():
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS:
+                model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
+        prefix = PrefixArguments(**{key: method.load_flags.get(key) for key in vars(PrefixArguments())})
+        if prefix.ptuning_checkpoint:
+            tensors = check_prefix(prefix.ptuning_checkpoint)
+            attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
+        elif prefix.pre_seq_len:
+            attach_prefix(model, prefix.pre_seq_len, bool(prefix.prefix_projection))
+        return method.attach(model)
+
+
+@contextmanager
+def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
+    """Lets meta tensors take the operators of the device, and cast as autocast does. Yields the weights that it cast."""
+    linear, cast_weights = F.linear, []
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if setup.autocast:
+            query, key, value = (x.to(setup.autocast) for x in (query, key, value))
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        bias = None
+        if attn_mask is not None:
+            bias = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
+        if setup.device == "cpu":
+            flash = aten._scaled_dot_product_flash_attention_for_cpu
+            return flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)[0]
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale
+        )[0]
+
+    def autocast_linear(inputs, weight, bias=None):
+        weight, bias = (x if x is None else x.to(setup.autocast) for x in (weight, bias))
+        if torch._C._current_graph_task_id() == -1:  # autocast keeps them for the rest of the forward pass
+            cast_weights.append(weight)
+        return linear(inputs.to(setup.autocast), weight, bias)
+
+    def dropout(inputs, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(inputs, p, True)[0] if training and p else inputs
+
+    def rms_norm(inputs, shape, weight=None, eps=None):
+        return aten._fused_rms_norm(inputs, shape, weight, eps)[0]
+
+    def matmul_8bit(inputs, weight, state, bias=None, **_):
+        return MatMul8bitFp.apply(inputs, weight, None, bias, state)
+
+    with ExitStack() as stack:
+        replaced = {"scaled_dot_product_attention": attention}
+        if setup.device == "cuda":
+            replaced |= {"dropout": dropout, "rms_norm": rms_norm}
+        elif setup.batch_size:
+            stack.enter_context(patch.object(bnb, "matmul", matmul_8bit))
+        if setup.autocast:
+            replaced["linear"] = autocast_linear
+        for name, function in replaced.items():
+            stack.enter_context(patch.object(F, name, function))
+        yield cast_weights
+
+
+def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_weights: list[Tensor]) -> None:
+    """One step without its optimizer, whose states are counted apart."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(lambda weight: allocations.rename(weight.grad, "gradients"))
+    if setup.checkpointing:
+        model.activation_checkpointing_enable()
+    model.train()
+    for _ in range(1 + setup.accumulates):
+        batch = rows(setup.batch_size, setup.source_length + setup.target_length)
+        count = torch.ones((), device="meta")
+        loss = model(**batch, labels=batch["input_ids"], loss_only=True, use_cache=False, num_items_in_batch=count).loss
+        cast_weights.clear()
+        torch.autograd.backward(loss)
+        del loss, batch
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, setup: Setup, allocations: Allocations) -> None:
+    """The loss of a batch, and the answers to one: the whole question, then a last token with all before it cached."""
+    model.eval()
+    if setup.evaluation_batch_size:
+        batch = rows(setup.evaluation_batch_size, setup.source_length + setup.target_length)
+        model(**batch, labels=batch["input_ids"], loss_only=True, use_cache=False)
+    if not setup.generation_batch_size:
+        return
+    for cached in (0, setup.source_length + setup.target_length - 1):
+        before, cache = allocations.peak, None
+        if cached:
+            batch = rows(setup.generation_batch_size, cached)
+            cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
+            allocations.peak = before
+        batch = rows(setup.generation_batch_size, cached + 1 if cached else setup.source_length)
+        batch["input_ids"] = batch["input_ids"][:, cached:]
+        out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out.logits[:, -1].float()  # in which generate() chooses
+        del out, cache
+
+
+def rows(batch_size: int, length: int) -> dict[str, Tensor]:
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> Plan:
+    """The peak of one process. ``model_class``, ``config``: as ``Generation`` names them."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer's call
+    model = skeleton(model_class, config, method, setup)
+    labels = setup.target_length + setup.all_labelled * setup.source_length
+    stored = {id(tensor): (tensor.nbytes, tensor.requires_grad) for tensor in stored_tensors(model)}
+    frozen = sum(size for size, is_trained in stored.values() if not is_trained)
+    trained = sum(size for size, is_trained in stored.values() if is_trained)
+    numel = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    peaks = []
+    with kernels_of(setup) as cast_weights:
+        if setup.batch_size:
+            with Allocations(model, config.vocab_size, setup.batch_size * labels, setup.device) as allocations:
+                train(model, setup, allocations, cast_weights)
+            peaks.append(allocations.peak)
+            model.zero_grad()
+            del allocations
+    with kernels_of(replace(setup, batch_size=0, autocast=None)):
+        with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.device) as allocations:
+            evaluate(model, setup, allocations)
+        peaks.append(allocations.peak)
+        if setup.generation_batch_size and setup.device == "cpu" and setup.dtype == torch.float32:
+            peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the head, packed for the CPU
+    peak = max(peaks, key=Counter.total)
+    parts = {name: peak[name] for name in ("gradients", "activations", "logits", "workspace")}
+    plan = Plan(frozen, trained, optimizer=8 * numel * bool(setup.batch_size), offloaded=0, **parts)
+    return spread(plan, model, numel, setup)
+
+
+def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Plan:
+    """What one of several processes holds of the plan of a single one. ``trained``: how many parameters are."""
+    n, zero = setup.processes, setup.zero
+    everything = model.num_parameters()
+    if setup.engine == "DDP":
+        return replace(plan, workspace=plan.workspace + 4 * trained * (n > 1))  # its buckets
+    if setup.engine == "FSDP2":
+        units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+        layer = max(sum(weight.numel() for weight in unit.parameters()) for unit in units)
+        root = everything - sum(weight.numel() for unit in units for weight in unit.parameters())
+        gathered = (setup.autocast or setup.dtype).itemsize * (root + 2 * layer)
+        whole_gradients = 4 * layer * bool(plan.gradients)
+        shards = {name: vars(plan)[name] // n for name in ("weights", "trained", "gradients", "optimizer")}
+        moved = sum(shards.values()) if any(setup.offload) else 0
+        if moved:
+            shards = dict.fromkeys(shards, 0)
+        return replace(plan, **shards, workspace=plan.workspace + gathered + whole_gradients, offloaded=moved)
+    size, stage, shared = setup.dtype.itemsize, zero.get("stage", 0), n if zero.get("stage", 0) else 1
+    optimizer = (8 + 4 * (size < 4)) * trained // shared  # with the float32 weights that the optimizer works on
+    gradients = (size + 4) * trained // n if stage > 1 else size * trained
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    if setup.device == "cpu":  # where memory that is never written to takes nothing
+        bucket = min(bucket, trained)
+    buckets = bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1)
+    weights, workspace, offloaded = plan.weights, plan.workspace + buckets * bool(stage), 0
+    own = size * trained
+    if stage == 3:
+        weights, own = weights // n, own // n
+        workspace += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
+    if setup.offload[0]:
+        offloaded, optimizer, gradients = 16 * trained // shared, 0, 0
+    if setup.offload[1]:
+        offloaded, weights, own = offloaded + 2 * everything // n, 0, 0
+    return replace(
+        plan,
+        weights=weights,
+        trained=own,
+        gradients=gradients,
+        optimizer=optimizer,
+        workspace=workspace,
+        offloaded=offloaded,
+    )

@@ -1,0 +1,184 @@
+"""Predicted memory beside measured: small models of every generation, by every method, bits, batch, length, checkpointing.
+
+    python tests/bench/memory.py                          the grid, in this process
+    python tests/bench/memory.py --only chatglm3-lora     what has this in its name
+    python tests/bench/memory.py --host                   some settings, beside the peak of a process of their own too
+
+Each setting is a few steps of main.py on random weights. On a CPU the measure is the highest sum of what PyTorch's own
+allocator handed out, weights included, as its profiler records it; on a GPU torch.cuda.max_memory_allocated.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
+
+from common.arguments import parse_arguments
+from common.finetune import run
+from common.generations import GENERATIONS
+from common.loading import DEMOS
+from common.memory import METHODS, case_of_arguments
+from common.report import console
+
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
+
+ALLOWED = 0.1  # of the measured, by which a prediction may be off
+SHAPES = {  # hidden size, layers, heads, inner size, vocabulary
+    "chatglm": (256, 6, 4, 1024, 20480),
+    "chatglm2": (256, 6, 4, 704, 32768),
+    "chatglm3": (256, 8, 4, 704, 65024),
+}
+FLAGS = {"ptuning": ["--pre_seq_len", "64"], "lora": [], "full": []}
+
+
+@dataclass(frozen=True)
+class Setting:
+    generation: str
+    method: str
+    bits: int | None = None
+    rows: int = 4
+    source: int = 64
+    target: int = 64
+    checkpointing: bool = False
+    accumulation: int = 1
+
+    def __str__(self) -> str:
+        bits = f"{self.bits} bit" if self.bits else "32 bit"
+        extra = ", checkpointing" * self.checkpointing + f", {self.accumulation} batches a step" * (self.accumulation > 1)
+        return f"{self.generation}-{self.method}, {bits}, {self.rows} x ({self.source} + {self.target}){extra}"
+
+
+GRID = [
+    *(Setting(name, method) for name in SHAPES for method in FLAGS),
+    *(Setting(name, method, bits) for name in SHAPES for method in ("ptuning", "lora") for bits in (4, 8)),
+    Setting("chatglm", "ptuning", 4, 1, checkpointing=True, accumulation=4),
+    Setting("chatglm", "lora", None, 4, 128, 256, checkpointing=True),
+    Setting("chatglm", "full", None, 8, 64, 64, checkpointing=True),
+    Setting("chatglm2", "ptuning", 4, 2, 128, 128, checkpointing=True),
+    Setting("chatglm2", "lora", 8, 4, 128, 128, checkpointing=True),
+    Setting("chatglm2", "full", None, 2, 32, 32, accumulation=2),
+    Setting("chatglm3", "ptuning", None, 8, 64, 64, checkpointing=True),
+    Setting("chatglm3", "lora", None, 8, 128, 256, checkpointing=True),
+    Setting("chatglm3", "lora", 4, 2, 32, 256),
+    Setting("chatglm3", "full", None, 4, 64, 192, checkpointing=True),
+    Setting("chatglm3", "lora", None, 16, 32, 32),
+]
+
+
+def make_model(generation: str, folder: Path) -> Path:
+    """Random weights in float16 with the vocabulary of the demos."""
+    hidden, layers, heads, inner, vocabulary = SHAPES[generation]
+    demo = DEMOS["demo" if generation == "chatglm" else "demo3"]
+    kind = GENERATIONS[generation]
+    sizes = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
+    if generation == "chatglm":
+        sizes |= {"inner_hidden_size": inner, "vocab_size": vocabulary}
+    else:
+        sizes |= {"ffn_hidden_size": inner, "kv_channels": hidden // heads, "padded_vocab_size": vocabulary}
+    stored = json.loads((demo / "config.json").read_text())
+    if generation != "chatglm":
+        stored["generation"] = generation
+    torch.manual_seed(0)
+    model: PreTrainedModel = kind.model(kind.config(**(stored | sizes))).half()
+    model.save_pretrained(folder)
+    for name in (kind.vocabulary, "tokenizer_config.json"):
+        shutil.copy(demo / name, folder)
+    if generation == "chatglm2":
+        (folder / "tokenizer_config.json").write_text('{"generation": "chatglm2"}')
+    return folder
+
+
+def write_rows(file: Path, count: int) -> Path:
+    """Rows that fill the lengths: prediction is about the longest."""
+    row = {"content": "类型#裙*颜色#红色*" * 200, "summary": "这条红色的裙子非常好看，" * 200}
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for _ in range(count)), encoding="utf-8")
+    return file
+
+
+def flags_of(setting: Setting, model: Path, data: Path, output: Path) -> list[str]:
+    flags = ["--do_train", "--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output)]
+    flags += ["--prompt_column", "content", "--response_column", "summary", "--max_steps", "3", "--report_to", "none"]
+    flags += ["--max_source_length", str(setting.source), "--max_target_length", str(setting.target)]
+    flags += ["--per_device_train_batch_size", str(setting.rows), "--save_strategy", "no", "--disable_tqdm", "true"]
+    flags += ["--gradient_accumulation_steps", str(setting.accumulation)]
+    flags += ["--activation_checkpointing", str(setting.checkpointing)]
+    flags += ["--quantization_bit", str(setting.bits)] if setting.bits else []
+    return [*flags, *FLAGS[setting.method]]
+
+
+def train(setting: Setting, folder: Path, model: Path) -> int:
+    """Trains as main.py does. Returns the predicted peak in bytes."""
+    arguments, make = METHODS[setting.method]
+    data = write_rows(folder / "rows.json", 3 * setting.rows * setting.accumulation)
+    model_args, method_args, *others = parse_arguments(arguments, flags_of(setting, model, data, folder / "out"))
+    method = make(method_args)
+    predicted = case_of_arguments(method, model_args, *others, model).plan().total
+    run(method, model_args, *others)
+    return predicted
+
+
+def allocator_peak(recorded: profile) -> int:
+    """The highest sum of what the CPU's allocator had handed out and not got back."""
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest
+
+
+def measure(setting: Setting, model: Path) -> tuple[int, int]:
+    """(predicted, measured) bytes of a training in this process."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            return train(setting, Path(folder), model), torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+            predicted = train(setting, Path(folder), model)
+        return predicted, allocator_peak(recorded)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of the names of the settings to measure")
+    args = parser.parse_args()
+    table = Table(title="peak memory in MB", title_justify="left")
+    for column in ("setting", "predicted", "measured", "ratio"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as name:
+        models = {generation: make_model(generation, Path(name) / generation) for generation in SHAPES}
+        for setting in GRID:
+            if args.only not in str(setting):
+                continue
+            predicted, measured = measure(setting, models[setting.generation])
+            ratio = predicted / measured
+            worst = max(worst, abs(ratio - 1))
+            row = [str(setting), f"{predicted / 1e6:,.1f}", f"{measured / 1e6:,.1f}", f"{ratio:.3f}"]
+            table.add_row(*row)
+            print(*row, sep="  ", file=sys.stderr, flush=True)
+    console().print(table)
+    console().print(f"{len(table.rows)} settings, the worst is off by {worst:.1%}")
+    sys.exit(worst > ALLOWED)
+
+
+if __name__ == "__main__":
+    main()
