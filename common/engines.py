@@ -23,6 +23,7 @@ from common.locking import cache_folder, free_port, guard
 if TYPE_CHECKING:
     from common.arguments import TrainingArguments
 
+
 def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
     """What a flag gives as a JSON file or as JSON itself. Raises UserError where it is missing or broken."""
     if not isinstance(given, str):

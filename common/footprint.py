@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
@@ -23,14 +24,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from common.arguments import PrefixArguments
 from common.methods import Method
-from common.prefix import attach_prefix, check_prefix
+from common.prefix import PrefixEncoder, attach_prefix, check_prefix
 
 CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
+NO_PREFIX: dict[str, Any] = vars(PrefixArguments())
 HEADS = ("lm_head", "output_layer")  # never quantized
 aten = torch.ops.aten
 WORKSPACE = {  # what an operator allocates and frees inside, in bytes
@@ -176,12 +179,12 @@ def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: 
     """The model with what is to be trained, on the meta device."""
     with torch.device("meta"):
         make = model_class if model_class.__name__.startswith("ChatGLM") else model_class.from_config
-        model = make(config).to(setup.dtype)
-        for name, module in [*model.named_modules()] if setup.bits else ():
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS:
+        model = make(deepcopy(config)).to(setup.dtype)
+        for name, module in [*model.named_modules()]:
+            if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS:
                 model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
-        prefix = PrefixArguments(**{key: method.load_flags.get(key) for key in vars(PrefixArguments())})
+        prefix = PrefixArguments(**{name: method.load_flags.get(name, default) for name, default in NO_PREFIX.items()})
         if prefix.ptuning_checkpoint:
             tensors = check_prefix(prefix.ptuning_checkpoint)
             attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
@@ -192,7 +195,7 @@ def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: 
 
 @contextmanager
 def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
-    """Lets meta tensors take the operators of the device, and cast as autocast does. Yields the weights that it cast."""
+    """Lets meta tensors take the operators of the device, and cast as autocast does. Yields what weights it cast."""
     linear, cast_weights = F.linear, []
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -228,7 +231,7 @@ def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
         return MatMul8bitFp.apply(inputs, weight, None, bias, state)
 
     with ExitStack() as stack:
-        replaced = {"scaled_dot_product_attention": attention}
+        replaced: dict[str, Any] = {"scaled_dot_product_attention": attention}
         if setup.device == "cuda":
             replaced |= {"dropout": dropout, "rms_norm": rms_norm}
         elif setup.batch_size:
@@ -258,7 +261,7 @@ def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_w
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, setup: Setup, allocations: Allocations) -> None:
+def evaluate(model: PreTrainedModel, setup: Setup) -> None:
     """The loss of a batch, and the answers to one: the whole question, then a last token with all before it cached."""
     model.eval()
     if setup.evaluation_batch_size:
@@ -266,17 +269,21 @@ def evaluate(model: PreTrainedModel, setup: Setup, allocations: Allocations) -> 
         model(**batch, labels=batch["input_ids"], loss_only=True, use_cache=False)
     if not setup.generation_batch_size:
         return
-    for cached in (0, setup.source_length + setup.target_length - 1):
-        before, cache = allocations.peak, None
-        if cached:
-            batch = rows(setup.generation_batch_size, cached)
-            cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-            allocations.peak = before
-        batch = rows(setup.generation_batch_size, cached + 1 if cached else setup.source_length)
-        batch["input_ids"] = batch["input_ids"][:, cached:]
-        out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        out.logits[:, -1].float()  # in which generate() chooses
-        del out, cache
+    count, end = setup.generation_batch_size, setup.source_length + setup.target_length
+    config, prefix = model.config, sum(x.pre_seq_len for x in model.modules() if isinstance(x, PrefixEncoder))
+    answer(model, rows(count, setup.source_length), 0, None)
+    shape = (count, config.num_key_value_heads, prefix + end - 1, config.head_dim)
+    cache = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.empty(2, *shape, dtype=setup.dtype, device="meta").unbind(), layer)
+    answer(model, rows(count, end), end - 1, cache)
+
+
+def answer(model: PreTrainedModel, batch: dict[str, Tensor], cached: int, cache: DynamicCache | None) -> None:
+    """What generate() does for a token."""
+    batch["input_ids"] = batch["input_ids"][:, cached:]
+    out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out.logits[:, -1].float()
 
 
 def rows(batch_size: int, length: int) -> dict[str, Tensor]:
@@ -303,7 +310,7 @@ def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: S
             del allocations
     with kernels_of(replace(setup, batch_size=0, autocast=None)):
         with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.device) as allocations:
-            evaluate(model, setup, allocations)
+            evaluate(model, setup)
         peaks.append(allocations.peak)
         if setup.generation_batch_size and setup.device == "cpu" and setup.dtype == torch.float32:
             peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the head, packed for the CPU

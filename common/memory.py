@@ -1,7 +1,7 @@
 """Does it fit? Predicted memory beside what there is, before anything is loaded; what to change; the largest batch.
 
-    bash common/memory.sh                          what a training script needs, told by the same variables
-    python common/memory.py --table                the three 6B models by method and bits, as Markdown
+bash common/memory.sh                          what a training script needs, told by the same variables
+python common/memory.py --table                the three 6B models by method and bits, as Markdown
 """
 
 import os
@@ -63,8 +63,8 @@ class Case(NamedTuple):
     def plan(self) -> Plan:
         return predict(self.generation.model, self.config, self.method, self.setup)
 
-    def changed(self, **setup: Any) -> "Case":
-        return self._replace(setup=replace(self.setup, **setup))
+    def changed(self, method: Method | None = None, **setup: Any) -> "Case":
+        return self._replace(method=method or self.method, setup=replace(self.setup, **setup))
 
 
 def shape_of(name: str) -> tuple[Generation, PreTrainedConfig]:
@@ -197,62 +197,58 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
 
 def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) -> str:
     """The two cheapest changes of which each suffices alone; where none does, the first few that do together."""
-    alone = []
-    together, words = case, []
-    for name, changed in changes(case, args):
-        if fits(changed(case).plan()):
+    alone: list[str] = []
+    together: dict[str, str] = {}
+    all_changed, enough = case, False
+    for flag, name, change in changes(case, args):
+        if fits(case.changed(**change).plan()):
             alone.append(name)
         if len(alone) == 2:
             break
-        if not alone and not (words and fits(together.plan())):
-            together = changed(together)
-            words.append(name)
+        if not alone and not enough:
+            together[flag] = name
+            all_changed = all_changed.changed(**change)
+            enough = fits(all_changed.plan())
     if alone:
         return " or ".join(alone) + " makes it fit"
-    if fits(together.plan()):
-        return " and ".join(words) + " together make it fit"
+    if enough:
+        return " and ".join(together.values()) + " together make it fit"
     return "no change that is known here makes it fit; it takes a smaller model or more memory"
 
 
-def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, Callable[[Case], Case]]]:
-    """What can be changed, from what costs least on, in words and as what it makes of a case."""
-    setup, method = case.setup, case.method
-    trains = setup.batch_size > 0
+def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """What can be changed, from what costs least on: its kind, in words, and what becomes of the setup and method."""
+    setup = case.setup
+    trains, trains_base = setup.batch_size > 0, setup.batch_size > 0 and case.method.trains_base
     if trains and not setup.checkpointing:
-        yield "--activation_checkpointing true", lambda case: case.changed(checkpointing=True)
-    size = setup.generation_batch_size or setup.evaluation_batch_size
-    if size > 1:
-        smaller = {"generation_batch_size": min(1, setup.generation_batch_size), "evaluation_batch_size": 0}
-        yield "--per_device_eval_batch_size 1", lambda case: case.changed(**smaller)
+        yield "checkpointing", "--activation_checkpointing true", {"checkpointing": True}
+    if max(setup.generation_batch_size, setup.evaluation_batch_size) > 1:
+        sizes = {name: min(1, vars(setup)[name]) for name in ("generation_batch_size", "evaluation_batch_size")}
+        yield "eval", "--per_device_eval_batch_size 1", sizes
     accumulated = setup.batch_size * args.gradient_accumulation_steps
-    for rows in sorted({max(1, setup.batch_size // 4), 1} - {setup.batch_size, 0}, reverse=True):
+    for rows in sorted({setup.batch_size // 4, min(setup.batch_size, 1)} - {setup.batch_size, 0}, reverse=True):
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulated // rows}"
-        if trains and accumulated % rows == 0:
-            yield flags, lambda case, rows=rows: case.changed(batch_size=rows, accumulates=True)
-    if setup.bits != 4 and not (trains and method.trains_base) and not args.sharded:
-        yield "--quantization_bit 4", lambda case: case.changed(bits=4)
-    shorter = (setup.source_length // 2, setup.target_length // 2)
-    flags = f"--max_source_length {shorter[0]}" + f" --max_target_length {shorter[1]}" * (shorter[1] > 0)
-    if trains:
-        yield flags, lambda case: case.changed(source_length=shorter[0], target_length=shorter[1])
-    if trains and method.trains_base:
-        if setup.device == "cuda":
-            more = {"engine": "DeepSpeed", "dtype": torch.bfloat16, "autocast": None}
-            for count in (2, 4, 8):
+        if accumulated % rows == 0:
+            yield "batch", flags, {"batch_size": rows, "accumulates": True}
+    if setup.bits != 4 and not trains_base and not args.sharded:
+        yield "bits", "--quantization_bit 4", {"bits": 4}
+    source, target = setup.source_length // 2, setup.target_length // 2
+    flags = f"--max_source_length {source}" + f" --max_target_length {target}" * (target > 0)
+    yield "lengths", flags, {"source_length": source, "target_length": target}
+    if not trains_base:
+        return
+    if setup.device == "cuda":
+        sharded = {"engine": "DeepSpeed", "dtype": torch.bfloat16, "autocast": None, "zero": {"stage": 3}}
+        for count in (2, 4, 8):
+            if count > setup.processes:
                 name = f"{count} GPUs with --deepspeed full/ds_zero_3.json"
-                zero: dict = {**more, "zero": {"stage": 3}, "processes": count}
-                if count > setup.processes:
-                    yield name, lambda case, zero=zero: case.changed(**zero)
-            offload: dict = {**more, "zero": {"stage": 3}, "offload": (True, True)}
-            yield "--deepspeed full/ds_zero_3_offload.json", lambda case: case.changed(**offload)
-        dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
-        plain: dict = {"dtype": dtype, "autocast": None, "engine": "DDP", "zero": {}, "offload": (False, False)}
-        low_rank = lora(LoraArguments())
-        yield "LoRA (lora/train.sh)", lambda case: case._replace(method=low_rank).changed(**plain)
-        yield (
-            "LoRA with --quantization_bit 4",
-            lambda case: case._replace(method=low_rank).changed(**plain, bits=4),
-        )
+                yield "engine", name, sharded | {"processes": count}
+        yield "engine", "--deepspeed full/ds_zero_3_offload.json", sharded | {"offload": (True, True)}
+    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    single = {"engine": "DDP", "dtype": dtype, "autocast": None, "zero": {}, "offload": (False, False)}
+    low_rank = single | {"method": lora(LoraArguments())}
+    yield "method", "LoRA (lora/train.sh)", low_rank
+    yield "method", "LoRA (lora/train.sh) with --quantization_bit 4", low_rank | {"bits": 4}
 
 
 def flags_of(script: str, **variables: str) -> list[str]:

@@ -199,11 +199,14 @@ def test_precision_is_one_word():
     ]
 
 
+HUGE = {"hidden_size": 131072, "num_layers": 10, "num_attention_heads": 1024}
+
+
 def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
     """The size is read off config.json: here that of a model of 2 * 10^12 parameters."""
     shutil.copytree(demo_folder, tmp_path / "model")
     config = json.loads((demo_folder / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"hidden_size": 131072, "num_layers": 10}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | HUGE))
     flags = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(ROOT / "AdvertiseGen" / "train.json")]
     flags += ["--do_train", "--dry_run", "--deepspeed", str(ROOT / "full" / "ds_zero_3_offload.json")]
     model_args, full_args, *others = parse_arguments(FullArguments, [*flags, "--output_dir", str(tmp_path / "out")])

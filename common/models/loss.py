@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LARGEST_PART = 2**25  # logits that are held at once: at 14 bytes each while they are differentiated, half a gigabyte
+LARGEST_PART = 2**25  # logits that are held at once: 0.4 GB, three times in float32, while they are differentiated
 
 
 def next_token_loss(

@@ -1,4 +1,4 @@
-"""Predicted memory beside measured: small models of every generation, by every method, bits, batch, length, checkpointing.
+"""Predicted memory beside measured: small models of every generation by method, bits, batch, lengths, checkpointing.
 
     python tests/bench/memory.py                          the grid, in this process
     python tests/bench/memory.py --only chatglm3-lora     what has this in its name
@@ -12,9 +12,7 @@ import argparse
 import gc
 import json
 import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -60,7 +58,9 @@ class Setting:
 
     def __str__(self) -> str:
         bits = f"{self.bits} bit" if self.bits else "32 bit"
-        extra = ", checkpointing" * self.checkpointing + f", {self.accumulation} batches a step" * (self.accumulation > 1)
+        extra = ", checkpointing" * self.checkpointing + f", {self.accumulation} batches a step" * (
+            self.accumulation > 1
+        )
         return f"{self.generation}-{self.method}, {bits}, {self.rows} x ({self.source} + {self.target}){extra}"
 
 
