@@ -5,7 +5,6 @@ step of training or generation, while every storage that comes and goes is count
 tensors do otherwise than a CPU or a GPU does, and how engines spread what there is over processes.
 """
 
-import logging
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -29,12 +28,12 @@ from transformers.cache_utils import DynamicCache
 from common.arguments import PrefixArguments
 from common.methods import Method
 from common.prefix import PrefixEncoder, attach_prefix, check_prefix
+from common.quantization import NOT_QUANTIZED
 
 CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
 NO_PREFIX: dict[str, Any] = vars(PrefixArguments())
-HEADS = ("lm_head", "output_layer")  # never quantized
 aten = torch.ops.aten
 WORKSPACE = {  # what an operator allocates and frees inside, in bytes
     "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
@@ -181,7 +180,7 @@ def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: 
         make = model_class if model_class.__name__.startswith("ChatGLM") else model_class.from_config
         model = make(deepcopy(config)).to(setup.dtype)
         for name, module in [*model.named_modules()]:
-            if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in HEADS:
+            if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
                 model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
         model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
         prefix = PrefixArguments(**{name: method.load_flags.get(name, default) for name, default in NO_PREFIX.items()})
@@ -293,7 +292,6 @@ def rows(batch_size: int, length: int) -> dict[str, Tensor]:
 
 def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> Plan:
     """The peak of one process. ``model_class``, ``config``: as ``Generation`` names them."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every layer's call
     model = skeleton(model_class, config, method, setup)
     labels = setup.target_length + setup.all_labelled * setup.source_length
     stored = {id(tensor): (tensor.nbytes, tensor.requires_grad) for tensor in stored_tensors(model)}
