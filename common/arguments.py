@@ -193,7 +193,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     include_num_input_tokens_seen: str = told("Which tokens are counted for the summary", "non_padding")
 
     def __post_init__(self):
-        self.per_device_train_batch_size = BatchSize(self.per_device_train_batch_size)
+        if not isinstance(self.per_device_train_batch_size, BatchSize):
+            self.per_device_train_batch_size = BatchSize(self.per_device_train_batch_size)
         if self.per_device_train_batch_size.auto and self.deepspeed:
             raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
         if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:

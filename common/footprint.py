@@ -5,6 +5,7 @@ step of training or generation, while every storage that comes and goes is count
 tensors do otherwise than a CPU or a GPU does, and how engines spread what there is over processes.
 """
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import PrefixArguments
+from common.lora import load_adapter
 from common.methods import Method
 from common.prefix import PrefixEncoder, attach_prefix, check_prefix
 from common.quantization import NOT_QUANTIZED
@@ -176,7 +178,8 @@ def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
 
 def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> PreTrainedModel:
     """The model with what is to be trained, on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the weights of an adapter go nowhere
         make = model_class if model_class.__name__.startswith("ChatGLM") else model_class.from_config
         model = make(deepcopy(config)).to(setup.dtype)
         for name, module in [*model.named_modules()]:
@@ -189,7 +192,8 @@ def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: 
             attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
         elif prefix.pre_seq_len:
             attach_prefix(model, prefix.pre_seq_len, bool(prefix.prefix_projection))
-        return method.attach(model)
+        adapter = method.load_flags.get("adapter")
+        return load_adapter(model, adapter) if adapter else method.attach(model)
 
 
 @contextmanager

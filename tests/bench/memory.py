@@ -81,9 +81,9 @@ GRID = [
 ]
 
 
-def make_model(generation: str, folder: Path) -> Path:
-    """Random weights in float16 with the vocabulary of the demos."""
-    hidden, layers, heads, inner, vocabulary = SHAPES[generation]
+def make_model(generation: str, folder: Path, shape: tuple[int, ...] | None = None) -> Path:
+    """Random weights in float16 with the vocabulary of the demos; ``shape``: as in SHAPES."""
+    hidden, layers, heads, inner, vocabulary = shape or SHAPES[generation]
     demo = DEMOS["demo" if generation == "chatglm" else "demo3"]
     kind = GENERATIONS[generation]
     sizes = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}

@@ -1,0 +1,108 @@
+"""Predicted memory: as much as is measured, refused with what would fit, the largest batch that fits."""
+
+import json
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
+
+import memory as bench
+
+from common import memory
+from common.arguments import LoraArguments, parse_arguments
+from common.errors import UserError
+from common.finetune import run
+from common.memory import Case, case_of, flags_of
+from common.methods import lora
+
+MEASURED = [  # of 3 layers, with a vocabulary of 8192
+    bench.Setting("chatglm", "ptuning", 4, 1, 32, 64, checkpointing=True, accumulation=2),
+    bench.Setting("chatglm", "full", None, 2, 32, 32),
+    bench.Setting("chatglm2", "lora", 8, 2, 64, 64),
+    bench.Setting("chatglm3", "lora", None, 4, 64, 192, checkpointing=True),
+]
+
+
+@pytest.mark.parametrize("setting", MEASURED, ids=str)
+def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
+    model = bench.make_model(setting.generation, tmp_path / "model", shape=(128, 3, 4, 352, 8192))
+    predicted, measured = bench.measure(setting, model)
+    assert predicted == pytest.approx(measured, rel=bench.ALLOWED)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """LoRA of ChatGLM3-6B with the defaults of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens."""
+    return case_of("lora", flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT=""), "cuda")[0]
+
+
+def test_the_6b_models_keep_their_limits(case):
+    plan = case.plan()
+    assert plan.weights == 12_487_168_000  # bytes in 16 bit, but for the 64 of inv_freq
+    assert plan.total < 14.0e9
+    small = case.changed(bits=4, batch_size=1, source_length=64, target_length=65, generation_batch_size=0)
+    assert small.plan().total < 5.2e9
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ({"checkpointing": False}, {"checkpointing": True}),
+        ({"batch_size": 4}, {"batch_size": 2, "accumulates": True}),
+        ({"bits": 8}, {"bits": 4}),
+        ({"bits": None}, {"bits": 8}),
+        ({"target_length": 513}, {"target_length": 65}),
+        ({"processes": 2, "engine": "DDP"}, {"processes": 2, "engine": "FSDP2"}),
+    ],
+)
+def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
+    shallow = case._replace(config=case.generation.config(num_layers=8, padded_vocab_size=8192))
+    assert shallow.changed(**more).plan().total > shallow.changed(**less).plan().total
+
+
+FLAGS = """--do_train --train_file {data} --prompt_column content --response_column summary --model_name_or_path demo3
+--max_source_length 32 --max_target_length 32 --max_steps 2 --report_to none --output_dir {output}"""
+
+
+def train(tmp_path, *flags: str, available: float) -> None:
+    """A training of the demo where that many bytes are free."""
+    data = bench.write_rows(tmp_path / "rows.json", 8)
+    argv = [*FLAGS.format(data=data, output=tmp_path / "out").split(), *flags]
+    model_args, lora_args, *others = parse_arguments(LoraArguments, argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "there_is", lambda args: int(available))
+        run(lora(lora_args), model_args, *others)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
+    with pytest.raises(UserError) as error:
+        train(tmp_path, "--per_device_train_batch_size", "64", "--dry_run", available=120e6)
+    assert str(error.value).startswith("this needs about 0.4 GB of memory (activations ")
+    assert "and 0.1 GB are free on cpu: " in str(error.value)
+    assert "--per_device_train_batch_size 16 --gradient_accumulation_steps 4 or " in str(error.value)
+
+
+def test_a_switch_makes_a_warning_of_the_refusal(tmp_path, capsys):
+    train(tmp_path, "--per_device_train_batch_size", "64", "--check_memory", "false", "--dry_run", available=120e6)
+    assert "warning: this needs about 0.4 GB" in capsys.readouterr().err
+
+
+def test_a_batch_size_is_chosen_and_kept_when_the_training_goes_on(tmp_path, capsys):
+    auto = ["--per_device_train_batch_size", "auto", "--save_steps", "1"]
+    train(tmp_path, *auto, available=150e6)
+    assert "batch size 16: the largest power of two that fits into 0.1 GB" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "out" / "run_settings.json").read_text())
+    assert settings["rows_per_step"] == 16
+    train(tmp_path, *auto, "--max_steps", "3", available=psutil.virtual_memory().total)
+    assert "batch size 16: as in the training that" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_a_batch_size_is_a_number_or_auto():
+    with pytest.raises(UserError, match="invalid BatchSize value: 'big'"):
+        parse_arguments(LoraArguments, ["--per_device_train_batch_size", "big"])
+    with pytest.raises(UserError, match="auto: under DeepSpeed give a number"):
+        parse_arguments(LoraArguments, ["--per_device_train_batch_size", "auto", "--deepspeed", "{}"])
