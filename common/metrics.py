@@ -4,7 +4,6 @@ import logging
 from statistics import fmean
 
 import jieba
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 from common.locking import cache_folder, guard
@@ -26,6 +25,8 @@ def score_pair(prediction: str, reference: str) -> dict[str, float] | None:
 
     ROUGE: F1 on jieba's words. BLEU-4: on characters, smoothing method 3 of nltk.
     """
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # half a second that most starts can spare
+
     words = " ".join(jieba.cut(prediction)), " ".join(jieba.cut(reference))
     try:
         rouge = Rouge().get_scores(*words)[0]

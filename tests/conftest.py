@@ -19,8 +19,6 @@ sys.path.insert(0, str(ROOT))
 SESSION_CACHE = tempfile.TemporaryDirectory(prefix="chatglm-tests-")
 os.environ["CHATGLM_CACHE"] = SESSION_CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
-# But for what DeepSpeed compiles, which takes most of a minute: once a machine, not once a run of the tests.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "chatglm-tuning" / "test-extensions"))
 
 import numpy as np
 import pytest
@@ -31,6 +29,8 @@ from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 pytest_plugins = ["conftest_chatglm2"]
+# The longest tests run first, so that no core is idle at the end; in a file those that share a training stand first.
+LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
 
 TINY_WEIGHTS_SHA256 = "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984"
 # The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
@@ -75,6 +75,10 @@ TOKENIZER_CONFIG = {
     "num_image_tokens": 0,
     "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def draw_tiny_weights() -> dict[str, Tensor]:

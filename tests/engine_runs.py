@@ -2,13 +2,16 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from engine_program import SAMPLE
+from torch import nn
 
 from common.loading import load_model
 
@@ -28,16 +31,20 @@ METHODS = {
 STEPS, ROWS = 4, 4  # rows: of a step, over all processes
 
 
-def start(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> subprocess.Popen:
-    """Starts a training of STEPS steps with a checkpoint in the middle, unless ``flags`` say otherwise."""
+def command_of(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> list[str]:
+    """A training of STEPS steps with a checkpoint in the middle, unless ``flags`` say otherwise."""
     program, *own = METHODS[method]
-    command = [sys.executable, str(ROOT / "common" / "launcher.py"), str(ROOT / "tests" / "engine_program.py")]
-    command += [str(ROOT / program), "--do_train", "--train_file", str(ROOT / "AdvertiseGen" / "train.json")]
+    command = [str(ROOT / program), "--do_train", "--train_file", str(ROOT / "AdvertiseGen" / "train.json")]
     command += ["--prompt_column", "content", "--response_column", "summary", "--model_name_or_path", "demo"]
     command += ["--max_source_length", "32", "--max_target_length", "32", "--max_train_samples", "64"]
     command += ["--per_device_train_batch_size", str(ROWS // processes), "--output_dir", str(folder)]
     command += ["--max_steps", str(STEPS), "--save_steps", str(STEPS // 2), "--logging_steps", "1"]
-    command += ["--disable_tqdm", "true", "--learning_rate", "1e-3", *own, *ENGINES[engine], *flags]
+    return [*command, "--disable_tqdm", "true", "--learning_rate", "1e-3", *own, *ENGINES[engine], *flags]
+
+
+def start(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "common" / "launcher.py"), str(ROOT / "tests" / "engine_program.py")]
+    command += command_of(method, engine, folder, *flags, processes=processes)
     environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -53,6 +60,16 @@ def train(method: str, engine: str, folder: Path, *flags: str, processes: int = 
     """The loss of every step of a training that must succeed."""
     code, said = run(method, engine, folder, *flags, processes=processes)
     assert code == 0, said[-6000:]
+    return losses(folder)
+
+
+def train_here(method: str, folder: Path, *flags: str) -> list[float]:
+    """The same in this process, which need not be started, without any engine."""
+    command = command_of(method, "DDP", folder, *flags, processes=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Dropout, "forward", lambda self, inputs: inputs)
+        patch.setattr(sys, "argv", command)
+        runpy.run_path(command[0], run_name="__main__")
     return losses(folder)
 
 

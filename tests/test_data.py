@@ -244,6 +244,6 @@ def test_one_of_several_processes_prepares_the_data(tmp_path, demo_folder, monke
     file = write_lines(tmp_path / "rows.json", ROWS * 500)
     command = [sys.executable, "-c", PREPARE, str(file)]
     root = Path(__file__).resolve().parents[1]
-    jobs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    jobs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(job.communicate()[0].strip() for job in jobs)
-    assert said == ["1500 False", "1500 True", "1500 True"]
+    assert said == ["1500 False", "1500 True"]

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from engine_runs import STEPS, interrupt, reload_difference, run, start, train
+from engine_runs import STEPS, command_of, interrupt, reload_difference, start, train, train_here
 from safetensors.torch import load_file
 
 from common import finetune
@@ -50,7 +50,7 @@ def one_process(tmp_path_factory):
     def expected(method: str) -> tuple[list[float], Path]:
         if method not in done:
             folder = tmp_path_factory.mktemp(method) / "out"
-            done[method] = train(method, "DDP", folder, *FURTHER[method], processes=1), folder
+            done[method] = train_here(method, folder, *FURTHER[method]), folder
         return done[method]
 
     return expected
@@ -100,9 +100,10 @@ def test_the_official_deepspeed_file_runs_unchanged(one_process, tmp_path):
         torch.equal(weight, saved[name]) for name, weight in live.state_dict().items() if name != "lm_head.weight"
     )
 
-    code, said = run("full", "DDP", output, *flags, "--max_steps", "6", processes=1)
-    assert code == 2
-    assert "was written by 2 processes" in said and "over 1" in said and "Traceback" not in said
+    command = command_of("full", "DDP", output, *flags, "--max_steps", "6", "--dry_run", processes=1)
+    model_args, full_args, *others = parse_arguments(FullArguments, command[1:])
+    with pytest.raises(UserError, match="was written by 2 processes.* over 1"):
+        finetune.run(full(full_args), model_args, *others)
 
 
 def test_a_prefix_under_zero_1(one_process, tmp_path):

@@ -2,8 +2,7 @@
 
 import csv
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -305,13 +304,14 @@ def test_half_a_character_is_refused_wherever_it_stands(surrogate_in, tmp_path, 
 
 
 @pytest.mark.parametrize("file", ["loss_text.json", "two_questions.json"])
-def test_the_program_ends_with_one_sentence_and_code_2(file, tmp_path):
-    command = [sys.executable, ROOT / "lora" / "main.py", "--do_train", "--dry_run", "--use_cpu"]
-    command += ["--model_name_or_path", "demo", "--conversation_column", "messages"]
-    command += ["--train_file", BAD_INPUTS / file, "--output_dir", tmp_path / "out"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
-    assert ended.returncode == 2, ended.stderr
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+def test_the_program_ends_with_one_sentence_and_code_2(file, tmp_path, monkeypatch, capsys):
+    program = str(ROOT / "lora" / "main.py")
+    flags = ["--do_train", "--dry_run", "--use_cpu", "--model_name_or_path", "demo"]
+    flags += ["--conversation_column", "messages", "--train_file", str(BAD_INPUTS / file)]
+    monkeypatch.setattr(sys, "argv", [program, *flags, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(program, run_name="__main__")
+    assert leaving.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert f"{BAD_INPUTS / file}, line 2" in errors[0]
-    assert "Traceback" not in ended.stderr
