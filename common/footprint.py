@@ -129,6 +129,8 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() in WORKSPACE:
             self.note(WORKSPACE[func.name()](*args))
+        if func is aten._local_scalar_dense.default:  # whether a mask hides nothing: the answer that takes most
+            return False
         if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
             out = args[0].new_empty(self.labels, *args[0].shape[args[1][0].ndim :])
         else:

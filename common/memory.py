@@ -30,11 +30,12 @@ from common.arguments import (
     TrainingArguments,
     parse_arguments,
 )
+from common.download import fetch_config
 from common.errors import UserError, exit_on_user_error, say
 from common.files import read_json
 from common.footprint import CUDA_CONTEXT, Plan, Setup, predict
 from common.generations import GENERATIONS, Generation, generation_of
-from common.loading import resolve_model
+from common.loading import DEMOS, resolve_model
 from common.machines import number, whole_number
 from common.methods import Method, base_dtype, full, lora, p_tuning
 from common.output import SETTINGS_FILE
@@ -73,7 +74,8 @@ def shape_of(name: str) -> tuple[Generation, PreTrainedConfig]:
     if plain in PLAIN_NAMES and not Path(name).is_dir():
         generation = GENERATIONS[PLAIN_NAMES[plain]]
         return generation, generation.config()
-    folder = resolve_model(name)
+    local = name in DEMOS or Path(name).is_dir()
+    folder = resolve_model(name) if local else fetch_config(name).parent
     generation = generation_of(folder)
     return generation, generation.config.from_pretrained(folder)
 
@@ -290,7 +292,8 @@ def print_plan(case: Case, plan: Plan, device_memory: float) -> None:
     bits = f"{setup.bits} bit" if setup.bits else str(setup.dtype).removeprefix("torch.")
     console().print(
         f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
-        f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, {setup.processes} x {setup.engine}"
+        f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
+        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}"
         + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
     )
 

@@ -46,10 +46,10 @@ class PrefixEncoder(nn.Module):
             )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, batch_size: int) -> Tensor:
+    def forward(self, batch_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys and values of all layers, [layers, 2, b, h, pre_seq_len, d]; dropout differs from row to row."""
         tokens = torch.arange(self.pre_seq_len, device=self.embedding.weight.device)
-        keys_values = self.trans(self.embedding(tokens))
+        keys_values = self.trans(self.embedding(tokens)).to(dtype)  # before there is a copy for each row
         keys_values = keys_values.view(self.pre_seq_len, self.num_layers, 2, *self.kv_shape).permute(1, 2, 3, 0, 4)
         return self.dropout(keys_values.unsqueeze(2).expand(-1, -1, batch_size, -1, -1, -1))
 

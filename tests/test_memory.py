@@ -6,6 +6,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import GlmConfig, GlmForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
@@ -15,6 +17,7 @@ from common import memory
 from common.arguments import LoraArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
+from common.generations import GENERATIONS
 from common.memory import Case, case_of, flags_of
 from common.methods import lora
 
@@ -61,6 +64,15 @@ def test_the_6b_models_keep_their_limits(case):
 def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
     shallow = case._replace(config=case.generation.config(num_layers=8, padded_vocab_size=8192))
     assert shallow.changed(**more).plan().total > shallow.changed(**less).plan().total
+
+
+def test_models_of_transformers_are_predicted_too(case):
+    config = GlmConfig(num_hidden_layers=2, vocab_size=1024, pad_token_id=0, hidden_size=128, intermediate_size=256)
+    plan = case._replace(generation=GENERATIONS["glm"], config=config).plan()
+    with torch.device("meta"):
+        parameters = GlmForCausalLM(config).num_parameters()
+    assert 2 * parameters <= plan.weights <= 2 * parameters + 1000  # with the frequencies of its rotary embedding
+    assert plan.activations > plan.trained > 0
 
 
 FLAGS = """--do_train --train_file {data} --prompt_column content --response_column summary --model_name_or_path demo3

@@ -273,7 +273,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
         prefixes = [None] * len(self.layers)
         if self.prefix_encoder is not None and cached == 0:  # later steps find the prefix in the cache
-            prefixes = self.prefix_encoder(input_ids.shape[0]).to(hidden_states.dtype)
+            prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
         for layer, prefix in zip(self.layers, prefixes, strict=True):
             hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
         return BaseModelOutputWithPast(

@@ -296,7 +296,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         rotary = tuple(table.to(hidden_states.dtype).unsqueeze(2) for table in (angles.cos(), angles.sin()))
         prefixes = [None] * len(self.encoder.layers)
         if self.prefix_encoder is not None and cached == 0:  # later steps find the prefix in the cache
-            prefixes = self.prefix_encoder(input_ids.shape[0]).to(hidden_states.dtype)
+            prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
         for layer, prefix in zip(self.encoder.layers, prefixes, strict=True):
             hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
         return BaseModelOutputWithPast(
