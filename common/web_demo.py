@@ -86,9 +86,10 @@ Conversation = list[list[Round]]  # of every speaker its own
 
 def main() -> None:
     args = web_parser().parse_args()
+    port = find_port(args.host, args.port)
     chat = load(args)
     warm_up(chat)
-    serve(build_page(chat, args), args)
+    serve(build_page(chat, args), port, args)
 
 
 def web_parser() -> argparse.ArgumentParser:
@@ -255,21 +256,24 @@ def connect(chat: Chat, conversation, columns, box, settings, stop, retry, undo,
             yield [gr.skip()] * (1 + len(columns))
             return
         try:
-            generation = generation_settings(max_new_tokens, temperature, top_p)
+            generation = generation_settings(int(max_new_tokens), temperature, top_p)
             field: Any = ""  # emptied once: the next question may be typed while this one is answered
             for _ in reply(chat, conversation, query.strip(), system, generation):
                 yield [field, *show(conversation)]
                 field = gr.skip()
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            gr.Warning(str(error), title="提示 / note")  # the question stays in its field
+            yield [gr.skip()] * (1 + len(columns))
 
     def take_back(conversation: Conversation) -> str:
         return [rounds.pop().query for rounds in conversation if rounds][0] if conversation[0] else ""
 
     def ask_again(conversation: Conversation, *settings):
-        query = take_back(conversation)
-        for _, *shown in ask(query, conversation, *settings):
+        before = [list(rounds) for rounds in conversation]
+        for _, *shown in ask(take_back(conversation), conversation, *settings):
             yield [gr.skip(), *shown]
+        if len(conversation[0]) < len(before[0]):  # it was refused
+            conversation[:] = before
 
     def undo_last(conversation: Conversation) -> list:
         return [take_back(conversation), *show(conversation)]
@@ -296,29 +300,31 @@ def connect(chat: Chat, conversation, columns, box, settings, stop, retry, undo,
     )
 
 
-def serve(page: gr.Blocks, args: argparse.Namespace) -> None:
+def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C."""
     password = os.environ.get("PASSWORD")
-    port = find_port(args.host, args.port)
     if not password and (args.share == "true" or args.host not in ("127.0.0.1", "localhost")):
         say("warning: everybody who can reach this page may use it: set PASSWORD to ask for one.")
-    _, url, _ = page.launch(
-        server_name=args.host,
-        server_port=port,
-        share=args.share == "true",
-        auth=(USER, password) if password else None,
-        auth_message=f"用户名 / user name: {USER}",
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
-        css=CSS,
-        head=ONLY_FROM_HERE,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        show_error=True,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
+    try:
+        _, url, _ = page.launch(
+            server_name=args.host,
+            server_port=port,
+            share=args.share == "true",
+            auth=(USER, password) if password else None,
+            auth_message=f"用户名 / user name: {USER}",
+            theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
+            css=CSS,
+            head=ONLY_FROM_HERE,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            show_error=True,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"port {port} was taken while the model was loaded: start again.") from error
     login = f", user name {USER} and your PASSWORD" if password else ""
     print(f"网页已就绪 / ready: {url} (Ctrl-C 结束 / ends it{login})", flush=True)
     try:
