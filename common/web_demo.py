@@ -197,7 +197,7 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
             columns = [
                 gr.Chatbot(
                     label=speaker.title,
-                    placeholder="输入问题，开始对话<br>ask something to begin",
+                    placeholder="输入问题，开始对话（Shift+回车换行）<br>ask away (Shift+Enter: new line)",
                     elem_classes=["chat", "pair"] if len(chat.speakers) == 2 else "chat",
                     buttons=["copy"],
                     feedback_options=None,
@@ -207,7 +207,7 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
             ]
         box = gr.Textbox(
             show_label=False,
-            placeholder="回车发送，Shift+回车换行 / Enter sends, Shift+Enter begins a new line",
+            placeholder="回车发送 / Enter sends",
             max_lines=8,
             submit_btn="发送 / send",
             autofocus=True,
