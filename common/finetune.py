@@ -40,7 +40,14 @@ from common.output import (
     start_run,
 )
 from common.predict import generate_answers
-from common.report import print_first_row, print_prepared, print_scores, print_settings, print_training_summary
+from common.report import (
+    peak_memory,
+    print_first_row,
+    print_prepared,
+    print_scores,
+    print_settings,
+    print_training_summary,
+)
 from common.shards import load_shards
 from common.trainer import FinetuneTrainer
 
@@ -65,17 +72,17 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             return
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            print_settings(method.name, model, folder, data_args, args, memory)
+            print_settings(method.name, model, folder, data_args, args, memory.sentence)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_run(output_dir, settings, method.files, args.overwrite_output_dir and checkpoint is None)
-            train(trainer, data["train"], tokenizer, checkpoint)
+            train(trainer, data["train"], tokenizer, checkpoint, memory.predicted)
         if args.do_eval:
             evaluate(method, trainer, data_args)
         if args.do_predict:
-            predict(method, trainer, tokenizer, data["test"], data_args)
+            predict(method, trainer, tokenizer, data["test"], data_args, memory.predicted)
     state = PartialState()
     state.wait_for_everyone()  # who leaves while others still talk to it can take them along
     state.destroy_process_group()
@@ -154,7 +161,11 @@ def build_trainer(
 
 
 def train(
-    trainer: FinetuneTrainer, data: Prepared, tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+    trainer: FinetuneTrainer,
+    data: Prepared,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Path | None,
+    predicted_memory: int,
 ) -> None:
     """Trains, from a checkpoint where there is one, and saves what was trained into the output folder."""
     args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
@@ -181,7 +192,9 @@ def train(
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite(None)
     trainer.save_model()
-    trainer.save_metrics("train", metrics | {"trainable_parameters": trainable})
+    tokens = trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"]
+    memory = {"predicted_memory": predicted_memory, **peak_memory()}
+    trainer.save_metrics("train", metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start["global_step"]
@@ -190,7 +203,7 @@ def train(
             metrics,
             steps,
             samples=steps * args.rows_per_step,
-            tokens=trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"],
+            tokens=tokens,
             saved_to=Path(args.output_dir),
         )
 
@@ -262,6 +275,7 @@ def predict(
     tokenizer: PreTrainedTokenizerBase,
     data: Prepared,
     data_args: DataArguments,
+    predicted_memory: int,
 ) -> None:
     """Writes generated_predictions.txt, one {"labels", "predict"} a line, and scores it; beside the base if asked."""
     args, references = trainer.args, list(data.questions["reference"])
@@ -278,7 +292,8 @@ def predict(
         columns[name] = score(answers, references)
     metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
     metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
-    trainer.save_metrics("predict", metrics | {"predict_samples": len(references)})
+    memory = {"predicted_memory": predicted_memory, **peak_memory()}
+    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
     if trainer.is_world_process_zero():
         print_scores(columns)
         print(f"predictions: {Path(args.output_dir) / 'generated_predictions.txt'}", flush=True)

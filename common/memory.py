@@ -53,6 +53,13 @@ METHODS: dict[str, tuple[type, Callable[[Any], Method]]] = {
 PLAIN_NAMES = {"chatglm-6b": "chatglm", "chatglm2-6b": "chatglm2", "chatglm3-6b": "chatglm3"}
 
 
+class Memory(NamedTuple):
+    """What check_memory found: bytes at the peak of one process, and the same beside what there is, in words."""
+
+    predicted: int
+    sentence: str
+
+
 class Case(NamedTuple):
     """A training or an evaluation whose memory is asked for."""
 
@@ -146,8 +153,8 @@ def case_of_arguments(
 
 def check_memory(
     method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, folder: Path
-) -> str:
-    """Raises UserError where it can't fit; chooses the batch size where that is asked for. Returns a line to print."""
+) -> Memory:
+    """Raises UserError where it can't fit; chooses the batch size where that is asked for."""
     case, available = case_of_arguments(method, model_args, data_args, args, folder), there_is(args)
     if args.do_train and args.per_device_train_batch_size.auto:
         case = choose_batch_size(case, args, data_args, available)
@@ -159,7 +166,7 @@ def check_memory(
         if args.check_memory:
             raise UserError(sentence)
         say(f"warning: {sentence}")
-    return f"{gb(plan.total)} predicted at the peak, {gb(available)} free"
+    return Memory(plan.total, f"{gb(plan.total)} predicted at the peak, {gb(available)} free")
 
 
 def lacking(plan: Plan, available: int, args: TrainingArguments) -> str:

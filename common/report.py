@@ -72,12 +72,13 @@ def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
             console().print(f"{name}: {scores['empty']} empty predictions or references count as 0")
 
 
-def peak_memory() -> dict[str, str]:
-    """Peak memory of this process, and of its accelerator where it has one."""
+def peak_memory() -> dict[str, int]:
+    """Peak memory of this process in bytes, and of its accelerator where it has one."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    peaks = {"peak host memory": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"}
+    peaks = {"peak_host_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.accelerator.is_available():
-        peaks["peak device memory"] = f"{torch.accelerator.max_memory_allocated() / 1e9:.2f} GB"
+        peaks["peak_device_memory"] = torch.accelerator.max_memory_allocated()
+        peaks["reserved_device_memory"] = torch.accelerator.max_memory_reserved()
     return peaks
 
 
@@ -125,7 +126,7 @@ def print_training_summary(
             "steps": steps,
             "time": f"{seconds:,.1f} s",
             "speed": f"{tokens / seconds:,.0f} tokens/s, {samples / seconds:,.2f} samples/s",
-            **peak_memory(),
+            **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
             "saved to": saved_to,
         },
     )

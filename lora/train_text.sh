@@ -17,6 +17,7 @@ LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
 LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
+# BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-5e-3} MAX_STEPS=${MAX_STEPS:-250}
@@ -57,4 +58,5 @@ launch "$ROOT/lora/main.py" \
     --lora_dropout "$LORA_DROPOUT" \
     ${LORA_TARGET:+--lora_target "$LORA_TARGET"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"

@@ -17,6 +17,7 @@ HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files h
 CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold whole conversations, instead of the three
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
+# BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
 case $MODEL in
     demo | demo3)
         PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}
@@ -58,4 +59,5 @@ launch "$ROOT/ptuning/main.py" \
     --learning_rate "$LR" \
     --pre_seq_len "$PRE_SEQ_LEN" \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"

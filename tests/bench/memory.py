@@ -81,7 +81,7 @@ GRID = [
 ]
 
 
-def make_model(generation: str, folder: Path, shape: tuple[int, ...] | None = None) -> Path:
+def make_model(generation: str, folder: Path, shape: tuple[int, ...] | None = None, device: str = "cpu") -> Path:
     """Random weights in float16 with the vocabulary of the demos; ``shape``: as in SHAPES."""
     hidden, layers, heads, inner, vocabulary = shape or SHAPES[generation]
     demo = DEMOS["demo" if generation == "chatglm" else "demo3"]
@@ -95,8 +95,14 @@ def make_model(generation: str, folder: Path, shape: tuple[int, ...] | None = No
     if generation != "chatglm":
         stored["generation"] = generation
     torch.manual_seed(0)
-    model: PreTrainedModel = kind.model(kind.config(**(stored | sizes))).half()
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.model(kind.config(**(stored | sizes))).half()
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, weight in model.named_parameters():
+        weight.data.normal_(1.0 if "norm" in name else 0.0, 0.02)
     model.save_pretrained(folder)
+    del model
     for name in (kind.vocabulary, "tokenizer_config.json"):
         shutil.copy(demo / name, folder)
     if generation == "chatglm2":
