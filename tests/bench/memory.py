@@ -2,7 +2,6 @@
 
     python tests/bench/memory.py                          the grid, in this process
     python tests/bench/memory.py --only chatglm3-lora     what has this in its name
-    python tests/bench/memory.py --host                   some settings, beside the peak of a process of their own too
 
 Each setting is a few steps of main.py on random weights. On a CPU the measure is the highest sum of what PyTorch's own
 allocator handed out, weights included, as its profiler records it; on a GPU torch.cuda.max_memory_allocated.
