@@ -23,7 +23,7 @@ esac
 LORA_RANK=${LORA_RANK:-8}                                # like LR it only names the folder
 CHECKPOINT=${CHECKPOINT:-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 OUTPUT_DIR=${OUTPUT_DIR:-$CHECKPOINT}
-EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
+EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}
 
 launch "$ROOT/lora/main.py" \
     --do_predict \
