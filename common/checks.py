@@ -7,7 +7,7 @@ from common.errors import UserError
 from common.loading import check_model_folder, resolve_model
 from common.methods import Method
 from common.output import check_writable
-from common.quantization import packed_bits
+from common.quantization import checkpointing_of, packed_bits
 from common.rows import find_files
 from common.shards import read_manifest
 
@@ -38,9 +38,10 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
 
 def complete(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
     """A packed checkpoint says its bits; and where bits save memory, checkpointing does too, unless it is off."""
-    model_args.quantization_bit = model_args.quantization_bit or packed_bits(folder)
-    if args.may_checkpoint and args.do_train and model_args.quantization_bit:
+    bits = model_args.quantization_bit = model_args.quantization_bit or packed_bits(folder)
+    if args.may_checkpoint and args.do_train and bits:
         args.activation_checkpointing = True
+    args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
 
 
 def check_quantization(method: Method, model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:

@@ -30,7 +30,7 @@ from common.arguments import PrefixArguments
 from common.lora import load_adapter
 from common.methods import Method
 from common.prefix import PrefixEncoder, attach_prefix, check_prefix
-from common.quantization import NOT_QUANTIZED
+from common.quantization import NOT_QUANTIZED, checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise
@@ -254,7 +254,10 @@ def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_w
     for weight in trained:
         weight.register_post_accumulate_grad_hook(lambda weight: allocations.rename(weight.grad, "gradients"))
     if setup.checkpointing:
-        model.activation_checkpointing_enable()
+        how = checkpointing_of(setup.bits)
+        if how["use_reentrant"]:
+            model.enable_input_require_grads()
+        model.activation_checkpointing_enable(how)
     model.train()
     for _ in range(1 + setup.accumulates):
         batch = rows(setup.batch_size, setup.source_length + setup.target_length)

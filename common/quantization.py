@@ -44,6 +44,11 @@ def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def checkpointing_of(bits: int | None) -> dict[str, bool]:
+    """How activations are checkpointed. LLM.int8() keeps the inputs of its layers unless no graph is built at first."""
+    return {"use_reentrant": bits == 8}
+
+
 def packed_bits(folder: Path) -> int | None:
     """4 or 8 where the weights of a folder are packed as the original code does it."""
     return read_config(folder).get("quantization_bit") or None

@@ -194,14 +194,15 @@ def test_30_steps_in_4_bit_follow_those_in_32(method, tmp_path):
     torch.testing.assert_close(quantized, whole, rtol=0.03, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("flags", "checkpoints"),
-    [("--quantization_bit 8", True), ("--quantization_bit 8 --activation_checkpointing false", False), ("", False)],
-)
-def test_bits_ask_for_checkpointed_activations(flags, checkpoints, tmp_path):
-    finetune("lora", f"--max_steps 1 {flags}", tmp_path)
-    args = torch.load(tmp_path / "training_args.bin", weights_only=False)
-    assert args.activation_checkpointing is checkpoints
+@pytest.mark.parametrize("method", ["ptuning", "lora"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bits_ask_for_checkpointed_activations_which_change_nothing(method, bits, tmp_path):
+    flags = f"--quantization_bit {bits} --max_steps 3"
+    losses = finetune(method, flags, tmp_path / "on")
+    args = torch.load(tmp_path / "on" / "training_args.bin", weights_only=False)
+    assert args.activation_checkpointing is True
+    assert finetune(method, f"{flags} --activation_checkpointing false", tmp_path / "off") == losses
+    assert len(set(losses)) == 3
 
 
 def test_packed_weights_are_mapped_and_not_read(tmp_path):
