@@ -64,6 +64,12 @@ class Setup:
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
     offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, of the weights
 
+    @property
+    def loss_flags(self) -> dict[str, bool]:
+        """How the Trainer asks for a loss."""
+        sharded = self.engine == "FSDP2" or self.zero.get("stage") == 3
+        return {"loss_only": True, "loss_in_parts": not sharded, "use_cache": False}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -262,7 +268,7 @@ def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_w
     for _ in range(1 + setup.accumulates):
         batch = rows(setup.batch_size, setup.source_length + setup.target_length)
         count = torch.ones((), device="meta")
-        loss = model(**batch, labels=batch["input_ids"], loss_only=True, use_cache=False, num_items_in_batch=count).loss
+        loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=count, **setup.loss_flags).loss
         cast_weights.clear()
         torch.autograd.backward(loss)
         del loss, batch
@@ -274,7 +280,7 @@ def evaluate(model: PreTrainedModel, setup: Setup) -> None:
     model.eval()
     if setup.evaluation_batch_size:
         batch = rows(setup.evaluation_batch_size, setup.source_length + setup.target_length)
-        model(**batch, labels=batch["input_ids"], loss_only=True, use_cache=False)
+        model(**batch, labels=batch["input_ids"], **setup.loss_flags)
     if not setup.generation_batch_size:
         return
     count, end = setup.generation_batch_size, setup.source_length + setup.target_length

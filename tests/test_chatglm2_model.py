@@ -434,3 +434,5 @@ def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, (hidden_states, head.weight)), expected)
     assert largest == [4, 4, 4, 2] + [2, 4, 4, 4]  # 14 labelled positions, forward and again for the gradients
+    torch.testing.assert_close(loss.next_token_loss(head, hidden_states, labels, in_parts=False), whole)
+    assert largest[8:] == [14]

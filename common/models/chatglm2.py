@@ -328,12 +328,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         loss_only: bool = False,
+        loss_in_parts: bool = True,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
 
-        The loss is that of ``next_token_loss``. With ``loss_only`` no logits are returned, and those of positions
-        without a label are never computed.
+        The loss is that of ``next_token_loss``, of which ``loss_in_parts`` is a flag. With ``loss_only`` no logits are
+        returned, and those of positions without a label are never computed.
         """
         outputs = self.transformer(
             input_ids,
@@ -348,7 +349,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if not loss_only:
             logits = self.transformer.output_layer(slice_logits_to_keep(hidden_states, logits_to_keep))
         if labels is not None:
-            loss = next_token_loss(self.transformer.output_layer, hidden_states, labels, logits, num_items_in_batch)
+            head = self.transformer.output_layer
+            loss = next_token_loss(head, hidden_states, labels, logits, num_items_in_batch, loss_in_parts)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
