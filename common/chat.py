@@ -37,7 +37,7 @@ def chat_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model_name_or_path", default="demo", help="demo, demo3, a folder, or a hub id")
     parser.add_argument("--ptuning_checkpoint", help="folder of a trained prefix")
     parser.add_argument("--lora_checkpoint", help="folder of a trained adapter")
-    parser.add_argument("--quantization_bit", type=int, help="4 or 8")
+    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the base model in so many bits")
     parser.add_argument("--system_prompt", default="", help="what ChatGLM3 and GLM-4 are told before the conversation")
     half = f"default: {MAX_NEW_TOKENS}, or half of the model's context where that is less"
     parser.add_argument("--max_new_tokens", type=int, help=f"longest answer; {half}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.errors import UserError
+from common.errors import UserError, say
 from common.loading import check_model_folder, resolve_model
 from common.methods import Method
 from common.output import check_writable
@@ -38,7 +38,10 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
 
 def complete(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
     """A packed checkpoint says its bits; and where bits save memory, checkpointing does too, unless it is off."""
-    bits = model_args.quantization_bit = model_args.quantization_bit or packed_bits(folder)
+    packed = packed_bits(folder)
+    bits = model_args.quantization_bit = model_args.quantization_bit or packed
+    if packed and bits != packed and args.process_index == 0:
+        say(f"note: {folder} is packed in {packed} bit; --quantization_bit {bits} quantizes it anew.")
     if args.may_checkpoint and args.do_train and bits:
         args.activation_checkpointing = True
     args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)

@@ -277,7 +277,8 @@ def case_of(method_name: str, argv: list[str], device: str) -> tuple[Case, Train
         args.bf16 = True
     method = make(method_args)
     generation, config = shape_of(model_args.model_name_or_path)
-    setup = setup_of(method, model_args.quantization_bit, data_args, args, device, bool(args.do_predict))
+    bits = model_args.quantization_bit or vars(config).get("quantization_bit")  # which a packed checkpoint says
+    setup = setup_of(method, bits, data_args, args, device, bool(args.do_predict))
     return Case(generation, config, method, setup), args
 
 

@@ -109,3 +109,10 @@ def test_a_quantized_model_chats_within_its_context(bits):
     assert model.is_quantized
     *_, answer = stream_chat(model, tokenizer, "类型#裙*颜色#白色", system="你是客服。", **GREEDY)
     assert "白色" in answer
+
+
+@pytest.mark.parametrize("bits", ["0", "5"])
+def test_other_bits_are_refused_before_a_model_is_looked_for(bits, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        chat_parser("").parse_args(["--quantization_bit", bits])
+    assert "choose from 4, 8" in capsys.readouterr().err

@@ -11,5 +11,7 @@ export DEVICE=${DEVICE:-cuda}                            # cpu
 FOLDER=${FOLDER:-${TMPDIR:-/tmp}}                        # where the models are made, and deleted again
 STEPS=${STEPS:-8}
 
-if [ "$DEVICE" = cpu ]; then export CUDA_VISIBLE_DEVICES=; fi
+VISIBLE=${CUDA_VISIBLE_DEVICES:-0}
+export CUDA_VISIBLE_DEVICES=${VISIBLE%%,*}               # one GPU: its programs are started without the launcher
+if [ "$DEVICE" = cpu ]; then CUDA_VISIBLE_DEVICES=; fi
 "$PYTHON" "$ROOT/tests/bench/gpu.py" --folder "$FOLDER" --steps "$STEPS" "$@"
