@@ -28,6 +28,9 @@ def describe(error: Exception) -> str | None:
     # torch.save does not say why it could not write on; a full disk is why.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "a checkpoint could not be written: No space left on device. What was saved before is complete."
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which takes seconds to import
+        reason = ". ".join(str(error).split(". ")[:2])
+        return f"{reason}: smaller batches, shorter lengths or --quantization_bit 4. What was saved before is complete."
     if "loss scale already at minimum" in str(error):  # as DeepSpeed says it
         return "fp16 overflows in every step: use --bf16 or a lower --learning_rate. What was saved before is complete."
     # Collective operations between processes fail in the words of gloo or of torch.distributed.

@@ -196,8 +196,10 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
             fits = case.changed(batch_size=sizes[middle]).plan().total <= MARGIN * available
             fitting += sizes[middle : middle + 1] * fits
             sizes = sizes[middle + 1 :] if fits else sizes[:middle]
-        size = min(gather_object([max(fitting)])) if args.world_size > 1 else max(fitting)
+        size = max(fitting)
         reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
+    if args.world_size > 1:  # all ask, also where machines find different things in their folders
+        size = min(gather_object([size]))
     args.per_device_train_batch_size = BatchSize(size)
     if args.process_index == 0:
         say(f"batch size {size}: {reason}")

@@ -15,7 +15,7 @@ import memory as bench
 
 from common import memory
 from common.arguments import LoraArguments, parse_arguments
-from common.errors import UserError
+from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.generations import GENERATIONS
 from common.memory import Case, case_of, flags_of
@@ -100,6 +100,13 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
 def test_a_switch_makes_a_warning_of_the_refusal(tmp_path, capsys):
     train(tmp_path, "--per_device_train_batch_size", "64", "--check_memory", "false", "--dry_run", available=120e6)
     assert "warning: this needs about 0.4 GB" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_all_the_same_is_one_sentence(capsys):
+    reason = "CUDA out of memory. Tried to allocate 2.50 GiB"
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error():
+        raise torch.OutOfMemoryError(f"{reason}. GPU 0 has a total capacity of 7.79 GiB of which 1.06 GiB is free.")
+    assert capsys.readouterr().err.startswith(f"error: {reason}: smaller batches")
 
 
 def test_a_batch_size_is_chosen_and_kept_when_the_training_goes_on(tmp_path, capsys):
