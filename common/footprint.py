@@ -58,6 +58,7 @@ class Setup:
     accumulates: bool = False
     evaluation_batch_size: int = 0  # rows whose loss is computed without gradients
     generation_batch_size: int = 0  # rows, times beams, that are answered together
+    answer_length: int = 0  # tokens that are generated, where it is not target_length
     device: str = "cuda"
     processes: int = 1
     engine: str = "DDP"  # or DeepSpeed, or FSDP2
@@ -283,7 +284,7 @@ def evaluate(model: PreTrainedModel, setup: Setup) -> None:
         model(**batch, labels=batch["input_ids"], **setup.loss_flags)
     if not setup.generation_batch_size:
         return
-    count, end = setup.generation_batch_size, setup.source_length + setup.target_length
+    count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
     config, prefix = model.config, sum(x.pre_seq_len for x in model.modules() if isinstance(x, PrefixEncoder))
     answer(model, rows(count, setup.source_length), 0, None)
     shape = (count, config.num_key_value_heads, prefix + end - 1, config.head_dim)

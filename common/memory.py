@@ -97,6 +97,7 @@ def setup_of(
         dtype = torch.float32 if method.trains_base and args.engine == "DDP" and trains else torch.bfloat16
     half = torch.float16 if args.fp16 else torch.bfloat16
     own_text = bool(data_args.text_column)
+    answer_length = data_args.max_new_tokens or data_args.val_max_target_length
     return Setup(
         batch_size=args.per_device_train_batch_size if trains else 0,
         source_length=data_args.max_source_length,
@@ -109,6 +110,7 @@ def setup_of(
         accumulates=args.gradient_accumulation_steps > 1,
         evaluation_batch_size=args.per_device_eval_batch_size if args.do_eval else 0,
         generation_batch_size=args.per_device_eval_batch_size * (data_args.num_beams or 1) if generates else 0,
+        answer_length=0 if answer_length == data_args.max_target_length else answer_length,
         device=device,
         processes=args.processes,
         engine=args.engine,

@@ -57,6 +57,7 @@ def test_the_6b_models_keep_their_limits(case):
         ({"batch_size": 4}, {"batch_size": 2, "accumulates": True}),
         ({"bits": 8}, {"bits": 4}),
         ({"bits": None}, {"bits": 8}),
+        ({"generation_batch_size": 8, "answer_length": 16384}, {"generation_batch_size": 8}),
         ({"target_length": 513}, {"target_length": 65}),
         ({"processes": 2, "engine": "DDP"}, {"processes": 2, "engine": "FSDP2"}),
     ],
