@@ -73,3 +73,8 @@ def write_json(file: Path, content: dict) -> None:
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(partial, file)
+
+
+def gb(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 1e9:,.1f} GB"

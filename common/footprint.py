@@ -59,7 +59,7 @@ class Setup:
     evaluation_batch_size: int = 0  # rows whose loss is computed without gradients
     generation_batch_size: int = 0  # rows, times beams, that are answered together
     answer_length: int = 0  # tokens that are generated, where it is not target_length
-    device: str = "cuda"
+    gpu: bool = True  # or a CPU, whose operators keep other things
     processes: int = 1
     engine: str = "DDP"  # or DeepSpeed, or FSDP2
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
@@ -98,10 +98,10 @@ class Allocations(TorchDispatchMode):
     ``labels``: how many positions a boolean mask selects, which meta tensors can't say.
     """
 
-    def __init__(self, model: nn.Module, vocabulary: int, labels: int, device: str):
+    def __init__(self, model: nn.Module, vocabulary: int, labels: int, gpu: bool):
         super().__init__()
         self.vocabulary, self.labels = vocabulary, labels
-        self.unit = 512 if device == "cuda" else 64
+        self.unit = 512 if gpu else 64  # bytes that an allocation is rounded up to
         self.sums: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         # What holds weights is counted apart.
@@ -218,7 +218,7 @@ def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
         bias = None
         if attn_mask is not None:
             bias = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
-        if setup.device == "cpu":
+        if not setup.gpu:
             flash = aten._scaled_dot_product_flash_attention_for_cpu
             return flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)[0]
         if bias is not None:
@@ -244,7 +244,7 @@ def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
 
     with ExitStack() as stack:
         replaced: dict[str, Any] = {"scaled_dot_product_attention": attention}
-        if setup.device == "cuda":
+        if setup.gpu:
             replaced |= {"dropout": dropout, "rms_norm": rms_norm}
         elif setup.batch_size:
             stack.enter_context(patch.object(bnb, "matmul", matmul_8bit))
@@ -317,16 +317,16 @@ def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: S
     peaks = []
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
-            with Allocations(model, config.vocab_size, setup.batch_size * labels, setup.device) as allocations:
+            with Allocations(model, config.vocab_size, setup.batch_size * labels, setup.gpu) as allocations:
                 train(model, setup, allocations, cast_weights)
             peaks.append(allocations.peak)
             model.zero_grad()
             del allocations
     with kernels_of(replace(setup, batch_size=0, autocast=None)):
-        with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.device) as allocations:
+        with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.gpu) as allocations:
             evaluate(model, setup)
         peaks.append(allocations.peak)
-        if setup.generation_batch_size and setup.device == "cpu" and setup.dtype == torch.float32:
+        if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
             peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the head, packed for the CPU
     peak = max(peaks, key=Counter.total)
     parts = {name: peak[name] for name in ("gradients", "activations", "logits", "workspace")}
@@ -355,7 +355,7 @@ def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Pl
     optimizer = (8 + 4 * (size < 4)) * trained // shared  # with the float32 weights that the optimizer works on
     gradients = (size + 4) * trained // n if stage > 1 else size * trained
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    if setup.device == "cpu":  # where memory that is never written to takes nothing
+    if not setup.gpu:  # where memory that is never written to takes nothing
         bucket = min(bucket, trained)
     buckets = bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1)
     weights, workspace, offloaded = plan.weights, plan.workspace + buckets * bool(stage), 0

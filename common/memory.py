@@ -32,7 +32,7 @@ from common.arguments import (
 )
 from common.download import fetch_config
 from common.errors import UserError, exit_on_user_error, say
-from common.files import read_json
+from common.files import gb, read_json
 from common.footprint import CUDA_CONTEXT, Plan, Setup, predict
 from common.generations import GENERATIONS, Generation, generation_of
 from common.loading import DEMOS, resolve_model
@@ -88,12 +88,12 @@ def shape_of(name: str) -> tuple[Generation, PreTrainedConfig]:
 
 
 def setup_of(
-    method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments, device: str, generates: bool
+    method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments, gpu: bool, generates: bool
 ) -> Setup:
-    """``generates``: whether answers to questions will be."""
+    """``gpu``: whether it is for one, here or elsewhere; ``generates``: whether questions will be answered."""
     trains = bool(args.do_train)
     dtype = base_dtype(method, args)
-    if device == "cuda" and args.device.type == "cpu" and dtype == torch.float32:  # planned for a GPU elsewhere
+    if gpu and args.device.type == "cpu" and dtype == torch.float32:  # planned for a GPU elsewhere
         dtype = torch.float32 if method.trains_base and args.engine == "DDP" and trains else torch.bfloat16
     half = torch.float16 if args.fp16 else torch.bfloat16
     own_text = bool(data_args.text_column)
@@ -111,7 +111,7 @@ def setup_of(
         evaluation_batch_size=args.per_device_eval_batch_size if args.do_eval else 0,
         generation_batch_size=args.per_device_eval_batch_size * (data_args.num_beams or 1) if generates else 0,
         answer_length=0 if answer_length == data_args.max_target_length else answer_length,
-        device=device,
+        gpu=gpu,
         processes=args.processes,
         engine=args.engine,
         zero=args.zero,
@@ -126,13 +126,9 @@ def processes_here(args: TrainingArguments) -> int:
 
 def there_is(args: TrainingArguments) -> int:
     """Bytes that one process may take: what is free on its GPU, or its share of what is free on the host."""
-    if args.device.type == "cuda":
-        return torch.cuda.mem_get_info(args.device)[0]
+    if args.device.type != "cpu":
+        return torch.accelerator.get_memory_info(args.device)[0]
     return psutil.virtual_memory().available // processes_here(args)
-
-
-def gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
@@ -147,9 +143,9 @@ def case_of_arguments(
     """What is about to run here."""
     generation = generation_of(folder)
     config = generation.config.from_pretrained(folder)
-    device = "cuda" if args.device.type == "cuda" else "cpu"
     generates = bool(args.do_predict or args.do_eval and args.predict_with_generate)
-    setup = setup_of(method, model_args.quantization_bit, data_args, args, device, generates)
+    gpu = args.device.type != "cpu"
+    setup = setup_of(method, model_args.quantization_bit, data_args, args, gpu, generates)
     return Case(generation, config, method, setup)
 
 
@@ -250,14 +246,14 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, str, dic
     yield "lengths", flags, {"source_length": source, "target_length": target}
     if not trains_base:
         return
-    if setup.device == "cuda":
+    if setup.gpu:
         sharded = {"engine": "DeepSpeed", "dtype": torch.bfloat16, "autocast": None, "zero": {"stage": 3}}
         for count in (2, 4, 8):
             if count > setup.processes:
                 name = f"{count} GPUs with --deepspeed full/ds_zero_3.json"
                 yield "engine", name, sharded | {"processes": count}
         yield "engine", "--deepspeed full/ds_zero_3_offload.json", sharded | {"offload": (True, True)}
-    dtype = torch.bfloat16 if setup.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if setup.gpu else torch.float32
     single = {"engine": "DDP", "dtype": dtype, "autocast": None, "zero": {}, "offload": (False, False)}
     low_rank = single | {"method": lora(LoraArguments())}
     yield "method", "LoRA (lora/train.sh)", low_rank
@@ -273,16 +269,16 @@ def flags_of(script: str, **variables: str) -> list[str]:
     return done.stdout.splitlines()[1:]  # without the program itself
 
 
-def case_of(method_name: str, argv: list[str], device: str) -> tuple[Case, TrainingArguments]:
-    """What a training script would run, on a device of another machine perhaps, told by its flags."""
+def case_of(method_name: str, argv: list[str], gpu: bool) -> tuple[Case, TrainingArguments]:
+    """What a training script would run, on another machine perhaps, told by its flags."""
     arguments, make = METHODS[method_name]
     model_args, method_args, data_args, args = parse_arguments(arguments, [*argv, "--dry_run"])
-    if device == "cuda" and args.precision == "auto" or args.engine == "DeepSpeed" and not args.fp16:
+    if gpu and args.precision == "auto" or args.engine == "DeepSpeed" and not args.fp16:
         args.bf16 = True
     method = make(method_args)
     generation, config = shape_of(model_args.model_name_or_path)
     bits = model_args.quantization_bit or vars(config).get("quantization_bit")  # which a packed checkpoint says
-    setup = setup_of(method, bits, data_args, args, device, bool(args.do_predict))
+    setup = setup_of(method, bits, data_args, args, gpu, bool(args.do_predict))
     return Case(generation, config, method, setup), args
 
 
@@ -296,7 +292,7 @@ def print_plan(case: Case, plan: Plan, device_memory: float) -> None:
         table.add_row(LABELS[name], f"{size / 1e9:,.2f}")
     table.add_section()
     table.add_row("of a process on its device", f"{plan.total / 1e9:,.2f}")
-    if setup.device == "cuda":
+    if setup.gpu:
         table.add_row("CUDA itself, beside that", f"{CUDA_CONTEXT / 1e9:,.2f}")
     if plan.offloaded:
         table.add_row("of a process on the host", f"{plan.offloaded / 1e9:,.2f}")
@@ -331,7 +327,7 @@ def print_table() -> None:
             cells = []
             for model in models:
                 argv = flags_of(f"{method}/train.sh", MODEL=model, QUANTIZATION_BIT=bits)
-                case, _ = case_of(method, argv, "cuda")
+                case, _ = case_of(method, argv, gpu=True)
                 cells.append(f"{case.plan().total / 1e9:.1f} GB")
             setup = case.setup
             shape = f"{setup.source_length} + {setup.target_length - 1}, {setup.batch_size}"
@@ -346,18 +342,20 @@ def main() -> None:
     method = os.environ.get("METHOD", "lora")
     if method not in METHODS:
         raise UserError(f"METHOD={method}: there are {', '.join(METHODS)}.")
-    found = torch.cuda.is_available()
-    device = os.environ.get("DEVICE") or "cuda"
-    visible = torch.cuda.mem_get_info()[1] if found and device == "cuda" else 0
+    device = os.environ.get("DEVICE") or "gpu"
+    if device not in ("gpu", "cpu"):
+        raise UserError(f"DEVICE={device}: there are gpu and cpu.")
+    gpu = device == "gpu"
+    visible = torch.accelerator.get_memory_info()[1] if gpu and torch.accelerator.is_available() else 0
     memory = number(os.environ, "DEVICE_MEMORY", 0) * 1e9 or visible
     os.environ["EXPECTED_PROCESSES"] = str(whole_number(os.environ, "NUM_GPUS", 1) or 1)
     engine = ["--deepspeed", os.environ["DEEPSPEED"]] if os.environ.get("DEEPSPEED") else []
-    case, args = case_of(method, [*flags_of(f"{method}/train.sh"), *engine, *sys.argv[1:]], device)
+    case, args = case_of(method, [*flags_of(f"{method}/train.sh"), *engine, *sys.argv[1:]], gpu)
     plan = case.plan()
     print_plan(case, plan, memory)
     if not memory:
         return
-    needed = CUDA_CONTEXT * (device == "cuda")
+    needed = CUDA_CONTEXT * gpu
     if plan.total + needed <= memory:
         console().print(f"fits into {gb(memory)}, of which {gb(memory - plan.total - needed)} remain")
         return

@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 export MODEL=${MODEL:-demo}                              # demo, demo3, a folder, a hub id, or chatglm-6b, chatglm2-6b, chatglm3-6b
 export METHOD=${METHOD:-lora}                            # ptuning, lora, full
 export DEVICE_MEMORY=${DEVICE_MEMORY:-}                  # GB of a card that is not here; default: the visible one's
-export DEVICE=${DEVICE:-cuda}                            # cpu: as it would be trained there
+export DEVICE=${DEVICE:-gpu}                             # cpu: as it would be trained there
 export DEEPSPEED=${DEEPSPEED:-}                          # a file of DeepSpeed
 export NUM_GPUS=${NUM_GPUS:-1}
 

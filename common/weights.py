@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from common.errors import UserError, say
-from common.files import indexed_files, short_hash, write_json
+from common.files import gb, indexed_files, short_hash, write_json
 from common.locking import cache_folder, guard
 
 CONVERT_FROM = 64 * 2**20  # bytes; a smaller checkpoint costs nobody anything as it is
@@ -115,7 +115,3 @@ def flush(file: Path) -> None:
     """To the disk: else the folder's name could outlive a power cut that its content does not."""
     with open(file, "rb") as content:
         os.fsync(content.fileno())
-
-
-def gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -20,6 +20,7 @@ OUTPUT_DIR=${OUTPUT_DIR:-$CHECKPOINT}
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16}
+QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # 4, 8, or empty: 16 bit
 
 launch "$ROOT/full/main.py" \
     --do_predict \
@@ -33,4 +34,5 @@ launch "$ROOT/full/main.py" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
     --max_target_length "$MAX_TARGET_LENGTH" \
     --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
+    ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
     "$@"

@@ -18,6 +18,7 @@ CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where it holds wh
 
 PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: what the GPU computes fast
 SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: what the original code reads
+QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused: bits can't be trained
 # BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
 case $MODEL in
     demo | demo3)
@@ -64,6 +65,7 @@ launch "$ROOT/full/main.py" \
     --save_format "$SAVE_FORMAT" \
     --learning_rate "$LR" \
     --precision "$PRECISION" \
+    ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"
 

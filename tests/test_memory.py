@@ -39,7 +39,7 @@ def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
 @pytest.fixture(scope="module")
 def case() -> Case:
     """LoRA of ChatGLM3-6B with the defaults of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens."""
-    return case_of("lora", flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT=""), "cuda")[0]
+    return case_of("lora", flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT=""), gpu=True)[0]
 
 
 def test_the_6b_models_keep_their_limits(case):
