@@ -125,7 +125,7 @@ def build_model(method: Method, model_args: ModelArguments, args: TrainingArgume
     # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
     model = method.attach(model)
-    if args.activation_checkpointing_kwargs.get("use_reentrant"):
+    if args.activation_checkpointing and args.activation_checkpointing_kwargs.get("use_reentrant"):
         model.enable_input_require_grads()  # or no gradient would come through the first layer
     # DDP would write into frozen weights too when it starts, which all processes of a machine share until then.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]

@@ -44,6 +44,7 @@ from common.report import console
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_BATCH = 256
 MARGIN = 0.9  # of what there is, that a batch chosen here may take
+MARGIN_ON_CPU = 0.5  # where the C library keeps much of what was freed
 DOUBT = 1.15  # by which a prediction for DeepSpeed and FSDP2, which is coarser, may exceed what there is
 METHODS: dict[str, tuple[type, Callable[[Any], Method]]] = {
     "ptuning": (PrefixArguments, p_tuning),
@@ -187,11 +188,12 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         reason = f"as in the training that {args.output_dir} holds"
     else:
         limit = min(LARGEST_BATCH, data_args.max_train_samples or LARGEST_BATCH)
+        margin = MARGIN if case.setup.gpu else MARGIN_ON_CPU
         sizes = [2**power for power in range(limit.bit_length())]
         fitting = [1]
         while sizes:  # by bisection
             middle = len(sizes) // 2
-            fits = case.changed(batch_size=sizes[middle]).plan().total <= MARGIN * available
+            fits = case.changed(batch_size=sizes[middle]).plan().total <= margin * available
             fitting += sizes[middle : middle + 1] * fits
             sizes = sizes[middle + 1 :] if fits else sizes[:middle]
         size = max(fitting)
