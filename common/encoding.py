@@ -99,10 +99,7 @@ def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), system: str = "") -> list[int]:
-    """The prompt of a question after a system prompt and earlier rounds, as long as it is.
-
-    Raises UserError for a system prompt where the model knows no roles.
-    """
+    """The prompt of a question after earlier rounds, as long as it is. Raises UserError as ``check_system`` does."""
     check_system(tokenizer, system)
     conversation = [Turn("system", system)] if system else []
     conversation += conversation_of(query, "", history)

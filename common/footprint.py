@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import PrefixArguments
+from common.generations import empty_model
 from common.lora import load_adapter
 from common.methods import Method
 from common.prefix import PrefixEncoder, attach_prefix, check_prefix
@@ -189,8 +190,7 @@ def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: 
     """The model with what is to be trained, on the meta device."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the weights of an adapter go nowhere
-        make = model_class if model_class.__name__.startswith("ChatGLM") else model_class.from_config
-        model = make(deepcopy(config)).to(setup.dtype)
+        model = empty_model(model_class, deepcopy(config)).to(setup.dtype)
         for name, module in [*model.named_modules()]:
             if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
                 model.set_submodule(name, quantized(module, setup.bits, setup.dtype))

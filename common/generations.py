@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.files import read_json
@@ -54,6 +55,13 @@ GENERATIONS = {
         Generation("glm", "GLM-4", AutoConfig, AutoModelForCausalLM, AutoTokenizer, "tokenizer.json"),
     )
 }
+
+
+def empty_model(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a generation's class on the meta device: shapes without weights, of which nothing is read."""
+    make = model_class.from_config if model_class is AutoModelForCausalLM else model_class
+    with torch.device("meta"):
+        return make(config)
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):

@@ -14,7 +14,7 @@ from transformers import (
 from common.download import download, fetch_config
 from common.errors import UserError
 from common.files import check_complete, weight_files
-from common.generations import generation_of
+from common.generations import empty_model, generation_of
 from common.hubs import hub_id, is_hub_name
 from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 from common.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
@@ -61,7 +61,8 @@ def check_model_folder(folder: Path) -> None:
 
 def check_packed_shapes(folder: Path) -> None:
     """Raises UserError for packed weights that don't fit config.json: once quantized again nobody would notice."""
-    parameters = dict(empty_model(folder).named_parameters())
+    generation = generation_of(folder)
+    parameters = dict(empty_model(generation.model, generation.config.from_pretrained(folder)).named_parameters())
     for name, weight in packed_weights(folder).items():
         if isinstance(weight, PackedWeight) and name in parameters and weight.shape != parameters[name].shape:
             raise UserError(
@@ -191,14 +192,6 @@ def load_model(
     elif pre_seq_len:
         attach_prefix(model, pre_seq_len, prefix_projection)
     return model
-
-
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder on the meta device: shapes without weights, of which nothing is read."""
-    generation = generation_of(folder)
-    config = generation.config.from_pretrained(folder)
-    with torch.device("meta"):
-        return generation.model.from_config(config) if generation.key == "glm" else generation.model(config)
 
 
 def lasting_name(name: str) -> str:

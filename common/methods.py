@@ -17,14 +17,13 @@ from common.engines import compute_dtype
 from common.errors import UserError
 from common.files import read_json, write_json
 from common.generations import read_config
-from common.loading import check_takes_prefix, empty_model, load_model
+from common.loading import check_takes_prefix, load_model
 from common.lora import (
     attach_lora,
     check_adapter,
     loraplus_optimizer,
     restore_lora,
     save_lora,
-    target_modules,
     without_lora,
 )
 from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
@@ -82,8 +81,6 @@ def lora(args: LoraArguments) -> Method:
         check_without_prefix(folder)
         if args.lora_checkpoint:
             check_adapter(args.lora_checkpoint, args)
-        else:
-            target_modules(empty_model(folder), args)
 
     return Method(
         name="LoRA",
