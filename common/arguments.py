@@ -13,8 +13,8 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-from common.engines import choose_precision, deepspeed_config, fsdp_config, is_sharded, join, offloads
 from common.errors import UserError, say
+from common.launch.engines import choose_precision, deepspeed_config, fsdp_config, is_sharded, join, offloads
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
     "evaluation_strategy": ("eval_strategy", None),
@@ -167,7 +167,7 @@ class DataArguments:
 
 
 class BatchSize(int):
-    """A number of rows, or ``auto``: the largest that fits, which common/memory.py finds; until then it is 1."""
+    """A number of rows, or ``auto``: the largest that fits, which common/memory/fit.py finds; until then it is 1."""
 
     auto: bool
 

@@ -6,4 +6,4 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-"$PYTHON" "$ROOT/common/download.py" "$@"
+"$PYTHON" "$ROOT/common/hub/download.py" "$@"

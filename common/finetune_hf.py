@@ -31,8 +31,8 @@ from common.arguments import (
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
-from common.methods import full, lora, p_tuning
-from common.output import complete_checkpoints
+from common.methods.full import full, lora, p_tuning
+from common.training.checkpoints import complete_checkpoints
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
 DATA_FILES = {"train_file": "train_file", "val_file": "validation_file", "test_file": "test_file"}

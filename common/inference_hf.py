@@ -12,12 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.chat import generation_settings, stream_chat
-from common.engines import compute_dtype
+from common.chat.chat import generation_settings, stream_chat
 from common.errors import UserError, exit_on_user_error
 from common.files import read_json
+from common.launch.engines import compute_dtype
 from common.loading import base_of_adapter, is_base, load_model, load_tokenizer
-from common.prefix import holds_prefix_only
+from common.methods.prefix import holds_prefix_only
 
 
 def find_base(checkpoint: str, given: str | None) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # EXTRA_REQUIREMENTS: one more file, for a script that needs more than all do.
-PYTHON=$(python3 "$ROOT/common/environment.py" requirements.txt ${EXTRA_REQUIREMENTS:+"$EXTRA_REQUIREMENTS"})
+PYTHON=$(python3 "$ROOT/common/launch/environment.py" requirements.txt ${EXTRA_REQUIREMENTS:+"$EXTRA_REQUIREMENTS"})
 
 # launch PROGRAM FLAGS...: one process a device, NUM_GPUS of them (default: all that are visible); on CPUs NUM_PROCESSES
 # (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT; see launcher.py.
@@ -14,7 +14,7 @@ launch() {
         printf '%s\n' "$@"
         return
     fi
-    "$PYTHON" "$ROOT/common/launcher.py" "$@"
+    "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
 }
 
 # need_checkpoint TRAINING FLAGS...: ends a script that wants a CHECKPOINT where nothing was trained yet.

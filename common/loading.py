@@ -11,14 +11,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from common.download import download, fetch_config
 from common.errors import UserError
 from common.files import check_complete, weight_files
-from common.generations import empty_model, generation_of
-from common.hubs import hub_id, is_hub_name
-from common.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
-from common.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
-from common.weights import weights_folder
+from common.hub.download import download, fetch_config
+from common.hub.hubs import hub_id, is_hub_name
+from common.methods.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
+from common.models.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
+from common.models.registry import empty_model, generation_of
+from common.models.weights import weights_folder
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
@@ -169,7 +169,7 @@ def load_model(
     if adapter and (ptuning_checkpoint or pre_seq_len):
         raise UserError("a model takes a LoRA adapter or a prefix, not both.")
     if adapter:
-        from common.lora import adapter_config, load_adapter  # with PEFT, which takes two seconds to import
+        from common.methods.lora import adapter_config, load_adapter  # with PEFT, which takes two seconds to import
 
         adapter_config(adapter)
     if ptuning_checkpoint:
@@ -208,7 +208,7 @@ def is_base(name: str) -> bool:
 
 def base_of_adapter(folder: str | Path, override: str | None = None) -> str:
     """The base model that an adapter names, or the one given instead. Raises UserError where it is no longer there."""
-    from common.lora import adapter_config
+    from common.methods.lora import adapter_config
 
     named = adapter_config(folder).get("base_model_name_or_path") or ""
     base = override or named

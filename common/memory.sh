@@ -15,4 +15,4 @@ export DEVICE=${DEVICE:-gpu}                             # cpu: as it would be t
 export DEEPSPEED=${DEEPSPEED:-}                          # a file of DeepSpeed
 export NUM_GPUS=${NUM_GPUS:-1}
 
-"$PYTHON" "$ROOT/common/memory.py" "$@"
+"$PYTHON" "$ROOT/common/memory/fit.py" "$@"

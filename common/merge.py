@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from common.encoding import encode_chat
 from common.errors import UserError, exit_on_user_error
-from common.generations import read_config
 from common.loading import base_of_adapter, load_model, load_tokenizer, resolve_model
-from common.lora import merge_adapter
-from common.output import check_space, check_writable
-from common.quantization import packed_bits
+from common.methods.lora import merge_adapter
+from common.models.quantization import packed_bits
+from common.models.registry import read_config
+from common.training.checkpoints import check_space, check_writable
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLE = "你好，请介绍一下你自己。"

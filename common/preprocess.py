@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, ModelArguments, parse_dataclasses, told
-from common.data import (
+from common.data.dataset import (
     COUNTS,
     ROWS_PER_BATCH,
     Example,
@@ -39,14 +39,14 @@ from common.data import (
     without_collector,
     write_table,
 )
+from common.data.rows import find_files
+from common.data.shards import MANIFEST, load_shards, shard_file
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, write_json
 from common.loading import load_tokenizer, resolve_model
 from common.locking import hold
-from common.output import check_writable
-from common.report import print_prepared
-from common.rows import find_files
-from common.shards import MANIFEST, load_shards, shard_file
+from common.training.checkpoints import check_writable
+from common.training.report import print_prepared
 
 SETTINGS_FILE = "settings.json"
 

@@ -15,7 +15,7 @@ QUANTIZATION_BIT=${QUANTIZATION_BIT-}                    # 4, 8, or empty: 16 bi
 SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3 and GLM-4
 need_checkpoint "bash full/train.sh" "$@"
 
-NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/cli_demo.py" \
     --model_name_or_path "${CHECKPOINT:-$MODEL}" \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
     ${SYSTEM_PROMPT:+--system_prompt "$SYSTEM_PROMPT"} \

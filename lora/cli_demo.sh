@@ -15,7 +15,7 @@ CHECKPOINT=${CHECKPOINT-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_
 SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3 and GLM-4
 need_checkpoint "bash lora/train.sh" "$@"
 
-NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/cli_demo.py" \
     --model_name_or_path "$MODEL" \
     ${CHECKPOINT:+--lora_checkpoint "$CHECKPOINT"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

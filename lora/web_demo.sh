@@ -22,7 +22,7 @@ export PASSWORD=${PASSWORD:-}                            # empty: no login
 SHARE=${SHARE:-false}                                    # true: also a public link through Gradio's servers
 need_checkpoint "bash lora/train.sh" "$@"
 
-NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/web_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/web_demo.py" \
     --model_name_or_path "$MODEL" \
     ${CHECKPOINT:+--lora_checkpoint "$CHECKPOINT"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

@@ -15,7 +15,7 @@ CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_
 SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3
 need_checkpoint "bash ptuning/train.sh" "$@"
 
-NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/cli_demo.py" \
+NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/cli_demo.py" \
     --model_name_or_path "$MODEL" \
     ${CHECKPOINT:+--ptuning_checkpoint "$CHECKPOINT"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import PrefixArguments, parse_arguments
 from common.errors import exit_on_user_error
 from common.finetune import run
-from common.methods import p_tuning
+from common.methods.full import p_tuning
 
 if __name__ == "__main__":
     with exit_on_user_error():

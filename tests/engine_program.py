@@ -21,7 +21,7 @@ from torch import nn
 
 import common.finetune
 import common.models.loss
-from common.trainer import FinetuneTrainer
+from common.training.trainer import FinetuneTrainer
 
 SAMPLE = torch.arange(300, 316).reshape(1, 16)
 

@@ -43,7 +43,11 @@ def command_of(method: str, engine: str, folder: Path, *flags: str, processes: i
 
 
 def start(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "common" / "launcher.py"), str(ROOT / "tests" / "engine_program.py")]
+    command = [
+        sys.executable,
+        str(ROOT / "common" / "launch" / "launcher.py"),
+        str(ROOT / "tests" / "engine_program.py"),
+    ]
     command += command_of(method, engine, folder, *flags, processes=processes)
     environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from common.chat import chat_parser, count_forgotten, load_chat, process_response, stream_chat
+from common.chat.chat import chat_parser, count_forgotten, load_chat, process_response, stream_chat
 from common.encoding import encode_chat
 from common.errors import UserError
 from common.loading import load_model

@@ -8,10 +8,10 @@ from safetensors import safe_open
 from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
 from transformers import AutoModelForCausalLM
 
-from common.generations import GENERATIONS
+from common.methods.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
 from common.models import loss
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, SwiGLU, inverse_frequencies
-from common.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
+from common.models.registry import GENERATIONS
 
 CASES = ["train_b4", "train_rounds", "train_trunc"]
 PREFIXES = ["prefix_proj0", "prefix_proj1"]

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import common.generations  # noqa: F401 - registers the classes for AutoModelForCausalLM
+import common.models.registry  # noqa: F401 - registers the classes for AutoModelForCausalLM
 from common.models.chatglm import ChatGLMForConditionalGeneration, rotary_angles
 
 PAD = 3

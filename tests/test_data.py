@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from common import rows
 from common.arguments import DataArguments
-from common.data import prepare_dataset
+from common.data import rows
+from common.data.dataset import prepare_dataset
+from common.data.rows import find_files, read_rows
 from common.encoding import encode_batch
 from common.errors import UserError
-from common.rows import find_files, read_rows
 
 BAD_INPUTS = Path(__file__).parent / "bad_inputs"
 ROWS = [{"content": f"类型#裙*颜色#{color}", "summary": f"{color}的裙子。"} for color in ("白色", "黑色", "红色")]
@@ -168,7 +168,7 @@ def test_a_broken_array_is_refused_at_the_line_where_json_refuses_it(tmp_path, m
 PREPARE_BIG = """
 import resource, sys
 from common.arguments import DataArguments
-from common.data import prepare_dataset
+from common.data.dataset import prepare_dataset
 from common.loading import load_tokenizer
 args = DataArguments(prompt_column="content", response_column="summary", max_source_length=64, max_target_length=64)
 tokenizer = load_tokenizer("demo")
@@ -231,7 +231,7 @@ def test_a_bad_row_leaves_nothing_in_the_cache(tmp_path, demo_tokenizer, monkeyp
 PREPARE = """
 import sys
 from common.arguments import DataArguments
-from common.data import prepare_dataset
+from common.data.dataset import prepare_dataset
 from common.loading import load_tokenizer
 args = DataArguments(prompt_column="content", response_column="summary", max_source_length=64, max_target_length=64)
 prepared = prepare_dataset(args, sys.argv[1], load_tokenizer("demo"), "train")

@@ -11,9 +11,9 @@ import torch
 
 from AdvertiseGen import conversations, generate
 from common.encoding import encode_chat, stop_ids
-from common.generations import generation_of
 from common.loading import DEMOS, load_model, load_tokenizer
-from common.predict import generate_answers
+from common.models.registry import generation_of
+from common.training.evaluation import generate_answers
 
 ROOT = Path(__file__).resolve().parents[1]
 

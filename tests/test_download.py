@@ -16,7 +16,7 @@ from conftest import ROOT
 from hub_server import COMMIT, running_hub, sha256
 from huggingface_hub import constants
 
-import common.download
+import common.hub.download
 from common.errors import UserError
 
 NAME = "THUDM/chatglm3-6b"
@@ -24,7 +24,7 @@ NAME = "THUDM/chatglm3-6b"
 # it ended.
 RUNS = """
 import os, sys
-from common.download import main
+from common.hub.download import main
 for line in sys.stdin:
     if (child := os.fork()) == 0:
         os.dup2(2, 1)
@@ -95,7 +95,7 @@ def start(environ):
     processes = []
 
     def start_download(*arguments: object, **variables: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "common" / "download.py"), *map(str, arguments)]
+        command = [sys.executable, str(ROOT / "common" / "hub" / "download.py"), *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environ | variables, **pipes))
         return processes[-1]
@@ -128,7 +128,7 @@ def download_here(hub, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
-    return common.download.download
+    return common.hub.download.download
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_connections_that_bring_nothing_are_given_up(hub, refusal, monkeypatch):
     hub.break_at[shard] = 0
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert f"{NAME} is not here and can't be downloaded" in refusal(NAME)
-    assert hub.asked().count(shard) == common.download.FRUITLESS
+    assert hub.asked().count(shard) == common.hub.download.FRUITLESS
 
 
 def test_a_wrong_file_is_fetched_once_more_then_named(hub, download, refusal, tmp_path):
@@ -370,9 +370,9 @@ def test_without_a_name_the_known_ones_are_listed(start):
 def test_only_the_config_can_be_fetched(hub, download_here, monkeypatch):
     """And edited, before the weights come."""
     content = hub.repositories[NAME]["config.json"]
-    assert common.download.fetch_config("chatglm3-6b").read_bytes() == content
+    assert common.hub.download.fetch_config("chatglm3-6b").read_bytes() == content
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    config = common.download.fetch_config("chatglm3-6b")
+    config = common.hub.download.fetch_config("chatglm3-6b")
     assert config.read_bytes() == content
     assert sorted(hub.asked()) == ["config.json", "tokenizer_config.json"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -383,6 +383,6 @@ def test_only_the_config_can_be_fetched(hub, download_here, monkeypatch):
 
 
 def test_nothing_heavy_is_imported():
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common.download; print(*sys.modules)"
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common.hub.download; print(*sys.modules)"
     modules = subprocess.check_output([sys.executable, "-c", program], text=True).split()
     assert not {"torch", "transformers", "numpy", "datasets"} & set(modules)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import load_arrays
 
-from common.collator import TrainCollator, left_pad
+from common.data.collator import TrainCollator, left_pad
+from common.data.formats import read_messages
 from common.encoding import (
     Turn,
     conversation_of,
@@ -20,7 +21,6 @@ from common.encoding import (
     encode_train,
     stop_ids,
 )
-from common.formats import read_messages
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 CONTENT = "类型#裙*材质#棉*颜色#白色*风格#简约*裙长#连衣裙"

@@ -16,8 +16,8 @@ from common import finetune
 from common.arguments import FullArguments, TrainingArguments, parse_arguments
 from common.errors import UserError
 from common.loading import load_model
-from common.methods import full
-from common.output import is_complete_checkpoint
+from common.methods.full import full
+from common.training.checkpoints import is_complete_checkpoint
 
 # The deepspeed.json of the official ChatGLM-6B repository: its settings, without those that we would say ourselves.
 OFFICIAL = {

@@ -16,15 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A checkout whose only requirement is small."""
-    (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "environment.py").write_text((ROOT / "common" / "environment.py").read_text())
+    (tmp_path / "common" / "launch").mkdir(parents=True)
+    (tmp_path / "common" / "launch" / "environment.py").write_text(
+        (ROOT / "common" / "launch" / "environment.py").read_text()
+    )
     (tmp_path / "requirements.txt").write_text("filelock==4.2.11\n")
     return tmp_path
 
 
 def start(checkout: Path, **variables: str) -> subprocess.Popen:
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
-    command = [sys.executable, str(checkout / "common" / "environment.py"), "requirements.txt"]
+    command = [sys.executable, str(checkout / "common" / "launch" / "environment.py"), "requirements.txt"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=clean | variables, text=True, start_new_session=True, **pipes)
 

@@ -14,9 +14,9 @@ from common.arguments import FullArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
 from common.loading import DEMOS, load_model
-from common.methods import full, p_tuning
+from common.methods.full import full, p_tuning
+from common.methods.prefix import read_prefix
 from common.metrics import score
-from common.prefix import read_prefix
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = {".lock", ".lock.holder"}

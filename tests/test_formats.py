@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from common.arguments import DataArguments
-from common.data import prepare_dataset
+from common.data.dataset import prepare_dataset
+from common.data.formats import read_messages
 from common.encoding import Turn, encode_eval, encode_train
 from common.errors import UserError
-from common.formats import read_messages
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

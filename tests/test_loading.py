@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from common.arguments import DataArguments
-from common.data import training_rows
+from common.data.dataset import training_rows
 from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
-from common.generations import generation_of
 from common.loading import check_model_folder, is_base, lasting_name, load_model, load_tokenizer, resolve_model
 from common.models import chatglm, chatglm2
+from common.models.registry import generation_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 

@@ -17,8 +17,8 @@ from common.arguments import LoraArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
 from common.loading import base_of_adapter, load_model, load_tokenizer
-from common.lora import attach_lora, check_adapter, load_adapter, restore_lora, save_lora, without_lora
-from common.methods import lora
+from common.methods.full import lora
+from common.methods.lora import attach_lora, check_adapter, load_adapter, restore_lora, save_lora, without_lora
 from common.models import chatglm, chatglm2
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,10 +20,10 @@ import pytest
 from conftest import ROOT
 from engine_runs import losses
 
-from common import launcher, machines
 from common.errors import UserError
+from common.launch import launcher, machines
+from common.launch.machines import Machines, Peers, first_host, read_machines
 from common.locking import free_port
-from common.machines import Machines, Peers, first_host, read_machines
 
 GUARD = 60  # seconds after which a test that hangs fails; none that passes comes near
 
@@ -443,7 +443,7 @@ def launch(tmp_path, mark) -> Callable[..., subprocess.Popen]:
         program = tmp_path / "program.py"
         program.write_text(PROGRAM.format(ends=ends, check=check))
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "common" / "launcher.py"), str(program), "--flag"],
+            [sys.executable, str(ROOT / "common" / "launch" / "launcher.py"), str(program), "--flag"],
             env={**os.environ, MARK: mark, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

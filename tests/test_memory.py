@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import memory as bench
 
-from common import memory
 from common.arguments import LoraArguments, parse_arguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
-from common.generations import GENERATIONS
-from common.memory import Case, case_of, flags_of
-from common.methods import lora
+from common.memory import fit as memory
+from common.memory.fit import Case, case_of, flags_of
+from common.methods.full import lora
+from common.models.registry import GENERATIONS
 
 MEASURED = [  # of 3 layers, with a vocabulary of 8192
     bench.Setting("chatglm", "ptuning", 4, 1, 32, 64, checkpointing=True, accumulation=2),

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from test_chatglm_model import LOGITS, PAD, RELATIVE, batch_of, check_logits, left_padded, relative_error, trajectory
 
 from common.errors import UserError
+from common.methods.prefix import attach_prefix, load_prefix, read_prefix, save_prefix, without_prefix
 from common.models.chatglm import ChatGLMForConditionalGeneration
-from common.prefix import attach_prefix, load_prefix, read_prefix, save_prefix, without_prefix
 
 OFFICIAL = {kind: GOLDENS / f"prefix16-{kind}" for kind in ("plain", "proj")}
 PLAIN_KEYS = ["transformer.prefix_encoder.embedding.weight"]

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from common.arguments import DataArguments, PrefixArguments, parse_arguments
-from common.data import prepare_dataset
+from common.data.dataset import prepare_dataset
+from common.data.shards import load_shards, read_manifest
 from common.errors import UserError
 from common.finetune import run
 from common.loading import load_tokenizer
 from common.locking import hold
-from common.methods import p_tuning
+from common.methods.full import p_tuning
 from common.preprocess import main, shard_bounds
-from common.shards import load_shards, read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"max_source_length": 16, "max_target_length": 16}

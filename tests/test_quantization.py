@@ -16,8 +16,8 @@ from common.arguments import FullArguments, LoraArguments, PrefixArguments, pars
 from common.errors import UserError
 from common.finetune import run
 from common.loading import DEMOS, check_model_folder, load_base, load_model
-from common.methods import full, lora, p_tuning
-from common.quantization import PackedWeight, packed_weights
+from common.methods.full import full, lora, p_tuning
+from common.models.quantization import PackedWeight, packed_weights
 
 IDS = torch.tensor([[5, 8, *range(40, 60)]])
 PACKED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

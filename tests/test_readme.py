@@ -26,10 +26,10 @@ from common.arguments import (
     PrefixArguments,
     TrainingArguments,
 )
-from common.data import prepare_dataset, read_examples
+from common.data.dataset import prepare_dataset, read_examples
+from common.data.rows import read_rows
 from common.errors import UserError
 from common.loading import load_tokenizer
-from common.rows import read_rows
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def flags_of(program: Path) -> set[str]:
     text = program.read_text()
     flags = set(re.findall(r'add_argument\(\s*"--(\w+)"', text))
     if "chat_parser" in text:
-        flags |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "common" / "chat.py").read_text()))
+        flags |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "common" / "chat" / "chat.py").read_text()))
     if program.name in ("main.py", "finetune_hf.py"):
         for kind in kinds:
             parser = FlagParser((ModelArguments, kind, DataArguments, TrainingArguments), allow_abbrev=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.chat import generation_settings, stream_chat
+from common.chat.chat import generation_settings, stream_chat
 from common.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

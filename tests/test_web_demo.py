@@ -17,15 +17,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.chat import generation_settings, stream_chat
+from common.chat.chat import generation_settings, stream_chat
 from common.encoding import encode_chat
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
-from common.methods import save_full
-from common.prefix import save_prefix
+from common.methods.full import save_full
+from common.methods.prefix import save_prefix
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-web.txt")
-from common import web_demo
+from common.chat import web_demo
 
 CHROMIUM = shutil.which("chromium")
 QUESTION = "类型#裙*颜色#白色*风格#甜美"

@@ -14,16 +14,16 @@ from conftest import ROOT
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import weights
 from common.errors import UserError
 from common.loading import load_model
-from common.weights import weights_folder
+from common.models import weights
+from common.models.weights import weights_folder
 
 # Says that it is there, waits for a line on stdin, and prints where the weights are read from.
 ASK = """
 import sys
 from pathlib import Path
-from common import weights
+from common.models import weights
 weights.CONVERT_FROM = 0
 print("ready", flush=True)
 sys.stdin.readline()

@@ -27,9 +27,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from AdvertiseGen import conversations, generate
-from common.collator import TrainCollator
+from common.data.collator import TrainCollator
+from common.data.formats import read_messages
 from common.encoding import Turn, conversation_of, encode_train
-from common.formats import read_messages
 from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer

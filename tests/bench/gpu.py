@@ -16,8 +16,8 @@ from memory import make_model, write_rows
 from rich.table import Table
 
 from common.errors import UserError, exit_on_user_error
-from common.generations import GENERATIONS
-from common.report import console
+from common.models.registry import GENERATIONS
+from common.training.report import console
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"chatglm": (64, 2, 4, 256, 4096), "chatglm2": (64, 2, 4, 128, 4096), "chatglm3": (64, 2, 4, 128, 4096)}

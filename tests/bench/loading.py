@@ -24,7 +24,7 @@ import torch
 
 from common.loading import DEMOS, load_model
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
-from common.weights import weights_folder
+from common.models.weights import weights_folder
 
 SHARD = 500e6  # bytes
 SHAPE = {"hidden_size": 2048, "num_layers": 17, "num_attention_heads": 16, "ffn_hidden_size": 5504}
@@ -122,7 +122,7 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
 def compare(place: Path, ranks: int, official_ranks: int) -> None:
     from rich.table import Table  # not in the ranks, which import no more than loading needs
 
-    from common.report import console
+    from common.training.report import console
 
     folder, safetensors = place / "chatglm2-6b", place / "chatglm2-6b-safetensors"
     os.environ["CHATGLM_CACHE"] = str(place / "cache")

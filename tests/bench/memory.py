@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from common.arguments import parse_arguments
 from common.finetune import run
-from common.generations import GENERATIONS
 from common.loading import DEMOS
-from common.memory import METHODS, case_of_arguments
-from common.report import console
+from common.memory.fit import METHODS, case_of_arguments
+from common.models.registry import GENERATIONS
+from common.training.report import console
 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
 

@@ -24,7 +24,7 @@ import torch
 from loading import make_checkpoint
 
 from common.loading import load_model
-from common.weights import bin_files, read_bin
+from common.models.weights import bin_files, read_bin
 
 WAYS = {  # name -> (folder, dtype, bits)
     "float16": ("chatglm2-6b", torch.float16, None),
@@ -109,7 +109,7 @@ def main() -> None:
 def compare(place: Path) -> None:
     from rich.table import Table  # not in the processes that are measured
 
-    from common.report import console
+    from common.training.report import console
 
     source, packed = place / "chatglm2-6b", place / "chatglm2-6b-int4"
     if not source.exists():

@@ -23,17 +23,17 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from common.arguments import DataArguments, LoraArguments
-from common.collator import TrainCollator
-from common.data import prepare_dataset, read_examples, read_source
+from common.data.collator import TrainCollator
+from common.data.dataset import prepare_dataset, read_examples, read_source
 from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
-from common.lora import attach_lora
+from common.methods.lora import attach_lora
+from common.methods.prefix import attach_prefix
 from common.models import chatglm, chatglm2
-from common.predict import generate_answers
-from common.prefix import attach_prefix
-from common.report import console
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.training.evaluation import generate_answers
+from common.training.report import console
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, PREFIX = 4, 64, 128

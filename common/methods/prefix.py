@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.weights import read_bin
+from common.models.weights import read_bin
 
 KEY_PREFIX = "transformer.prefix_encoder."
 

@@ -27,11 +27,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import PrefixArguments
-from common.generations import empty_model
-from common.lora import load_adapter
-from common.methods import Method
-from common.prefix import PrefixEncoder, attach_prefix, check_prefix
-from common.quantization import NOT_QUANTIZED, checkpointing_of
+from common.methods.full import Method
+from common.methods.lora import load_adapter
+from common.methods.prefix import PrefixEncoder, attach_prefix, check_prefix
+from common.models.quantization import NOT_QUANTIZED, checkpointing_of
+from common.models.registry import empty_model
 
 CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise

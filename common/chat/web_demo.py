@@ -1,6 +1,6 @@
 """Chat in the browser with a model and, side by side, the base that it was tuned from.
 
-python common/web_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
+python common/chat/web_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
 """
 
 import argparse
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Gradio would report that it is used, and look for its own page behind the proxy that a user may have set.
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -26,14 +26,14 @@ for _name in ("no_proxy", "NO_PROXY"):
 import gradio as gr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
+from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
-from common.engines import compute_dtype
 from common.errors import UserError, exit_on_user_error, say
-from common.generations import read_config
+from common.launch.engines import compute_dtype
 from common.loading import is_base, load_model, resolve_model
 from common.locking import take_port
-from common.prefix import without_prefix
+from common.methods.prefix import without_prefix
+from common.models.registry import read_config
 
 USER = "chatglm"  # who may enter where there is a password
 REFRESH = 0.03  # seconds between two looks at a growing answer
@@ -127,7 +127,7 @@ def base_context(args: argparse.Namespace) -> Callable[[PreTrainedModel], Abstra
     """What makes a model its base for a while, in the same memory."""
     if args.ptuning_checkpoint:
         return without_prefix
-    from common.lora import without_lora  # with PEFT, which takes two seconds to import
+    from common.methods.lora import without_lora  # with PEFT, which takes two seconds to import
 
     return without_lora
 

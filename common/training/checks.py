@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.data.rows import find_files
+from common.data.shards import read_manifest
 from common.errors import UserError, say
 from common.loading import check_model_folder, resolve_model
-from common.methods import Method
-from common.output import check_writable
-from common.quantization import checkpointing_of, packed_bits
-from common.rows import find_files
-from common.shards import read_manifest
+from common.methods.full import Method
+from common.models.quantization import checkpointing_of, packed_bits
+from common.training.checkpoints import check_writable
 
 SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
     ("train", "do_train", "train_file", "max_train_samples"),

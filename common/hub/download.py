@@ -1,6 +1,6 @@
 """A model's name -> its folder, downloaded where it is not there yet: resumable, checked, by one job at a time.
 
-    python common/download.py chatglm3-6b THUDM/chatglm2-6b [--revision R] [--cache_dir FOLDER | --local_dir FOLDER]
+    python common/hub/download.py chatglm3-6b THUDM/chatglm2-6b [--revision R] [--cache_dir FOLDER | --local_dir FOLDER]
 
 A download that was killed goes on where it was, and every file is compared with the hub's hash, once: a file in our
 cache remembers what was found right, by size and time, so that a complete model is found again without asking the hub
@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import httpx2
 from huggingface_hub import constants
@@ -27,7 +27,7 @@ from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff, tqdm
 
 from common.errors import UserError, exit_on_user_error, say
 from common.files import read_json, short_hash, write_json
-from common.hubs import (
+from common.hub.hubs import (
     NO_ANSWER,
     SHORT_NAMES,
     TIMEOUT,

@@ -1,6 +1,6 @@
 """Prints the Python that the scripts use, after making .venv on first use. Standard library only.
 
-    python3 common/environment.py requirements.txt [more requirements files]
+    python3 common/launch/environment.py requirements.txt [more requirements files]
 
 An environment of the user's own that is active is taken as it is. Any number of jobs may call this at once: one
 builds, the others wait. A file in .venv says which requirements are installed, so that a killed build is repeated.
@@ -17,7 +17,7 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv"
 INSTALLED = FOLDER / "installed.json"  # {requirements file: hash of its content}
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
-from common.data import Prepared
-from common.engines import sizes
+from common.data.dataset import Prepared
+from common.launch.engines import sizes
 from common.metrics import SCORES
 
 

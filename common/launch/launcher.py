@@ -1,6 +1,6 @@
 """Starts a program in one process, or in one a device, on one machine or on several.
 
-    python common/launcher.py PROGRAM FLAGS...
+    python common/launch/launcher.py PROGRAM FLAGS...
 
 NUM_GPUS (default: all that are visible) or, on CPUs, NUM_PROCESSES (default: 1) say how many processes there are on
 this machine; NUM_MACHINES, MACHINE_RANK, MAIN_IP and MAIN_PORT, or srun, which machines train together (machines.py).
@@ -19,10 +19,10 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.errors import UserError, exit_on_user_error, say
-from common.machines import Machines, Peers, read_machines, whole_number
+from common.launch.machines import Machines, Peers, read_machines, whole_number
 
 
 def count_processes() -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from common.data.rows import check_text, json_of, text_of, value_of
 from common.encoding import ROUND_FORMATS, Turn, conversation_of
 from common.errors import UserError
-from common.rows import check_text, json_of, text_of, value_of
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation", "tool")

@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
-from common.engines import compute_dtype
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.generations import read_config
+from common.launch.engines import compute_dtype
 from common.loading import check_takes_prefix, load_model
-from common.lora import (
+from common.methods.lora import (
     attach_lora,
     check_adapter,
     loraplus_optimizer,
@@ -26,8 +25,9 @@ from common.lora import (
     save_lora,
     without_lora,
 )
-from common.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
-from common.weights import read_bin
+from common.methods.prefix import check_prefix, read_prefix, restore_prefix, save_prefix, without_prefix
+from common.models.registry import read_config
+from common.models.weights import read_bin
 
 Weights = dict[str, Tensor] | None
 

@@ -1,14 +1,14 @@
 """Chat in the terminal with a model and, if there is one, its trained prefix or adapter.
 
-python common/cli_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
+python common/chat/cli_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
+from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
 
 WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (clear: forget the conversation, stop: leave)"

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from common.errors import UserError
-from common.methods import Method
-from common.output import complete_checkpoints
+from common.methods.full import Method
+from common.training.checkpoints import complete_checkpoints
 
 
 class FinetuneTrainer(Trainer):

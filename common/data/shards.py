@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
-from common.data import Prepared, encoding_settings
+from common.data.dataset import Prepared, encoding_settings
 from common.errors import UserError, differences
 from common.files import read_json
 

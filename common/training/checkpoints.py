@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.data.rows import find_files
 from common.errors import UserError, differences
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.locking import hold
-from common.methods import Method
-from common.rows import find_files
+from common.methods.full import Method
 
 SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.

@@ -18,10 +18,10 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from common.collator import left_pad
+from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
-from common.engines import compute_dtype
 from common.errors import UserError
+from common.launch.engines import compute_dtype
 from common.loading import load_model, load_tokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 

@@ -18,8 +18,8 @@ from transformers import BitsAndBytesConfig
 
 from common.errors import UserError
 from common.files import weight_files
-from common.generations import read_config
-from common.weights import read_bin
+from common.models.registry import read_config
+from common.models.weights import read_bin
 
 # One line a layer and step where LLM.int8() computes in float16, as it always does; and one about kernels on the hub.
 for _module in ("autograd._functions", "backends.cpu.ops"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.collator import left_pad
+from common.data.collator import left_pad
 
 
 class PackedLinear(nn.Module):

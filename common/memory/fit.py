@@ -1,7 +1,7 @@
 """Does it fit? Predicted memory beside what there is, before anything is loaded; what to change; the largest batch.
 
 bash common/memory.sh                          what a training script needs, told by the same variables
-python common/memory.py --table                the three 6B models by method and bits, as Markdown
+python common/memory/fit.py --table                the three 6B models by method and bits, as Markdown
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import psutil
 import torch
@@ -30,18 +30,18 @@ from common.arguments import (
     TrainingArguments,
     parse_arguments,
 )
-from common.download import fetch_config
 from common.errors import UserError, exit_on_user_error, say
 from common.files import gb, read_json
-from common.footprint import CUDA_CONTEXT, Plan, Setup, predict
-from common.generations import GENERATIONS, Generation, generation_of
+from common.hub.download import fetch_config
+from common.launch.machines import number, whole_number
 from common.loading import DEMOS, resolve_model
-from common.machines import number, whole_number
-from common.methods import Method, base_dtype, full, lora, p_tuning
-from common.output import SETTINGS_FILE
-from common.report import console
+from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict
+from common.methods.full import Method, base_dtype, full, lora, p_tuning
+from common.models.registry import GENERATIONS, Generation, generation_of
+from common.training.checkpoints import SETTINGS_FILE
+from common.training.report import console
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LARGEST_BATCH = 256
 MARGIN = 0.9  # of what there is, that a batch chosen here may take
 MARGIN_ON_CPU = 0.5  # where the C library keeps much of what was freed

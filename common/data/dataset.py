@@ -18,12 +18,12 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
+from common.data.formats import check_roles, read_messages, read_pair
+from common.data.rows import find_files, read_rows, text_of
 from common.encoding import EvalRow, TrainRow, Turn, encode_eval, encode_texts, encode_train
 from common.errors import UserError
 from common.files import short_hash, write_json
-from common.formats import check_roles, read_messages, read_pair
 from common.locking import cache_folder, guard
-from common.rows import find_files, read_rows, text_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
