@@ -187,6 +187,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     output_dir: str = told("Where checkpoints, logs and predictions are written", "output")
     overwrite_output_dir: bool = told("Start over although the output folder holds an earlier training", False)
     precision: str | None = told("auto, fp32, bf16 or fp16: how to compute; what is trained is kept in fp32 too")
+    plan: bool = told("Predict the memory, print it, and stop before anything is downloaded", False)
     dry_run: bool = told("Check everything that can be checked, prepare the data, and stop before the model", False)
     ddp_find_unused_parameters: bool | None = told("All that trains is used in every step", False)
     report_to: None | str | list[str] = told("Where logs go besides the terminal", "tensorboard")
@@ -213,6 +214,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.engine = "DeepSpeed" if self.deepspeed else "FSDP2" if self.fsdp else "DDP"
         self.offload, self.sharded = offloads(self), is_sharded(self)
         self.zero = dict(self.deepspeed["zero_optimization"]) if self.deepspeed else {}
+        self.dry_run = self.dry_run or self.plan
         if self.dry_run:  # which looks at the input in one process, whatever engine will run
             self.deepspeed = self.fsdp = None
         join(self)

@@ -24,10 +24,13 @@ from common.data.shards import load_shards
 from common.encoding import stop_ids
 from common.errors import UserError
 from common.launch.engines import sizes
-from common.loading import load_model, load_tokenizer
-from common.memory.fit import check_memory
-from common.methods.full import Method, base_dtype
+from common.loading import load_tokenizer
+from common.memory.fit import check_fits, forecast
+from common.methods import Method
 from common.metrics import score
+from common.models.precision import base_dtype
+from common.models.registry import ModelFolder, fetch_weights
+from common.models.weights import load_base
 from common.training.checkpoints import (
     check_checkpoint,
     check_space,
@@ -44,6 +47,7 @@ from common.training.evaluation import generate_answers
 from common.training.report import (
     peak_memory,
     print_first_row,
+    print_plan,
     print_prepared,
     print_scores,
     print_settings,
@@ -56,7 +60,12 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     folder = check(method, model_args, data_args, args)
-    memory = check_memory(method, model_args, data_args, args, folder)
+    memory = forecast(folder, method, model_args, data_args, args)
+    if args.plan:
+        print_plan(memory)
+    check_fits(memory, args)
+    if args.plan:
+        return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     with own(output_dir) if args.owns_output else nullcontext():
@@ -68,21 +77,22 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         set_seed(args.seed)
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
+        folder = fetch_weights(folder)
         if args.dry_run:
             return
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            print_settings(method.name, model, folder, data_args, args, memory.sentence)
+            print_settings(method.name, model, folder.path, data_args, args, memory.sentence)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_run(output_dir, settings, method.files, args.overwrite_output_dir and checkpoint is None)
-            train(trainer, data["train"], tokenizer, checkpoint, memory.predicted)
+            train(trainer, data["train"], tokenizer, checkpoint, memory.plan.total)
         if args.do_eval:
             evaluate(method, trainer, data_args)
         if args.do_predict:
-            predict(method, trainer, tokenizer, data["test"], data_args, memory.predicted)
+            predict(method, trainer, tokenizer, data["test"], data_args, memory.plan.total)
     state = PartialState()
     state.wait_for_everyone()  # who leaves while others still talk to it can take them along
     state.destroy_process_group()
@@ -111,17 +121,12 @@ def prepare(
     return data
 
 
-def build_model(method: Method, model_args: ModelArguments, args: TrainingArguments, folder: Path) -> PreTrainedModel:
-    """The model of ``folder`` with what is to be trained."""
-    model = load_model(
-        folder,
-        base_dtype(method, args),
-        model_args.quantization_bit,
-        device=None if args.sharded else args.device,
-        config_path=model_args.config_name,
-        name=model_args.model_name_or_path,
-        **method.load_flags,
-    )
+def build_model(
+    method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
+) -> PreTrainedModel:
+    """The model with the parameters to train."""
+    dtype, device = base_dtype(method.trains_base, args), None if args.sharded else args.device
+    model = load_base(folder, dtype, model_args.quantization_bit, device)
     # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
     model = method.attach(model)

@@ -31,7 +31,9 @@ from common.arguments import (
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
-from common.methods.full import full, lora, p_tuning
+from common.methods.full import Full
+from common.methods.lora import Lora
+from common.methods.prefix import PTuning
 from common.training.checkpoints import complete_checkpoints
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
@@ -64,9 +66,9 @@ PREFIX = {
     "inference_mode": None,
 }
 METHODS: dict[str | None, tuple[type, dict, Callable]] = {  # peft_type -> its flags, its keys, the method
-    "LORA": (LoraArguments, LORA, lora),
-    "PREFIX_TUNING": (PrefixArguments, PREFIX, p_tuning),
-    None: (FullArguments, {}, full),
+    "LORA": (LoraArguments, LORA, Lora),
+    "PREFIX_TUNING": (PrefixArguments, PREFIX, PTuning),
+    None: (FullArguments, {}, Full),
 }
 
 

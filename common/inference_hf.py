@@ -6,36 +6,15 @@ python common/inference_hf.py CHECKPOINT --prompt "你好"
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from common.chat.chat import generation_settings, stream_chat
-from common.errors import UserError, exit_on_user_error
-from common.files import read_json
+from common.errors import exit_on_user_error
 from common.launch.engines import compute_dtype
-from common.loading import base_of_adapter, is_base, load_model, load_tokenizer
-from common.methods.prefix import holds_prefix_only
-
-
-def find_base(checkpoint: str, given: str | None) -> tuple[str, dict[str, Any]]:
-    """The base model of a checkpoint, and the flag of ``load_model`` that adds what was trained."""
-    folder = Path(checkpoint)
-    if (folder / "adapter_config.json").is_file():
-        return base_of_adapter(checkpoint, given), {"adapter": checkpoint}
-    if not holds_prefix_only(folder):
-        if given:
-            raise UserError(f"{checkpoint} holds neither adapter nor prefix alone: leave --model_name_or_path out.")
-        return checkpoint, {}
-    base = given or (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
-    if not is_base(base):
-        raise UserError(
-            f"the base model of the prefix in {folder} is not at {base or 'any place that it names'}: "
-            "give --model_name_or_path."
-        )
-    return base, {"ptuning_checkpoint": checkpoint}
+from common.loading import find_trained, load_model, load_tokenizer
 
 
 def main() -> None:
@@ -49,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
-    base, trained = find_base(args.checkpoint, args.model_name_or_path)
+    base, trained = find_trained(args.checkpoint, args.model_name_or_path)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = load_tokenizer(base)
     model = load_model(base, compute_dtype(device), device=device, **trained)

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from common.encoding import encode_chat
 from common.errors import UserError, exit_on_user_error
-from common.loading import base_of_adapter, load_model, load_tokenizer, resolve_model
-from common.methods.lora import merge_adapter
-from common.models.quantization import packed_bits
-from common.models.registry import read_config
+from common.loading import find_trained, load_model, load_tokenizer
+from common.methods.lora import adapter_config
+from common.models.registry import fetch_weights, open_model
 from common.training.checkpoints import check_space, check_writable
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -35,25 +34,25 @@ def main() -> None:
     parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
     args = parser.parse_args()
 
-    base = base_of_adapter(args.lora_checkpoint, args.model_name_or_path)
-    folder = resolve_model(base)
-    if read_config(folder).get("quantization_config") or packed_bits(folder):
+    adapter_config(args.lora_checkpoint)
+    base, adapter = find_trained(args.lora_checkpoint, args.model_name_or_path)
+    folder = fetch_weights(open_model(base))
+    if vars(folder.config).get("quantization_config") or folder.bits:
         raise UserError(
-            f"{folder} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
+            f"{folder.path} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UserError(f"{args.output_dir} is not empty: choose another --output_dir.")
     partial = args.output_dir.with_name(f"{args.output_dir.name}.partial")  # until everything is written
     check_writable(partial)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    check_space(partial, sum(file.stat().st_size for file in weights) * (2 if args.dtype == "float32" else 1))
+    check_space(partial, sum(file.stat().st_size for file in folder.weights) * (2 if args.dtype == "float32" else 1))
 
-    tokenizer = load_tokenizer(base)
-    model = load_model(base, torch.float32, adapter=args.lora_checkpoint)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, torch.float32, **adapter)
     sample = torch.tensor([encode_chat(tokenizer, SAMPLE)])
     with torch.no_grad():
         adapted = model(sample).logits
-        model = merge_adapter(model)
+        model = model.merge_and_unload(safe_merge=True)
         difference = (model(sample).logits - adapted).abs().max().item()
     if difference > TOLERANCE:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")

@@ -43,8 +43,9 @@ from common.data.rows import find_files
 from common.data.shards import MANIFEST, load_shards, shard_file
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, write_json
-from common.loading import load_tokenizer, resolve_model
+from common.loading import load_tokenizer
 from common.locking import hold
+from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.report import print_prepared
 
@@ -94,7 +95,7 @@ def preprocess(own_args: PreprocessArguments, model_args: ModelArguments, args: 
         raise UserError("nothing to do: give --train_file (or --dataset_name).")
     files = find_files(args.train_file) if args.train_file else []
     name = model_args.tokenizer_name or model_args.model_name_or_path
-    tokenizer = load_tokenizer(resolve_model(name, model_args.model_revision, model_args.cache_dir))
+    tokenizer = load_tokenizer(open_model(name, model_args.model_revision, model_args.cache_dir))
     named = None if files else read_named(args, "train")
     settings = fingerprint(args, files, named, tokenizer, "train") | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import FullArguments, parse_arguments
 from common.errors import exit_on_user_error
 from common.finetune import run
-from common.methods.full import full
+from common.methods.full import Full
 
 if __name__ == "__main__":
     with exit_on_user_error():
         model_args, full_args, data_args, training_args = parse_arguments(FullArguments)
-        run(full(full_args), model_args, data_args, training_args)
+        run(Full(full_args), model_args, data_args, training_args)

@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import LoraArguments, parse_arguments
 from common.errors import exit_on_user_error
 from common.finetune import run
-from common.methods.full import lora
+from common.methods.lora import Lora
 
 if __name__ == "__main__":
     with exit_on_user_error():
         model_args, lora_args, data_args, training_args = parse_arguments(LoraArguments)
-        run(lora(lora_args), model_args, data_args, training_args)
+        run(Lora(lora_args), model_args, data_args, training_args)

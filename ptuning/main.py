@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.arguments import PrefixArguments, parse_arguments
 from common.errors import exit_on_user_error
 from common.finetune import run
-from common.methods.full import p_tuning
+from common.methods.prefix import PTuning
 
 if __name__ == "__main__":
     with exit_on_user_error():
         model_args, prefix_args, data_args, training_args = parse_arguments(PrefixArguments)
-        run(p_tuning(prefix_args), model_args, data_args, training_args)
+        run(PTuning(prefix_args), model_args, data_args, training_args)

@@ -8,10 +8,11 @@ from safetensors import safe_open
 from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
 from transformers import AutoModelForCausalLM
 
-from common.methods.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
+from common.arguments import PrefixArguments
+from common.methods.prefix import PTuning, attach_prefix, load_prefix
 from common.models import loss
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, SwiGLU, inverse_frequencies
-from common.models.registry import GENERATIONS
+from common.models.registry import SPECS
 
 CASES = ["train_b4", "train_rounds", "train_trunc"]
 PREFIXES = ["prefix_proj0", "prefix_proj1"]
@@ -324,7 +325,7 @@ def test_prefix_stands_in_the_cache_once(prefix_model, goldens2):
 def test_without_prefix_is_the_base_model(prefix_model, goldens2):
     input_ids = single_prompts(goldens2)[0]
     tuned = prefix_model(input_ids).logits
-    with without_prefix(prefix_model) as base:
+    with PTuning(PrefixArguments()).base(prefix_model) as base:
         check_logits(base(input_ids).logits, goldens2, "single_0")
     assert torch.equal(prefix_model(input_ids).logits, tuned)
     assert (tuned[..., goldens2["cols"]] - goldens2["single_0/lg_cols"]).abs().max() > 0.1
@@ -339,7 +340,7 @@ def test_prefix_save_and_load(small2_model, tmp_path, projection):
     if projection:
         shapes |= {"trans.0.weight": (32, 64), "trans.0.bias": (32,), "trans.2.weight": (64, 32), "trans.2.bias": (64,)}
     logits = small2_model(torch.arange(9)[None]).logits
-    save_prefix(small2_model, tmp_path)
+    PTuning(PrefixArguments()).save(small2_model, tmp_path)
     stored = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     prefix = "transformer.prefix_encoder."
     assert {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in stored.items()} == shapes
@@ -380,7 +381,7 @@ def original_tensors(folder) -> dict:
 
 def test_nothing_of_the_checkpoint_folder_is_executed(tiny2_folder, generation):
     """Also through the Auto classes, which find ours once they are registered."""
-    registered = GENERATIONS[generation.name.removesuffix("-6b")]
+    registered = SPECS[generation.name.removesuffix("-6b")]
     for model_class in (ChatGLMForConditionalGeneration, AutoModelForCausalLM):
         model = model_class.from_pretrained(tiny2_folder)
         assert type(model) is registered.model is ChatGLMForConditionalGeneration

@@ -11,8 +11,8 @@ import torch
 
 from AdvertiseGen import conversations, generate
 from common.encoding import encode_chat, stop_ids
-from common.loading import DEMOS, load_model, load_tokenizer
-from common.models.registry import generation_of
+from common.loading import load_model, load_tokenizer
+from common.models.registry import DEMOS, open_model
 from common.training.evaluation import generate_answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_the_demo_is_small_and_stored_as_the_original(demo_folder):
 
 def test_the_chatglm3_demo_is_small_and_stored_as_the_original():
     folder = DEMOS["demo3"]
-    assert generation_of(folder).key == "chatglm3"
+    assert open_model(folder).spec.key == "chatglm3"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}

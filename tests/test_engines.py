@@ -16,7 +16,7 @@ from common import finetune
 from common.arguments import FullArguments, TrainingArguments, parse_arguments
 from common.errors import UserError
 from common.loading import load_model
-from common.methods.full import full
+from common.methods.full import Full
 from common.training.checkpoints import is_complete_checkpoint
 
 # The deepspeed.json of the official ChatGLM-6B repository: its settings, without those that we would say ourselves.
@@ -103,7 +103,7 @@ def test_the_official_deepspeed_file_runs_unchanged(one_process, tmp_path):
     command = command_of("full", "DDP", output, *flags, "--max_steps", "6", "--dry_run", processes=1)
     model_args, full_args, *others = parse_arguments(FullArguments, command[1:])
     with pytest.raises(UserError, match="was written by 2 processes.* over 1"):
-        finetune.run(full(full_args), model_args, *others)
+        finetune.run(Full(full_args), model_args, *others)
 
 
 def test_a_prefix_under_zero_1(one_process, tmp_path):
@@ -212,7 +212,7 @@ def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
     flags += ["--do_train", "--dry_run", "--deepspeed", str(ROOT / "full" / "ds_zero_3_offload.json")]
     model_args, full_args, *others = parse_arguments(FullArguments, [*flags, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"offloading needs [\d,.]+ GB of this machine's memory and [\d.]+ GB are free"):
-        finetune.run(full(full_args), model_args, *others)
+        finetune.run(Full(full_args), model_args, *others)
 
 
 def test_fsdp_without_gpus_is_refused():

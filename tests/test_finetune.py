@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from common.arguments import FullArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
-from common.loading import DEMOS, load_model
-from common.methods.full import full, p_tuning
-from common.methods.prefix import read_prefix
+from common.loading import load_model
+from common.methods.full import Full
+from common.methods.prefix import PTuning, read_prefix
 from common.metrics import score
+from common.models.registry import DEMOS
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = {".lock", ".lock.holder"}
@@ -34,7 +35,7 @@ def finetune(flags: str, output_dir: Path) -> None:
     model_args, prefix_args, *others = parse_arguments(
         PrefixArguments, [*flags.split(), "--output_dir", str(output_dir)]
     )
-    run(p_tuning(prefix_args), model_args, *others)
+    run(PTuning(prefix_args), model_args, *others)
 
 
 def losses(folder: Path) -> list[float]:
@@ -184,7 +185,7 @@ FULL = TRAINING.replace("--pre_seq_len 8", "--max_steps 4 --save_steps 2 --repor
 
 def finetune_full(flags: str, output_dir: Path) -> None:
     model_args, full_args, *others = parse_arguments(FullArguments, [*flags.split(), "--output_dir", str(output_dir)])
-    run(full(full_args), model_args, *others)
+    run(Full(full_args), model_args, *others)
 
 
 @pytest.fixture(scope="module")

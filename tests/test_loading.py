@@ -25,9 +25,16 @@ from common.arguments import DataArguments
 from common.data.dataset import training_rows
 from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
-from common.loading import check_model_folder, is_base, lasting_name, load_model, load_tokenizer, resolve_model
+from common.loading import load_model, load_tokenizer
 from common.models import chatglm, chatglm2
-from common.models.registry import generation_of
+from common.models.registry import (
+    is_model_name,
+    lasting_name,
+    make_config,
+    open_model,
+    read_config,
+    spec_of,
+)
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
@@ -85,16 +92,14 @@ def changed(folder: Path, to: Path, **config) -> Path:
     ],
 )
 def test_config_tells_the_generation(config, key, model_class, tokenizer_class, tmp_path):
-    generation = generation_of(write_config(tmp_path, config))
-    assert generation.key == key
-    assert generation.model is model_class
-    assert generation.tokenizer is tokenizer_class
-    assert type(generation.config.from_pretrained(tmp_path)) is model_class.config_class
+    spec = spec_of(tmp_path, config)
+    assert (spec.key, spec.model, spec.tokenizer) == (key, model_class, tokenizer_class)
+    assert type(make_config(spec, config)) is model_class.config_class
 
 
 @pytest.mark.parametrize("kind", ["glm", "glm4"])
 def test_glm4_is_told_by_its_model_type(kind, tmp_path):
-    assert generation_of(write_config(tmp_path, {"model_type": kind, "vocab_size": 151552})).key == "glm"
+    assert spec_of(tmp_path, {"model_type": kind, "vocab_size": 151552}).key == "glm"
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -115,13 +120,13 @@ def test_chatglm2_and_chatglm3_are_told_apart_by_any_hint(hint, number, tmp_path
     if hint == "code":
         source = 'roles = ["<|user|>", "<|assistant|>"]' if number == 3 else "def build_prompt(self, query): pass"
         (folder / "tokenization_chatglm.py").write_text(f"{source}\nraise SystemExit\n")
-    assert generation_of(folder).key == f"chatglm{number}"
+    assert spec_of(folder, read_config(folder)).key == f"chatglm{number}"
 
 
 def test_what_a_user_writes_into_the_config_decides(tmp_path):
     """Before any name: a folder may be called as it likes."""
     folder = write_config(tmp_path / "chatglm2-6b", SECOND | {"generation": "chatglm3", "_name_or_path": "chatglm2-6b"})
-    assert generation_of(folder).key == "chatglm3"
+    assert spec_of(folder, read_config(folder)).key == "chatglm3"
 
 
 @pytest.mark.parametrize("number", [2, 3])
@@ -129,11 +134,11 @@ def test_a_hub_id_tells_the_generation(number, tmp_path):
     """The hub's cache names the folder of a model by its commit, and Python files are not downloaded."""
     folder = tmp_path / f"models--someone--ChatGLM{number}-6B-law" / "snapshots" / ("0123456789" * 4)
     folder.mkdir(parents=True)
-    assert generation_of(write_config(folder, SECOND | {"_name_or_path": "/data/output"})).key == f"chatglm{number}"
+    assert spec_of(folder, SECOND | {"_name_or_path": "/data/output"}).key == f"chatglm{number}"
 
 
 def test_codegeex2_is_read_as_chatglm2(tmp_path):
-    assert generation_of(write_config(tmp_path / "codegeex2-6b", SECOND)).key == "chatglm2"
+    assert spec_of(tmp_path / "codegeex2-6b", SECOND).key == "chatglm2"
 
 
 def test_nothing_of_a_checkpoint_is_executed(chatglm3_folder):
@@ -152,14 +157,14 @@ def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, 
     with running_hub() as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.address)
         hub.repositories["ZhipuAI/chatglm3-6b"] = files
-        assert generation_of(resolve_model("chatglm3-6b")).key == "chatglm3"
+        assert open_model("chatglm3-6b").spec.key == "chatglm3"
         assert load_model("THUDM/chatglm3-6b").name_or_path == "THUDM/chatglm3-6b"
-        assert lasting_name("chatglm3-6b") == "THUDM/chatglm3-6b" and is_base("chatglm3-6b")
+        assert lasting_name("chatglm3-6b") == "THUDM/chatglm3-6b" and is_model_name("chatglm3-6b")
         hub.repositories["me/llama"] = files | {"config.json": b'{"model_type": "llama"}'}
         hub.forget()
         with pytest.raises(UserError, match="type 'llama'"):
-            resolve_model("me/llama")
-        assert hub.asked() == ["config.json"]
+            open_model("me/llama")
+        assert not any(path.endswith(".bin") for path in hub.asked())
 
 
 # What is refused
@@ -181,7 +186,7 @@ def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, 
 )
 def test_unsupported_models_are_named(config, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
-        generation_of(write_config(tmp_path / "model", config))
+        spec_of(tmp_path / "model", config)
     assert str(tmp_path / "model") in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -192,7 +197,7 @@ def test_vocabulary_of_another_generation_is_refused(chatglm3_folder, demo_folde
     shutil.copy(demo_folder / "ice_text.model", mixed)
     says = r"a ChatGLM3-6B without its vocabulary: tokenizer.model is missing \(ice_text.model belongs to another"
     with pytest.raises(UserError, match=says):
-        check_model_folder(mixed)
+        open_model(mixed)
 
 
 def test_vocabulary_larger_than_the_model_is_refused(chatglm3_folder, tmp_path):
@@ -223,7 +228,7 @@ def test_a_missing_shard_is_named(chatglm3_folder, tmp_path):
     index = {"weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model-00002-of-00002.bin"}}
     (broken / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin is missing, though the index of"):
-        check_model_folder(broken)
+        open_model(broken)
 
 
 # GLM-4 in the format of transformers

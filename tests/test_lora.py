@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from common.arguments import LoraArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
-from common.loading import base_of_adapter, load_model, load_tokenizer
-from common.methods.full import lora
-from common.methods.lora import attach_lora, check_adapter, load_adapter, restore_lora, save_lora, without_lora
+from common.loading import find_trained, load_model, load_tokenizer
+from common.methods.lora import Lora, attach_lora, check_adapter, load_adapter
 from common.models import chatglm, chatglm2
 
+METHOD = Lora(LoraArguments())
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("chatglm", "chatglm2")
 ATTENTION = {
@@ -187,7 +187,7 @@ def test_dora_learns_a_magnitude_for_every_output(base, kind):
 
 
 def test_lora_plus_learns_the_b_matrices_faster(base):
-    method = lora(LoraArguments(loraplus_lr_ratio=16.0))
+    method = Lora(LoraArguments(loraplus_lr_ratio=16.0))
     args = parse_arguments(LoraArguments, ["--learning_rate", "1e-3", "--use_cpu", "--weight_decay", "0.1"])[3]
     model = method.attach(base)
     rates = {
@@ -195,7 +195,7 @@ def test_lora_plus_learns_the_b_matrices_faster(base):
     }
     assert {rates[p] for n, p in trainable(model).items() if "lora_A" in n} == {1e-3}
     assert {rates[p] for n, p in trainable(model).items() if "lora_B" in n} == {1.6e-2}
-    assert lora(LoraArguments()).optimizer is None
+    assert METHOD.optimizer(model, args) is None
 
 
 # Adapter folders
@@ -205,7 +205,7 @@ def test_lora_plus_learns_the_b_matrices_faster(base):
 def test_save_and_load(base, kind, flags, tmp_path):
     """Into the standard form of PEFT, and back with equal logits; it may be trained further."""
     adapted = trained(base, **flags)
-    save_lora(adapted, tmp_path)
+    METHOD.save(adapted, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert f"base_model.model.{ATTENTION[kind].format(0)}.lora_A.weight" in names
@@ -216,11 +216,11 @@ def test_save_and_load(base, kind, flags, tmp_path):
 
 def test_restoring_reads_into_the_same_model(base, tmp_path):
     adapted = trained(base)
-    save_lora(adapted, tmp_path)
+    METHOD.save(adapted, tmp_path)
     expected = logits_of(adapted)
     for parameter in trainable(adapted).values():
         torch.nn.init.normal_(parameter)
-    restore_lora(adapted, tmp_path)
+    METHOD.restore(adapted, tmp_path)
     assert torch.equal(logits_of(adapted), expected)
 
 
@@ -228,7 +228,7 @@ def test_without_the_adapter_is_the_base_model(base):
     before = logits_of(base)
     adapted = trained(base)
     tuned = logits_of(adapted)
-    with pytest.raises(KeyError), without_lora(adapted) as plain:
+    with pytest.raises(KeyError), METHOD.base(adapted) as plain:
         assert torch.equal(logits_of(plain), before)
         raise KeyError  # the adapter also comes back after an error
     assert torch.equal(logits_of(adapted), tuned)
@@ -244,7 +244,7 @@ def test_without_the_adapter_is_the_base_model(base):
     ],
 )
 def test_an_adapter_of_another_size_is_refused(base, kind, config, says, tmp_path):
-    save_lora(trained(base), tmp_path)
+    METHOD.save(trained(base), tmp_path)
     with pytest.raises(UserError, match=says) as error:
         load_adapter(make_model(kind, **config), tmp_path)
     assert "\n" not in str(error.value)
@@ -253,13 +253,13 @@ def test_an_adapter_of_another_size_is_refused(base, kind, config, says, tmp_pat
 
 def test_an_adapter_of_another_generation_is_refused(base, kind, tmp_path):
     """Though the layers that it changes have the same name in both."""
-    save_lora(trained(base), tmp_path)
+    METHOD.save(trained(base), tmp_path)
     with pytest.raises(UserError, match="belongs to another model: .*query_key_value.* does not fit"):
         load_adapter(make_model(KINDS[kind == "chatglm"]), tmp_path)
 
 
 def test_an_adapter_of_foreign_layers_is_refused(base, tmp_path):
-    save_lora(trained(base), tmp_path)
+    METHOD.save(trained(base), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "v_proj"]}))
     with pytest.raises(UserError, match="belongs to another model: it changes q_proj, v_proj, and this one has dense"):
@@ -279,7 +279,7 @@ def test_an_adapter_of_foreign_layers_is_refused(base, tmp_path):
 )
 def test_a_folder_without_a_whole_adapter_is_refused(damage, says, tmp_path):
     folder = tmp_path / "adapter"
-    save_lora(trained(make_model("chatglm2")), folder)
+    METHOD.save(trained(make_model("chatglm2")), folder)
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if damage == "no folder":
         shutil.rmtree(folder)
@@ -298,7 +298,7 @@ def test_a_folder_without_a_whole_adapter_is_refused(damage, says, tmp_path):
 
 
 def test_flags_that_contradict_a_trained_adapter_are_refused(tmp_path):
-    save_lora(trained(make_model("chatglm2"), lora_rank=4), tmp_path)
+    METHOD.save(trained(make_model("chatglm2"), lora_rank=4), tmp_path)
     with pytest.raises(UserError, match="was trained with --lora_rank 4, not 16: leave it out"):
         check_adapter(tmp_path, LoraArguments(lora_rank=16))
     check_adapter(tmp_path, LoraArguments(lora_rank=4))
@@ -323,7 +323,7 @@ def checkpoint(kind, demo_folder, small_vocabulary, tmp_path) -> Path:
 
 @pytest.fixture
 def adapter(checkpoint, tmp_path) -> Path:
-    save_lora(trained(load_model(checkpoint)), tmp_path / "adapter")
+    METHOD.save(trained(load_model(checkpoint)), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -381,20 +381,19 @@ def test_nothing_is_merged_into_a_quantized_base(adapter, checkpoint, tmp_path, 
 
 
 def test_a_base_that_moved_is_named_and_can_be_given(adapter, checkpoint, tmp_path, monkeypatch, capsys):
-    assert base_of_adapter(adapter) == str(checkpoint)
+    assert find_trained(str(adapter)) == (str(checkpoint), {"adapter": str(adapter)})
     moved = checkpoint.rename(tmp_path / f"moved-{checkpoint.name}")
     flags = ("--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged")
     assert merge(monkeypatch, *flags) == 2
     error = capsys.readouterr().err
-    assert f"the base model of {adapter} is not at {checkpoint}" in error
-    assert "--model_name_or_path" in error and "base_model_name_or_path in adapter_config.json" in error
-    assert base_of_adapter(adapter, str(moved)) == str(moved)
+    assert f"{adapter} was trained on {checkpoint}, which does not exist any more: set MODEL (--model_name" in error
+    assert find_trained(str(adapter), str(moved))[0] == str(moved)
     assert merge(monkeypatch, *flags, "--model_name_or_path", moved) == 0
 
 
 def test_an_adapter_of_a_demo_finds_it_anywhere(tmp_path):
-    save_lora(trained(load_model("demo")), tmp_path)
-    assert base_of_adapter(tmp_path) == "demo"
+    METHOD.save(trained(load_model("demo")), tmp_path)
+    assert find_trained(str(tmp_path))[0] == "demo"
 
 
 # The whole job
@@ -406,7 +405,7 @@ TRAINING = f"""--do_train --train_file {ROOT}/AdvertiseGen/train.json --model_na
 
 def finetune(flags: str, output_dir: Path) -> None:
     model_args, lora_args, *others = parse_arguments(LoraArguments, [*flags.split(), "--output_dir", str(output_dir)])
-    run(lora(lora_args), model_args, *others)
+    run(Lora(lora_args), model_args, *others)
 
 
 def losses(folder: Path) -> list[float]:
@@ -417,7 +416,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def strong_adapter(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("strong")
-    save_lora(trained(load_model("demo"), lora_alpha=200), folder)
+    METHOD.save(trained(load_model("demo"), lora_alpha=200), folder)
     return folder
 
 

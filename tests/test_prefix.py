@@ -8,8 +8,9 @@ from conftest import GOLDENS
 from safetensors.torch import save_file
 from test_chatglm_model import LOGITS, PAD, RELATIVE, batch_of, check_logits, left_padded, relative_error, trajectory
 
+from common.arguments import PrefixArguments
 from common.errors import UserError
-from common.methods.prefix import attach_prefix, load_prefix, read_prefix, save_prefix, without_prefix
+from common.methods.prefix import PTuning, attach_prefix, load_prefix, read_prefix
 from common.models.chatglm import ChatGLMForConditionalGeneration
 
 OFFICIAL = {kind: GOLDENS / f"prefix16-{kind}" for kind in ("plain", "proj")}
@@ -199,7 +200,7 @@ def test_without_prefix_is_the_base_model(plain_model, model_goldens):
     plain_model.eval()
     input_ids = model_goldens["prompt_row0/input_ids"]
     tuned = plain_model(input_ids).logits
-    with pytest.raises(KeyError), without_prefix(plain_model) as base:
+    with pytest.raises(KeyError), PTuning(PrefixArguments()).base(plain_model) as base:
         check_logits(base(input_ids).logits, model_goldens, "prompt_row0")
         raise KeyError  # the prefix also comes back after an error
     assert torch.equal(plain_model(input_ids).logits, tuned)
@@ -212,7 +213,7 @@ def test_without_prefix_is_the_base_model(plain_model, model_goldens):
 @pytest.mark.parametrize("projection, keys", [(False, PLAIN_KEYS), (True, PROJECTION_KEYS)])
 def test_save_and_load(small_model, tmp_path, projection, keys):
     tensors = random_prefix(small_model, 5, projection)
-    save_prefix(small_model, tmp_path / "saved")
+    PTuning(PrefixArguments()).save(small_model, tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "pytorch_model.bin"]
     stored = torch.load(tmp_path / "saved" / "pytorch_model.bin", weights_only=True)
     assert sorted(stored) == keys and {tensor.dtype for tensor in stored.values()} == {torch.float32}

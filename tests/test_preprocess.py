@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.finetune import run
 from common.loading import load_tokenizer
 from common.locking import hold
-from common.methods.full import p_tuning
+from common.methods.prefix import PTuning
 from common.preprocess import main, shard_bounds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,7 +226,7 @@ def train(flags: str, output_dir: Path) -> list[float]:
     --max_source_length 16 --use_cpu --per_device_train_batch_size 2 --max_train_samples 64 --max_steps 3
     --learning_rate 2e-2 --logging_steps 1 --save_steps 3 --report_to none --output_dir {output_dir}"""
     model_args, prefix_args, *others = parse_arguments(PrefixArguments, f"{common} {flags}".split())
-    run(p_tuning(prefix_args), model_args, *others)
+    run(PTuning(prefix_args), model_args, *others)
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
 from common.errors import UserError
 from common.finetune import run
-from common.loading import DEMOS, check_model_folder, load_base, load_model
-from common.methods.full import full, lora, p_tuning
-from common.models.quantization import PackedWeight, packed_weights
+from common.loading import load_model
+from common.methods.full import Full
+from common.methods.lora import Lora
+from common.methods.prefix import PTuning
+from common.models.quantization import PackedWeight
+from common.models.registry import DEMOS, open_model
+from common.models.weights import load_base, packed_weights
 
 IDS = torch.tensor([[5, 8, *range(40, 60)]])
 PACKED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -119,7 +123,7 @@ def test_a_packed_checkpoint_that_does_not_fit_is_refused(without, config, says,
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | config))
     with pytest.raises(UserError, match=says):
-        check_model_folder(folder)
+        packed_weights(open_model(folder))
 
 
 def test_all_weights_of_a_packed_checkpoint_are_not_trained(tmp_path):
@@ -163,7 +167,7 @@ def test_nf4_computes_what_its_dequantized_weights_compute(in_4_bit):
 
 # Training
 
-METHODS = {"ptuning": (p_tuning, PrefixArguments), "lora": (lora, LoraArguments), "full": (full, FullArguments)}
+METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 TRAINING = (
     f"--do_train --train_file {ROOT}/AdvertiseGen/train.json --prompt_column content --response_column summary "
     "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 8 --logging_steps 1 "
@@ -207,7 +211,7 @@ def test_bits_ask_for_checkpointed_activations_which_change_nothing(method, bits
 
 def test_packed_weights_are_mapped_and_not_read(tmp_path):
     """A checkpoint is looked at before a start without any of its weights being unpacked."""
-    weights = packed_weights(write_packed("demo", 4, tmp_path / "model"))
+    weights = packed_weights(open_model(write_packed("demo", 4, tmp_path / "model")))
     packed = [weight for weight in weights.values() if isinstance(weight, PackedWeight)]
     assert len(packed) == 4 * 6
     assert all(weight.packed.dtype == torch.int8 and weight.scale.dtype == torch.float16 for weight in packed)

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import ROOT
 
+from common.arguments import FullArguments, PrefixArguments
 from common.chat.chat import generation_settings, stream_chat
 from common.encoding import encode_chat
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
-from common.methods.full import save_full
-from common.methods.prefix import save_prefix
+from common.methods.full import Full
+from common.methods.prefix import PTuning
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-web.txt")
 from common.chat import web_demo
@@ -56,7 +57,7 @@ def prefix(tmp_path_factory) -> Path:
     model = load_model("demo", pre_seq_len=16)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.base_model.prefix_encoder.embedding.weight, std=10)
-    save_prefix(model, folder)
+    PTuning(PrefixArguments()).save(model, folder)
     return folder
 
 
@@ -301,7 +302,7 @@ def test_a_question_that_does_not_fit_changes_nothing():
 def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path):
     trained = load_model("demo")
     torch.nn.init.zeros_(trained.lm_head.weight)
-    save_full(trained, tmp_path)
+    Full(FullArguments()).save(trained, tmp_path)
     load_tokenizer("demo").save_pretrained(str(tmp_path))
     chat = load("--model_name_or_path", str(tmp_path), "--compare", "true")
     weights = []

@@ -26,14 +26,15 @@ for _name in ("no_proxy", "NO_PROXY"):
 import gradio as gr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, say
 from common.launch.engines import compute_dtype
-from common.loading import is_base, load_model, resolve_model
+from common.loading import load_model
 from common.locking import take_port
-from common.methods.prefix import without_prefix
-from common.models.registry import read_config
+from common.methods.prefix import PTuning
+from common.models.registry import base_of, open_model
 
 USER = "chatglm"  # who may enter where there is a password
 REFRESH = 0.03  # seconds between two looks at a growing answer
@@ -112,7 +113,7 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """Everything that answers, the tuned model first: visitors wait for it."""
     trained = args.ptuning_checkpoint or args.lora_checkpoint
-    second = base_of(args.model_name_or_path) if args.compare == "true" and not trained else None
+    second = base_of_full(args.model_name_or_path) if args.compare == "true" and not trained else None
     model, tokenizer = load_chat(args)
     speakers = [Speaker("微调后 / tuned" if trained or second else "ChatGLM", partial(nullcontext, model))]
     if trained and args.compare != "false":
@@ -126,18 +127,15 @@ def load(args: argparse.Namespace) -> Chat:
 def base_context(args: argparse.Namespace) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
     """What makes a model its base for a while, in the same memory."""
     if args.ptuning_checkpoint:
-        return without_prefix
-    from common.methods.lora import without_lora  # with PEFT, which takes two seconds to import
+        return PTuning(PrefixArguments()).base
+    from common.methods.lora import Lora  # with PEFT, which takes two seconds to import
 
-    return without_lora
+    return Lora(LoraArguments()).base
 
 
-def base_of(checkpoint: str) -> str:
+def base_of_full(checkpoint: str) -> str:
     """The model that a fully trained one began as. Raises UserError where it does not say so, or it is gone."""
-    base = read_config(resolve_model(checkpoint)).get("base_model_name_or_path") or ""
-    if not is_base(base):
-        raise UserError(f"--compare true: the base of {checkpoint} is not at {base or 'any place that it names'}.")
-    return base
+    return base_of(checkpoint, vars(open_model(checkpoint).config).get("base_model_name_or_path"))
 
 
 def warm_up(chat: Chat) -> None:

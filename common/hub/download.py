@@ -324,6 +324,14 @@ def fetch_config(name: str, revision: str = "main", cache_dir: str | None = None
     return folder / "config.json"
 
 
+def fetch_small_files(name, revision="main", cache_dir=None):
+    return fetch_config(name, revision, cache_dir).parent
+
+
+def find_complete(name, revision="main", cache_dir=None):
+    return complete_folder(record_file(repository_of(name), revision, cache_dir, None))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="download.sh",

@@ -1,19 +1,16 @@
-"""How much memory a training or an evaluation will take: predicted before anything is loaded, from config.json alone.
+"""Predicts the memory of a training or an evaluation from a model without weights.
 
-The model itself says what it keeps: built on the meta device, where tensors have shapes and no content, it does one
-step of training or generation, while every storage that comes and goes is counted. Written down here is only what meta
-tensors do otherwise than a CPU or a GPU does, and how engines spread what there is over processes.
+The model itself shows what it keeps: on the meta device, where tensors have shapes and no content, it does one step of
+training or generation, and every storage that comes and goes is counted. This file only adds the operators that meta
+tensors compute differently from a CPU or a GPU (``doubles``, ``WORKSPACE``), and the shares of several processes.
 """
 
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest.mock import patch
 
 import bitsandbytes as bnb
 import torch
@@ -23,22 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from common.arguments import PrefixArguments
-from common.methods.full import Method
-from common.methods.lora import load_adapter
-from common.methods.prefix import PrefixEncoder, attach_prefix, check_prefix
 from common.models.quantization import NOT_QUANTIZED, checkpointing_of
-from common.models.registry import empty_model
 
-CUDA_CONTEXT = 0.5e9  # bytes: what a process takes of a GPU before its first tensor
-BUCKET = 500_000_000  # elements: DeepSpeed's buckets for gradients, if its file does not say otherwise
+CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
+BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
-NO_PREFIX: dict[str, Any] = vars(PrefixArguments())
 aten = torch.ops.aten
-WORKSPACE = {  # what an operator allocates and frees inside, in bytes
+# Bytes that an operator allocates and frees inside; like the doubles measured under torch 2.13, bitsandbytes 0.50.
+WORKSPACE: dict[str, Callable[..., float]] = {
     "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
     "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,
 }
@@ -46,38 +38,38 @@ WORKSPACE = {  # what an operator allocates and frees inside, in bytes
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides how much memory is needed, beside the model and the method. A batch size of 0: that is not done."""
+    """The settings that decide how much memory a model needs. A batch size of 0 means: not done."""
 
     batch_size: int
     source_length: int
     target_length: int
-    all_labelled: bool = False  # whether every token may be learned, as of conversations and plain text
+    all_labelled: bool = False  # every token may have a label: conversations, plain text
     bits: int | None = None
-    dtype: torch.dtype = torch.float32  # of the model's own weights, where they are not quantized
+    dtype: torch.dtype = torch.float32  # of the base model's weights that are not quantized
     autocast: torch.dtype | None = None
     checkpointing: bool = False
     accumulates: bool = False
-    evaluation_batch_size: int = 0  # rows whose loss is computed without gradients
-    generation_batch_size: int = 0  # rows, times beams, that are answered together
-    answer_length: int = 0  # tokens that are generated, where it is not target_length
-    gpu: bool = True  # or a CPU, whose operators keep other things
+    evaluation_batch_size: int = 0  # rows per batch of the loss without gradients
+    generation_batch_size: int = 0  # rows x beams that are answered together
+    answer_length: int = 0  # generated tokens; 0: target_length
+    gpu: bool = True  # False: a CPU, whose operators keep other things
     processes: int = 1
     engine: str = "DDP"  # or DeepSpeed, or FSDP2
     zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
-    offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, of the weights
+    offload: tuple[bool, bool] = (False, False)  # the optimizer's states, the weights
 
     @property
     def loss_flags(self) -> dict[str, bool]:
-        """How the Trainer asks for a loss."""
+        """The flags that the Trainer calls the model with."""
         sharded = self.engine == "FSDP2" or self.zero.get("stage") == 3
         return {"loss_only": True, "loss_in_parts": not sharded, "use_cache": False}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted bytes: of one process on its device at its peak, by what holds them, and of all its host memory."""
+    """Predicted bytes of one process: on its device at the peak, by kind, and offloaded to the host."""
 
-    weights: int  # that are not trained
+    weights: int  # frozen
     trained: int
     gradients: int
     optimizer: int
@@ -88,15 +80,20 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """What is to be on the device."""
+        """Bytes on the device."""
         parts = (self.weights, self.trained, self.gradients, self.optimizer)
         return sum(parts) + self.activations + self.logits + self.workspace
 
+    def parts(self) -> dict[str, int]:
+        """Bytes on the device by kind, largest first, without the negligible ones."""
+        parts = {name: size for name, size in vars(self).items() if name != "offloaded" and size >= 5e6}
+        return dict(sorted(parts.items(), key=lambda part: -part[1]))
+
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of all storages that are made under it for as long as somebody holds them, by what they hold.
+    """Counts the bytes of the storages that operators make, for as long as they live, by kind.
 
-    ``labels``: how many positions a boolean mask selects, which meta tensors can't say.
+    ``labels``: the number of positions that a boolean mask selects; meta tensors don't know it.
     """
 
     def __init__(self, model: nn.Module, vocabulary: int, labels: int, gpu: bool):
@@ -105,7 +102,7 @@ class Allocations(TorchDispatchMode):
         self.unit = 512 if gpu else 64  # bytes that an allocation is rounded up to
         self.sums: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        # What holds weights is counted apart.
+        # Weights are counted apart.
         self.live = {tensor.untyped_storage()._cdata: ("weights", 0) for tensor in stored_tensors(model)}
 
     def hold(self, tensor: Tensor, kind: str) -> None:
@@ -137,7 +134,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() in WORKSPACE:
             self.note(WORKSPACE[func.name()](*args))
-        if func is aten._local_scalar_dense.default:  # whether a mask hides nothing: the answer that takes most
+        if func is aten._local_scalar_dense.default:  # whether a mask hides nothing; False takes more memory
             return False
         if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
             out = args[0].new_empty(self.labels, *args[0].shape[args[1][0].ndim :])
@@ -152,7 +149,7 @@ class Allocations(TorchDispatchMode):
 
 
 def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Everything that holds weights: parameters, buffers, and what bitsandbytes keeps beside quantized ones."""
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside quantized weights."""
     for module in model.modules():
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
@@ -160,7 +157,7 @@ def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
-    """What bitsandbytes makes of a layer: NF4 with double quantization, or int8 with a scale for each row."""
+    """A layer as bitsandbytes quantizes it: NF4 with double quantization, or int8 with one scale per row."""
     rows, columns = linear.weight.shape
     kind: Any = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
     flags: dict[str, Any] = {"quant_type": "nf4", "compute_dtype": dtype} if bits == 4 else {"has_fp16_weights": False}
@@ -186,29 +183,20 @@ def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def skeleton(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> PreTrainedModel:
-    """The model with what is to be trained, on the meta device."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the weights of an adapter go nowhere
-        model = empty_model(model_class, deepcopy(config)).to(setup.dtype)
-        for name, module in [*model.named_modules()]:
-            if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
-                model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
-        model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
-        prefix = PrefixArguments(**{name: method.load_flags.get(name, default) for name, default in NO_PREFIX.items()})
-        if prefix.ptuning_checkpoint:
-            tensors = check_prefix(prefix.ptuning_checkpoint)
-            attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
-        elif prefix.pre_seq_len:
-            attach_prefix(model, prefix.pre_seq_len, bool(prefix.prefix_projection))
-        adapter = method.load_flags.get("adapter")
-        return load_adapter(model, adapter) if adapter else method.attach(model)
+def quantize(model: PreTrainedModel, setup: Setup) -> None:
+    """Replaces the linear layers of a model on the meta device as a load in 4 or 8 bit does."""
+    for name, module in [*model.named_modules()]:
+        if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
+            model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
 
 
-@contextmanager
-def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
-    """Lets meta tensors take the operators of the device, and cast as autocast does. Yields what weights it cast."""
-    linear, cast_weights = F.linear, []
+def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], Callable]:
+    """(module, name) -> what meta tensors call instead: the kernels of the device, and the casts of autocast.
+
+    ``cast_weights`` collects the weights that autocast casts; it keeps them until the forward pass ends.
+    """
+    linear = F.linear
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if setup.autocast:
@@ -229,7 +217,7 @@ def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
 
     def autocast_linear(inputs, weight, bias=None):
         weight, bias = (x if x is None else x.to(setup.autocast) for x in (weight, bias))
-        if torch._C._current_graph_task_id() == -1:  # autocast keeps them for the rest of the forward pass
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
             cast_weights.append(weight)
         return linear(inputs.to(setup.autocast), weight, bias)
 
@@ -242,21 +230,33 @@ def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
     def matmul_8bit(inputs, weight, state, bias=None, **_):
         return MatMul8bitFp.apply(inputs, weight, None, bias, state)
 
-    with ExitStack() as stack:
-        replaced: dict[str, Any] = {"scaled_dot_product_attention": attention}
-        if setup.gpu:
-            replaced |= {"dropout": dropout, "rms_norm": rms_norm}
-        elif setup.batch_size:
-            stack.enter_context(patch.object(bnb, "matmul", matmul_8bit))
-        if setup.autocast:
-            replaced["linear"] = autocast_linear
-        for name, function in replaced.items():
-            stack.enter_context(patch.object(F, name, function))
+    table: dict[tuple[Any, str], Callable] = {(F, "scaled_dot_product_attention"): attention}
+    if setup.gpu:
+        table |= {(F, "dropout"): dropout, (F, "rms_norm"): rms_norm}
+    elif setup.batch_size:
+        table[bnb, "matmul"] = matmul_8bit
+    if setup.autocast:
+        table[F, "linear"] = autocast_linear
+    return table
+
+
+@contextmanager
+def kernels_of(setup: Setup) -> Iterator[list[Tensor]]:
+    """Puts the doubles in place. Yields the list of cast weights."""
+    cast_weights: list[Tensor] = []
+    table = doubles(setup, cast_weights)
+    originals = {(module, name): vars(module)[name] for module, name in table}
+    try:
+        for (module, name), double in table.items():
+            setattr(module, name, double)
         yield cast_weights
+    finally:
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
 
 
-def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_weights: list[Tensor]) -> None:
-    """One step without its optimizer, whose states are counted apart."""
+def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_weights: list[Tensor]) -> None:
+    """Forward and backward passes; the optimizer's states are counted apart."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.register_post_accumulate_grad_hook(lambda weight: allocations.rename(weight.grad, "gradients"))
@@ -267,7 +267,7 @@ def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_w
         model.activation_checkpointing_enable(how)
     model.train()
     for _ in range(1 + setup.accumulates):
-        batch = rows(setup.batch_size, setup.source_length + setup.target_length)
+        batch = fake_batch(setup.batch_size, setup.source_length + setup.target_length)
         count = torch.ones((), device="meta")
         loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=count, **setup.loss_flags).loss
         cast_weights.clear()
@@ -276,39 +276,40 @@ def train(model: PreTrainedModel, setup: Setup, allocations: Allocations, cast_w
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, setup: Setup) -> None:
-    """The loss of a batch, and the answers to one: the whole question, then a last token with all before it cached."""
+def evaluation_step(model: PreTrainedModel, setup: Setup) -> None:
+    """The loss of a batch; then of an answer the first token, and the last one with all others cached."""
     model.eval()
     if setup.evaluation_batch_size:
-        batch = rows(setup.evaluation_batch_size, setup.source_length + setup.target_length)
+        batch = fake_batch(setup.evaluation_batch_size, setup.source_length + setup.target_length)
         model(**batch, labels=batch["input_ids"], **setup.loss_flags)
     if not setup.generation_batch_size:
         return
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
-    config, prefix = model.config, sum(x.pre_seq_len for x in model.modules() if isinstance(x, PrefixEncoder))
-    answer(model, rows(count, setup.source_length), 0, None)
-    shape = (count, config.num_key_value_heads, prefix + end - 1, config.head_dim)
+    config = model.config
+    prefix_length = vars(config).get("pre_seq_len") or 0
+    decode_step(model, fake_batch(count, setup.source_length), 0, None)
+    shape = (count, config.num_key_value_heads, prefix_length + end - 1, config.head_dim)
     cache = DynamicCache(config=config)
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.empty(2, *shape, dtype=setup.dtype, device="meta").unbind(), layer)
-    answer(model, rows(count, end), end - 1, cache)
+    decode_step(model, fake_batch(count, end), end - 1, cache)
 
 
-def answer(model: PreTrainedModel, batch: dict[str, Tensor], cached: int, cache: DynamicCache | None) -> None:
-    """What generate() does for a token."""
+def decode_step(model: PreTrainedModel, batch: dict[str, Tensor], cached: int, cache: DynamicCache | None) -> None:
+    """The work of generate() for one token."""
     batch["input_ids"] = batch["input_ids"][:, cached:]
     out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
     out.logits[:, -1].float()
 
 
-def rows(batch_size: int, length: int) -> dict[str, Tensor]:
+def fake_batch(batch_size: int, length: int) -> dict[str, Tensor]:
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: Setup) -> Plan:
-    """The peak of one process. ``model_class``, ``config``: as ``Generation`` names them."""
-    model = skeleton(model_class, config, method, setup)
+def predict(model: PreTrainedModel, setup: Setup) -> Plan:
+    """The peak of one process. ``model``: on the meta device, quantized, with the parameters to train."""
+    config = model.config
     labels = setup.target_length + setup.all_labelled * setup.source_length
     stored = {id(tensor): (tensor.nbytes, tensor.requires_grad) for tensor in stored_tensors(model)}
     frozen = sum(size for size, is_trained in stored.values() if not is_trained)
@@ -318,13 +319,13 @@ def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: S
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
             with Allocations(model, config.vocab_size, setup.batch_size * labels, setup.gpu) as allocations:
-                train(model, setup, allocations, cast_weights)
+                training_step(model, setup, allocations, cast_weights)
             peaks.append(allocations.peak)
             model.zero_grad()
             del allocations
     with kernels_of(replace(setup, batch_size=0, autocast=None)):
         with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.gpu) as allocations:
-            evaluate(model, setup)
+            evaluation_step(model, setup)
         peaks.append(allocations.peak)
         if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
             peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the head, packed for the CPU
@@ -335,7 +336,7 @@ def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: S
 
 
 def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Plan:
-    """What one of several processes holds of the plan of a single one. ``trained``: how many parameters are."""
+    """The plan of one of several processes. ``trained``: number of trained parameters."""
     n, zero = setup.processes, setup.zero
     everything = model.num_parameters()
     if setup.engine == "DDP":
@@ -355,7 +356,7 @@ def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Pl
     optimizer = (8 + 4 * (size < 4)) * trained // shared  # with the float32 weights that the optimizer works on
     gradients = (size + 4) * trained // n if stage > 1 else size * trained
     bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    if not setup.gpu:  # where memory that is never written to takes nothing
+    if not setup.gpu:  # there, memory that is never written to takes nothing
         bucket = min(bucket, trained)
     buckets = bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1)
     weights, workspace, offloaded = plan.weights, plan.workspace + buckets * bool(stage), 0

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: small trainable matrices beside frozen ones, in standard adapter folders with original names.
+"""LoRA through PEFT: small trainable matrices beside frozen weights, saved as a standard adapter folder.
 
 LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685
 """
@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
+from common.methods import Method
+from common.methods.full import check_without_prefix
+from common.models.registry import ModelFolder
 
 # PEFT asks for this by the name that it had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -25,8 +28,58 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+class Lora(Method):
+    name = "LoRA"
+    trains_base = False
+    files = ("adapter_model.safetensors",)
+
+    def __init__(self, args: LoraArguments):
+        self.args = args
+        self.settings = vars(args)
+
+    def check(self, folder: ModelFolder, do_train: bool) -> None:
+        check_without_prefix(folder)
+        if self.args.lora_checkpoint:
+            check_adapter(self.args.lora_checkpoint, self.args)
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        """Freezes the model and adds a trained or a new adapter, in float32."""
+        if self.args.lora_checkpoint:
+            return load_adapter(model, self.args.lora_checkpoint)
+        return attach_lora(model, self.args)
+
+    def save(self, model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors.
+
+        By default PEFT asks the hub whether the vocabulary was extended; it never is.
+        """
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+
+    def restore(self, model: PeftModel, folder: Path) -> None:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
+
+    @contextmanager
+    def base(self, model: PeftModel) -> Iterator[PeftModel]:
+        with model.disable_adapter():
+            yield model
+
+    def optimizer(self, model: PeftModel, args: TrainingArguments) -> torch.optim.Optimizer | None:
+        """LoRA+, https://arxiv.org/abs/2402.12354: the B matrices learn ``loraplus_lr_ratio`` times faster than A."""
+        if self.args.loraplus_lr_ratio is None:
+            return None
+        return create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=args.learning_rate,
+            loraplus_lr_ratio=self.args.loraplus_lr_ratio,
+            loraplus_weight_decay=args.weight_decay,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+
+
 def adapter_config(folder: str | Path) -> dict:
-    """adapter_config.json of a LoRA adapter. Raises UserError where the folder holds none, or not a whole one."""
+    """adapter_config.json of a LoRA adapter. Raises UserError for a folder without a whole adapter."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder} with a LoRA adapter.")
@@ -46,7 +99,7 @@ def adapter_config(folder: str | Path) -> dict:
 
 
 def check_adapter(folder: str | Path, args: LoraArguments) -> None:
-    """Raises UserError where a flag contradicts the adapter that is to be trained further."""
+    """Raises UserError if a flag contradicts the adapter."""
     config = adapter_config(folder)
     for flag, stored in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])):
         given = vars(args)[flag]
@@ -55,12 +108,12 @@ def check_adapter(folder: str | Path, args: LoraArguments) -> None:
 
 
 def linear_names(model: nn.Module) -> set[str]:
-    """The last part of the name of every linear layer."""
+    """Names of the linear layers, last part only."""
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def target_modules(model: PreTrainedModel, args: LoraArguments) -> str | list[str]:
-    """The layers that get an adapter, as PEFT names them. Raises UserError for one that does not exist."""
+    """The layers that get an adapter, as PEFT names them. Raises UserError for a layer that does not exist."""
     default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
     targets = args.lora_target or default
     if targets == "all-linear":
@@ -75,7 +128,7 @@ def target_modules(model: PreTrainedModel, args: LoraArguments) -> str | list[st
 
 
 def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
-    """A new adapter, float32 and trainable, on the frozen model. Raises UserError as ``target_modules`` does."""
+    """The frozen model with a new adapter, float32 and trainable. Raises UserError like ``target_modules``."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
@@ -89,7 +142,7 @@ def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The model with a saved adapter, ours or any that PEFT wrote. Raises UserError for one of another model."""
+    """The model with a saved adapter of PEFT. Raises UserError for the adapter of another model."""
     targets = adapter_config(folder)["target_modules"]
     names = linear_names(model)
     foreign = [name for name in targets if name.rpartition(".")[2] not in names] if isinstance(targets, list) else []
@@ -113,41 +166,3 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     if misfits:
         raise UserError(f"the adapter in {folder} belongs to another model: {misfits[0]} does not fit.")
     return adapted.eval()
-
-
-def save_lora(model: PeftModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes adapter_config.json and adapter_model.safetensors, out of gathered ``weights`` where they are given.
-
-    PEFT would look on the hub whether the vocabulary was extended, to save the embedding too; here it never is.
-    """
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-
-
-def restore_lora(model: PeftModel, folder: str | Path) -> None:
-    """Reads a saved adapter back into the one that the model already has."""
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))
-
-
-@contextmanager
-def without_lora(model: PeftModel) -> Iterator[PeftModel]:
-    """The base model, as it is without its adapter."""
-    with model.disable_adapter():
-        yield model
-
-
-def loraplus_optimizer(model: PeftModel, args: TrainingArguments, ratio: float) -> torch.optim.Optimizer:
-    """LoRA+, https://arxiv.org/abs/2402.12354: the B matrices learn ``ratio`` times faster than the A matrices."""
-    return create_loraplus_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=args.learning_rate,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-    )
-
-
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter added into its weights."""
-    return model.merge_and_unload(safe_merge=True)

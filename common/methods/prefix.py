@@ -3,8 +3,8 @@
 P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks,
 https://arxiv.org/abs/2110.07602
 
-On disk a prefix is what the official code writes: ``pytorch_model.bin`` with ``transformer.prefix_encoder.*`` and a
-``config.json``, in which ``pre_seq_len`` and ``prefix_projection`` stand, so that nobody has to repeat them.
+On disk a prefix has the format of the official code: ``pytorch_model.bin`` with ``transformer.prefix_encoder.*``, and
+a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that no flag has to repeat them.
 """
 
 import os
@@ -17,18 +17,78 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.models.weights import read_bin
+from common.methods import Method
+from common.models.registry import ModelFolder
+from common.models.weights import read_weights
 
 KEY_PREFIX = "transformer.prefix_encoder."
+
+
+class PTuning(Method):
+    name = "P-Tuning v2"
+    trains_base = False
+    files = ("pytorch_model.bin",)
+
+    def __init__(self, args: PrefixArguments):
+        self.args = args
+        self.settings = vars(args)
+
+    def check(self, folder: ModelFolder, do_train: bool) -> None:
+        args = self.args
+        if folder.spec.key == "glm":
+            raise UserError(
+                f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder.path} is a {folder.spec.name}."
+            )
+        if args.ptuning_checkpoint:
+            check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
+        elif do_train and not args.pre_seq_len:
+            raise UserError(
+                "--do_train needs --pre_seq_len, the number of virtual tokens to train (full/main.py trains weights)."
+            )
+        elif args.pre_seq_len and not do_train:
+            raise UserError("--pre_seq_len makes an untrained prefix: give --ptuning_checkpoint to evaluate one.")
+
+    def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Freezes the model and adds a trained or a new prefix. An old checkpoint may hold one beside the model."""
+        args = self.args
+        source = args.ptuning_checkpoint
+        if source is None and model.config.pre_seq_len and read_prefix(model.name_or_path):
+            source = model.name_or_path
+        if source:
+            load_prefix(model, source, args.pre_seq_len, args.prefix_projection or None)
+        elif args.pre_seq_len:
+            attach_prefix(model, args.pre_seq_len, args.prefix_projection)
+        return model
+
+    def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Writes the prefix alone, in float32, and the config, in the format of the original code."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: x for name, x in (weights or model.state_dict()).items() if name.startswith(KEY_PREFIX)}
+        partial = folder / "pytorch_model.bin.partial"
+        torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, folder / "pytorch_model.bin")
+        model.config.save_pretrained(folder)
+
+    def restore(self, model: PreTrainedModel, folder: Path) -> None:
+        model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
+
+    @contextmanager
+    def base(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        encoder, model.base_model.prefix_encoder = model.base_model.prefix_encoder, None
+        try:
+            yield model
+        finally:
+            model.base_model.prefix_encoder = encoder
 
 
 class PrefixEncoder(nn.Module):
     """Keys and values of ``pre_seq_len`` virtual tokens, in float32, drawn from N(0, 1) as nn.Embedding does.
 
-    With ``projection`` they come out of a two-layer network (embedding -> Linear -> Tanh -> Linear), which trains
-    more stably and costs far more parameters.
+    With ``projection`` a two-layer network makes them (embedding -> Linear -> Tanh -> Linear): it trains more stably
+    and costs far more parameters.
     """
 
     def __init__(self, config: PreTrainedConfig, pre_seq_len: int, projection: bool = False, dropout: float = 0.1):
@@ -49,7 +109,7 @@ class PrefixEncoder(nn.Module):
     def forward(self, batch_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Keys and values of all layers, [layers, 2, b, h, pre_seq_len, d]; dropout differs from row to row."""
         tokens = torch.arange(self.pre_seq_len, device=self.embedding.weight.device)
-        keys_values = self.trans(self.embedding(tokens)).to(dtype)  # before there is a copy for each row
+        keys_values = self.trans(self.embedding(tokens)).to(dtype)  # before expand() copies it for each row
         keys_values = keys_values.view(self.pre_seq_len, self.num_layers, 2, *self.kv_shape).permute(1, 2, 3, 0, 4)
         return self.dropout(keys_values.unsqueeze(2).expand(-1, -1, batch_size, -1, -1, -1))
 
@@ -63,34 +123,10 @@ def attach_prefix(model: PreTrainedModel, pre_seq_len: int, projection: bool = F
     model.config.prefix_projection = projection
 
 
-@contextmanager
-def without_prefix(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The base model, as it is without its prefix."""
-    encoder, model.base_model.prefix_encoder = model.base_model.prefix_encoder, None
-    try:
-        yield model
-    finally:
-        model.base_model.prefix_encoder = encoder
-
-
-def save_prefix(model: PreTrainedModel, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes the prefix alone, float32 under the original names, and the config, as the original code reads them.
-
-    It is taken out of the gathered ``weights`` where they are given.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor for name, tensor in (weights or model.state_dict()).items() if name.startswith(KEY_PREFIX)}
-    partial = folder / "pytorch_model.bin.partial"
-    torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, folder / "pytorch_model.bin")
-    model.config.save_pretrained(folder)
-
-
 def read_prefix(folder: str | Path) -> dict[str, Tensor]:
-    """The prefix tensors of a checkpoint, keys without ``transformer.prefix_encoder.``; empty where there are none.
+    """The prefix of a checkpoint: float32 tensors by their names in ``PrefixEncoder``; {} without a prefix.
 
-    Reads what we save, what the official script saves, and old full checkpoints that hold base and prefix.
+    Reads our prefixes, those of the official script, and old full checkpoints that hold base and prefix.
     """
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
@@ -100,19 +136,24 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
             with safe_open(file, framework="pt") as reader:
                 tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
         else:
-            tensors |= {name: tensor for name, tensor in read_bin(file).items() if name.startswith(KEY_PREFIX)}
+            tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
 
+def holds_prefix(folder: ModelFolder) -> bool:
+    """Whether a model folder is an old checkpoint of base and prefix in one."""
+    return folder.spec.key != "glm" and bool(folder.config.pre_seq_len and read_prefix(folder.path))
+
+
 def holds_prefix_only(folder: str | Path) -> bool:
-    """Whether a checkpoint is a prefix without the model that it belongs to."""
+    """Whether a checkpoint is a prefix without its model."""
     file = Path(folder) / "pytorch_model.bin"
     names = torch.load(file, map_location="meta", weights_only=True) if file.is_file() else {}
     return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
 
 
 def prefix_files(folder: Path) -> list[Path]:
-    """The weight files that may hold a prefix: where there is an index, only those it names for one."""
+    """The weight files that may hold a prefix; an index names them exactly."""
     for index in sorted(folder.glob("*.index.json")):
         names = (read_json(index) or {}).get("weight_map", {})
         return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
@@ -120,17 +161,12 @@ def prefix_files(folder: Path) -> list[Path]:
     return [file for file in files if file.exists()]
 
 
-def restore_prefix(model: PreTrainedModel, folder: str | Path) -> None:
-    """Reads a saved prefix back into the encoder that the model already has."""
-    model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
-
-
 def check_prefix(
     folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a saved prefix. Its length and kind are read off them.
+    """The tensors of a saved prefix; they tell its length and kind.
 
-    Raises UserError where the folder holds no prefix, and where ``pre_seq_len`` or ``projection`` are given and differ.
+    Raises UserError if the folder holds no prefix, and if ``pre_seq_len`` or ``projection`` are given and differ.
     """
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder} with a trained prefix.")
@@ -154,7 +190,7 @@ def check_prefix(
 def load_prefix(
     model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
 ) -> None:
-    """Attaches the prefix of a checkpoint. Raises UserError as ``check_prefix`` does, and for one of another shape."""
+    """Attaches the prefix of a checkpoint. Raises UserError like ``check_prefix``, and if the shapes differ."""
     tensors = check_prefix(folder, pre_seq_len, projection)
     attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
     encoder = model.base_model.prefix_encoder

@@ -1,6 +1,7 @@
-"""Which ChatGLM a checkpoint folder holds, told by its config.json, and the classes that belong to it."""
+"""Model name -> ``ModelFolder``: which model of the ChatGLM family it is, read from config.json alone, once."""
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,14 +9,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import check_complete, read_json, weight_files
+from common.hub.download import download, fetch_small_files, find_complete
+from common.hub.hubs import hub_id, is_hub_name
 from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
+DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
 
-class Generation(NamedTuple):
-    """Its classes, ours or those that transformers finds by itself, and the file that holds its vocabulary."""
+
+class ModelSpec(NamedTuple):
+    """A model of the family: its classes, and the file of its vocabulary."""
 
     key: str
     name: str
@@ -25,47 +31,145 @@ class Generation(NamedTuple):
     vocabulary: str
 
 
-GENERATIONS = {
-    generation.key: generation
-    for generation in (
-        Generation(
-            "chatglm",
-            "ChatGLM-6B",
-            chatglm.ChatGLMConfig,
-            chatglm.ChatGLMForConditionalGeneration,
-            ChatGLMTokenizer,
-            "ice_text.model",
-        ),
-        Generation(
-            "chatglm2",
-            "ChatGLM2-6B",
-            chatglm2.ChatGLMConfig,
-            chatglm2.ChatGLMForConditionalGeneration,
-            ChatGLM2Tokenizer,
-            "tokenizer.model",
-        ),
-        Generation(
-            "chatglm3",
-            "ChatGLM3-6B",
-            chatglm2.ChatGLMConfig,
-            chatglm2.ChatGLMForConditionalGeneration,
-            ChatGLM3Tokenizer,
-            "tokenizer.model",
-        ),
-        Generation("glm", "GLM-4", AutoConfig, AutoModelForCausalLM, AutoTokenizer, "tokenizer.json"),
+FIRST, SECOND = chatglm.ChatGLMForConditionalGeneration, chatglm2.ChatGLMForConditionalGeneration
+SPECS = {
+    spec.key: spec
+    for spec in (
+        ModelSpec("chatglm", "ChatGLM-6B", chatglm.ChatGLMConfig, FIRST, ChatGLMTokenizer, "ice_text.model"),
+        ModelSpec("chatglm2", "ChatGLM2-6B", chatglm2.ChatGLMConfig, SECOND, ChatGLM2Tokenizer, "tokenizer.model"),
+        ModelSpec("chatglm3", "ChatGLM3-6B", chatglm2.ChatGLMConfig, SECOND, ChatGLM3Tokenizer, "tokenizer.model"),
+        ModelSpec("glm", "GLM-4", AutoConfig, AutoModelForCausalLM, AutoTokenizer, "tokenizer.json"),
     )
 }
 
 
-def empty_model(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of a generation's class on the meta device: shapes without weights, of which nothing is read."""
-    make = model_class.from_config if model_class is AutoModelForCausalLM else model_class
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model, opened and checked: every part of the program takes this value and opens nothing again."""
+
+    name: str  # that adapters and prefixes remember as their base: an absolute path, a demo, or a hub id
+    path: Path
+    spec: ModelSpec
+    config: PreTrainedConfig
+    bits: int | None  # 4 or 8: the weights are packed as the original code packs them
+    weights: tuple[Path, ...]  # weight files; empty: they are still on the hub
+    revision: str = "main"
+    cache_dir: str | None = None
+
+
+def open_model(
+    name: str | Path | ModelFolder, revision: str = "main", cache_dir: str | None = None, config_name: str | None = None
+) -> ModelFolder:
+    """A demo, a folder, or a model on a hub, of which only the small files are downloaded.
+
+    ``config_name``: another model, whose config.json counts instead. Raises UserError for a model that is not
+    supported or not whole. Of weight files only the ends are read.
+    """
+    if isinstance(name, ModelFolder):
+        return name
+    name = str(name)
+    on_hub = not is_local(name)
+    if on_hub and not is_hub_name(name):
+        raise UserError(
+            f"no model folder {name}: give demo, demo3, an existing folder, a name like chatglm3-6b, or a hub id like "
+            "THUDM/chatglm3-6b."
+        )
+    if on_hub:
+        complete = find_complete(name, revision, cache_dir)
+        path = complete or fetch_small_files(name, revision, cache_dir)
+    else:
+        complete = path = DEMOS.get(name) or Path(name)
+    content = read_config(path)
+    spec = spec_of(path, content)
+    check_vocabulary(path, spec)
+    return ModelFolder(
+        name=lasting_name(name),
+        path=path,
+        spec=spec,
+        config=open_model(config_name).config if config_name else make_config(spec, content),
+        bits=content.get("quantization_bit") or None,
+        weights=checked_weights(path) if complete else (),
+        revision=revision,
+        cache_dir=cache_dir,
+    )
+
+
+def fetch_weights(folder: ModelFolder) -> ModelFolder:
+    """The model with its weights here: downloads them if they are still on the hub."""
+    if folder.weights:
+        return folder
+    path = download(folder.name, folder.revision, folder.cache_dir)
+    return replace(folder, path=path, weights=checked_weights(path))
+
+
+def make_config(spec: ModelSpec, content: dict[str, Any]) -> PreTrainedConfig:
+    """The config object of the content of config.json."""
+    kind = type(AutoConfig.for_model(content["model_type"])) if spec.config is AutoConfig else spec.config
+    config = kind.from_dict(content)
+    if spec.key in ("chatglm2", "chatglm3"):
+        config.generation = spec.key
+    return config
+
+
+def checked_weights(path: Path) -> tuple[Path, ...]:
+    """The weight files of a folder. Raises UserError for a missing or truncated one."""
+    files = weight_files(path)
+    if not files:
+        raise UserError(f"{path} has no weights: neither *.safetensors nor *.bin is there.")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is missing, though the index of {path} names it.")
+        check_complete(file)
+    return tuple(files)
+
+
+def check_vocabulary(path: Path, spec: ModelSpec) -> None:
+    """Raises UserError if the vocabulary is missing."""
+    if (path / spec.vocabulary).is_file():
+        return
+    others = [name for name in ("ice_text.model", "tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+    mixed = f" ({others[0]} belongs to another model)" if others else ""
+    raise UserError(f"{path} is a {spec.name} without its vocabulary: {spec.vocabulary} is missing{mixed}.")
+
+
+def is_local(name: str) -> bool:
+    """Whether a name means a demo or an existing folder."""
+    return name in DEMOS or bool(name) and Path(name).is_dir()
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a model can have this name: a demo, an existing folder, or the form of a name on a hub."""
+    return is_local(name) or is_hub_name(name)
+
+
+def lasting_name(name: str) -> str:
+    """The name that means the same model in any working directory and to other programs."""
+    if name not in DEMOS and Path(name).is_dir():
+        return str(Path(name).resolve())
+    return hub_id(name) if is_hub_name(name) else name
+
+
+def base_of(trained: str | Path, named: str | None, given: str | None = None) -> str:
+    """The base model of a trained folder: ``given`` by the user, else ``named`` by the folder.
+
+    Raises UserError if there is no such model.
+    """
+    base = given or named
+    if base and is_model_name(base):
+        return base
+    problem = f"was trained on {base}, which does not exist any more" if base else "does not name its base model"
+    raise UserError(f"{trained} {problem}: set MODEL (--model_name_or_path) to the base model.")
+
+
+def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on the meta device: shapes only; no file is read."""
+    make = spec.model.from_config if spec.model is AutoModelForCausalLM else spec.model
     with torch.device("meta"):
         return make(config)
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):
-    """What AutoConfig finds under the name that all generations share: reads the config class that fits."""
+    """AutoConfig finds this class under the name that all models share; it makes the config that fits."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -78,58 +182,57 @@ for _module in (chatglm, chatglm2):
     AutoModelForCausalLM.register(_module.ChatGLMConfig, _module.ChatGLMForConditionalGeneration)
 
 
-def read_config(folder: Path) -> dict:
-    """The content of config.json. Raises UserError where it is missing or broken."""
-    file = folder / "config.json"
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of config.json. Raises UserError if it is missing or broken."""
+    file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
+        raise UserError(f"{path} is no model folder: it has no config.json.")
     config = read_json(file)
     if config is None:
         raise UserError(f"{file} is no JSON object.")
     return config
 
 
-def generation_of(folder: Path) -> Generation:
-    """Raises UserError for a model that is not supported, naming it."""
-    config = read_config(folder)
+def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
+    """The model of a folder with this config.json. Raises UserError for an unsupported model and names it."""
     kind = config.get("model_type")
     if kind in ("glm", "glm4"):
-        return GENERATIONS["glm"]
+        return SPECS["glm"]
     if kind != "chatglm" or not {"inner_hidden_size", "padded_vocab_size"} & config.keys():
         raise UserError(
-            f"{folder / 'config.json'} describes a model of type {kind!r}: "
+            f"{path / 'config.json'} describes a model of type {kind!r}: "
             "supported are ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, and GLM-4 in the format of transformers."
         )
     if config.get("vocab_size") == 150528:
         raise UserError(
-            f"{folder} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
+            f"{path} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
         )
     if config.get("padded_vocab_size") == 151552:
         raise UserError(
-            f"{folder} is a GLM-4 in its first format, which needs the code beside it: use the checkpoint whose name "
+            f"{path} is a GLM-4 in its first format, which needs the code beside it: use the checkpoint whose name "
             "ends in -hf (THUDM/glm-4-9b-chat-hf), or a GLM-4-0414."
         )
-    return GENERATIONS["chatglm" if "inner_hidden_size" in config else second_or_third(folder, config)]
+    return SPECS["chatglm" if "inner_hidden_size" in config else second_or_third(path, config)]
 
 
-def second_or_third(folder: Path, config: dict) -> str:
-    """One architecture with two prompts: told apart by their names, or by the tokenizer's code, read as text."""
-    tokenizer_config = read_json(folder / "tokenizer_config.json") or {}
-    code = folder / "tokenization_chatglm.py"
+def second_or_third(path: Path, config: dict[str, Any]) -> str:
+    """chatglm2 or chatglm3, one architecture with two prompts: by their names or by the tokenizer's code as text."""
+    tokenizer_config = read_json(path / "tokenizer_config.json") or {}
+    code = path / "tokenization_chatglm.py"
     for certain in (config.get("generation"), tokenizer_config.get("generation")):
         if certain in ("chatglm2", "chatglm3"):
             return certain
     source = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
-    for sign, generation in (("<|assistant|>", "chatglm3"), ("def build_prompt", "chatglm2")):
+    for sign, key in (("<|assistant|>", "chatglm3"), ("def build_prompt", "chatglm2")):
         if sign in source:
-            return generation
-    place = folder.resolve()
+            return key
+    place = path.resolve()
     own_name = place.parents[1].name if place.parent.name == "snapshots" else place.name  # of the hub's cache, or any
     for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), own_name):
         found = re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(name).lower())
         if found:
             return f"chatglm{''.join(found[-1])}"
     raise UserError(
-        f"{folder} may be a ChatGLM2 or a ChatGLM3, which differ in their prompts only: "
+        f"{path} may be a ChatGLM2 or a ChatGLM3, which differ in their prompts only: "
         'write "generation": "chatglm3" (or "chatglm2") into its config.json.'
     )

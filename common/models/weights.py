@@ -1,117 +1,89 @@
-"""Old ``.bin`` weights, converted once to safetensors, which every process of a machine maps instead of reading.
+"""The weights of a model folder -> the model, mapped and not read; nothing in the folder is executed."""
 
-Mapped weights lie in the page cache, once for all ranks. So do those of a zip-format .bin; of a plain pickle, the
-oldest kind, each rank would hold a copy of its own.
-"""
-
-import os
-import shutil
 import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers import GenerationConfig, PreTrainedModel
 
-from common.errors import UserError, say
-from common.files import gb, indexed_files, short_hash, write_json
-from common.locking import cache_folder, guard
-
-CONVERT_FROM = 64 * 2**20  # bytes; a smaller checkpoint costs nobody anything as it is
+from common.errors import UserError
+from common.models.quantization import PackedWeight, quantization_config, unpackable
+from common.models.registry import ModelFolder, empty_model
 
 
-def weights_folder(folder: Path) -> Path:
-    """Where the weights of a model folder are read from: the folder itself, or the safetensors made of its .bin files.
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .bin file, mapped. Raises UserError for a file that can't be read.
 
-    One job converts, the others wait for it. Where that can't be done, the folder itself is read.
-    Raises UserError for a .bin file that can't be read.
+    A plain pickle (torch before 1.6) can't be mapped and is read.
     """
-    files = bin_files(folder)
-    size = sum(file.stat().st_size for file in files)
-    if not files or size < CONVERT_FROM or os.environ.get("CONVERT_WEIGHTS", "").lower() == "false":
-        return folder
-    target, others = conversion_of(files)
-    if target.is_dir():
-        return target
-    with guard("converted weights", files[0].resolve().parent):
-        if target.is_dir():  # made by whom we waited for
-            return target
-        for other in others:
-            shutil.rmtree(other)
-        return convert(folder, files, size, target)
-
-
-def bin_files(folder: Path) -> list[Path]:
-    """The .bin files that transformers would read: it prefers safetensors, and one file to several."""
-    if any((folder / name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
-        return []
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    return indexed_files(folder / WEIGHTS_INDEX_NAME) or []
-
-
-def conversion_of(files: list[Path]) -> tuple[Path, list[Path]]:
-    """The folder of their conversion, and what else lies there of these files: of older content, or never finished."""
-    stats = [file.stat() for file in files]
-    place = short_hash(str([str(file.resolve()) for file in files]).encode())
-    content = short_hash(str([(stat.st_size, stat.st_mtime_ns) for stat in stats]).encode())
-    cache = cache_folder() / "weights"
-    target = cache / f"{place}-{content}"
-    return target, [found for found in cache.glob(f"{place}-*") if found != target]
-
-
-def convert(folder: Path, files: list[Path], size: int, target: Path) -> Path:
-    """Makes ``target``, whole or not at all, and returns it; or the folder itself, where the disk does not allow it."""
-    target.parent.mkdir(exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < size:
-        say(f"{folder} is read as it is: as safetensors it takes {gb(size)}, and {target.parent} has {gb(free)} left.")
-        return folder
-    say(f"converting {folder} to safetensors, once: {gb(size)} in {target} (CONVERT_WEIGHTS=false to do without)")
-    partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir()
-    weight_map: dict[str, str] = {}
-    try:
-        for file in files:
-            shard = partial / f"{file.stem}.safetensors"
-            tensors = storable(read_bin(file))
-            save_file(tensors, shard, metadata={"format": "pt"})
-            flush(shard)
-            weight_map |= dict.fromkeys(tensors, shard.name)
-        write_json(partial / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        say(f"{folder} is read as it is: it can't be converted ({error}).")
-        return folder
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what a failure leaves
-    return target
-
-
-def read_bin(file: Path) -> dict[str, Tensor]:
-    """Its tensors, mapped and not read; only plain pickles, the oldest kind, can't be mapped."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # what is no pickle fails in any way
+    except Exception as error:  # a file that is no pickle fails in any way
         raise UserError(f"{file} can't be read ({type(error).__name__}): copy or download it again.") from error
     return {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 
-def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors wants them: contiguous, and no two in one storage, as tied weights are."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        shared = storage in seen
-        seen.add(storage)
-        result[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-    return result
+def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
+    """The weights of a packed checkpoint. Raises UserError if a scale is missing or a shape contradicts config.json.
+
+    A wrong shape must be found here: quantized once more, it would pass unseen.
+    """
+    stored: dict[str, Tensor] = {}
+    for file in folder.weights:
+        stored |= read_weights(file)
+    weights = unpackable(stored, folder.bits, folder.path)
+    parameters = dict(empty_model(folder.spec, folder.config).named_parameters())
+    for name, weight in weights.items():
+        if isinstance(weight, PackedWeight) and name in parameters and weight.shape != parameters[name].shape:
+            raise UserError(
+                f"{folder.path}: {name} unpacks to {list(weight.shape)} with the {weight.bits} bit that config.json "
+                f"says, and the model needs {list(parameters[name].shape)}."
+            )
+    return weights
 
 
-def flush(file: Path) -> None:
-    """To the disk: else the folder's name could outlive a power cut that its content does not."""
-    with open(file, "rb") as content:
-        os.fsync(content.fileno())
+def generation_config(folder: ModelFolder) -> GenerationConfig:
+    """The defaults of generation: generation_config.json, or the fields of config.json."""
+    if (folder.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder.path)
+    return GenerationConfig.from_model_config(folder.config)
+
+
+def load_base(
+    folder: ModelFolder,
+    dtype: torch.dtype = torch.float32,
+    quantization_bit: int | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """The model of a folder in evaluation mode. Raises UserError if weights and config.json contradict each other.
+
+    Processes of one machine share mapped weights that stay on the CPU in the dtype of the file. All others are
+    unpacked, converted, moved to ``device`` and quantized one by one, so that the host never holds the whole model.
+    ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
+    """
+    packed = packed_weights(folder) if folder.bits else None
+    try:
+        model, report = folder.spec.model.from_pretrained(
+            None if packed else folder.path,
+            state_dict=packed,
+            config=folder.config,
+            dtype=dtype,
+            device_map=None if device is None else {"": torch.device(device)},
+            quantization_config=quantization_config(quantization_bit or folder.bits, dtype),
+            generation_config=generation_config(folder),
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights in {folder.path} have other shapes than its config.json says.") from error
+    if report["missing_keys"]:
+        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+        raise UserError(f"{folder.path} is no whole model: {count} weights are missing, {first} among them.")
+    model.generation_config.bos_token_id = folder.config.bos_token_id
+    model.name_or_path = model.config.name_or_path = folder.name
+    return model

@@ -13,7 +13,8 @@ from common.data.rows import find_files
 from common.errors import UserError, differences
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.locking import hold
-from common.methods.full import Method
+from common.methods import Method
+from common.models.registry import ModelFolder
 
 SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.
@@ -33,10 +34,10 @@ DATA_SETTINGS = (
 
 
 def settings_of(
-    model: Path, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+    folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> dict:
     """The settings that a continued training must share with its beginning."""
-    settings: dict[str, object] = {"model": str(model.resolve()), "method": method.name}
+    settings: dict[str, object] = {"model": str(folder.path.resolve()), "method": method.name}
     settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
     settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
     settings["train_datasets"] = data_args.train_datasets and str(Path(data_args.train_datasets).resolve())

@@ -6,9 +6,11 @@ from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.rows import find_files
 from common.data.shards import read_manifest
 from common.errors import UserError, say
-from common.loading import check_model_folder, resolve_model
-from common.methods.full import Method
-from common.models.quantization import checkpointing_of, packed_bits
+from common.memory.fit import open_shape
+from common.methods import Method
+from common.models.quantization import checkpointing_of
+from common.models.registry import ModelFolder, open_model
+from common.models.weights import packed_weights
 from common.training.checkpoints import check_writable
 
 SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
@@ -18,38 +20,44 @@ SPLITS = (  # split, the flag that asks for it, the flag that names its files, t
 )
 
 
-def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> Path:
+def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> ModelFolder:
     """Raises UserError for what can't work. Returns the model's folder, and completes what depends on it."""
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
-    folder = resolve_model(model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir)
-    check_model_folder(folder)
+    opened = open_shape if args.plan else open_model
+    folder = opened(
+        model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.config_name
+    )
+    if folder.bits and folder.weights:
+        packed_weights(folder)
     complete(model_args, args, folder)
     check_quantization(method, model_args, args, folder)
     method.check(folder, args.do_train)
-    if args.do_train and Path(args.output_dir).resolve() == folder.resolve():
+    if args.do_train and Path(args.output_dir).resolve() == folder.path.resolve():
         raise UserError(
             f"--output_dir {args.output_dir} is the base model, which would be overwritten: choose another."
         )
-    check_writable(Path(args.output_dir))
+    if not args.plan:
+        check_writable(Path(args.output_dir))
     return folder
 
 
-def complete(model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
+def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder) -> None:
     """A packed checkpoint says its bits; and where bits save memory, checkpointing does too, unless it is off."""
-    packed = packed_bits(folder)
-    bits = model_args.quantization_bit = model_args.quantization_bit or packed
-    if packed and bits != packed and args.process_index == 0:
-        say(f"note: {folder} is packed in {packed} bit; --quantization_bit {bits} quantizes it anew.")
+    bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
+    if folder.bits and bits != folder.bits and args.process_index == 0:
+        say(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
     if args.may_checkpoint and args.do_train and bits:
         args.activation_checkpointing = True
     args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
 
 
-def check_quantization(method: Method, model_args: ModelArguments, args: TrainingArguments, folder: Path) -> None:
+def check_quantization(
+    method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
+) -> None:
     """Quantized weights are neither trained nor sharded."""
-    source = f"{folder} is packed in {packed_bits(folder)} bit" if packed_bits(folder) else "--quantization_bit"
+    source = f"{folder.path} is packed in {folder.bits} bit" if folder.bits else "--quantization_bit"
     if args.do_train and method.trains_base and model_args.quantization_bit:
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
     if args.sharded and model_args.quantization_bit:

@@ -12,7 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data.dataset import Prepared
+from common.files import gb
 from common.launch.engines import sizes
+from common.memory.fit import Forecast
+from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
 
 
@@ -41,6 +44,44 @@ def print_prepared(split: str, data: Prepared) -> None:
     if data.unlabelled:
         notes.append(f"{data.unlabelled:,} dropped because nothing of their answers fits the lengths")
     console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
+
+
+LABELS = {
+    "weights": "weights",
+    "trained": "trained weights",
+    "gradients": "gradients",
+    "optimizer": "the optimizer's states",
+    "activations": "activations",
+    "logits": "logits",
+    "workspace": "workspace (dequantized weights, buckets)",
+}
+
+
+def print_plan(memory: Forecast) -> None:
+    """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
+    (folder, method, setup), plan, available = memory
+    table = Table(title=f"{folder.spec.name}, {method.name}: predicted memory", title_justify="left")
+    table.add_column("at the peak")
+    table.add_column("GB", justify="right")
+    for name, size in plan.parts().items():
+        table.add_row(LABELS[name], f"{size / 1e9:,.2f}")
+    table.add_section()
+    table.add_row("a process on its device", f"{plan.total / 1e9:,.2f}")
+    if setup.gpu:
+        table.add_row("CUDA itself, beside that", f"{CUDA_CONTEXT / 1e9:,.2f}")
+    if plan.offloaded:
+        table.add_row("a process on the host", f"{plan.offloaded / 1e9:,.2f}")
+    out = console()
+    out.print(table)
+    bits = f"{setup.bits} bit" if setup.bits else str(setup.dtype).removeprefix("torch.")
+    out.print(
+        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
+        f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
+        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}"
+        + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
+    )
+    if plan.total <= available:
+        out.print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:

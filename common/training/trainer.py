@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, Trainer
 
 from common.errors import UserError
-from common.methods.full import Method
+from common.methods import Method
 from common.training.checkpoints import complete_checkpoints
 
 
@@ -29,8 +29,7 @@ class FinetuneTrainer(Trainer):
         self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        if self.method.optimizer:
-            self.optimizer = self.method.optimizer(self.model, self.args)
+        self.optimizer = self.method.optimizer(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

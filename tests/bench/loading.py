@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from common.loading import DEMOS, load_model
+from common.loading import load_model
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.models.registry import DEMOS
 from common.models.weights import weights_folder
 
 SHARD = 500e6  # bytes

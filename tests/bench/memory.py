@@ -28,9 +28,8 @@ from transformers import PreTrainedModel
 
 from common.arguments import parse_arguments
 from common.finetune import run
-from common.loading import DEMOS
 from common.memory.fit import METHODS, case_of_arguments
-from common.models.registry import GENERATIONS
+from common.models.registry import DEMOS, GENERATIONS
 from common.training.report import console
 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
