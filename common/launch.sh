@@ -8,20 +8,6 @@ PYTHON=$(python3 "$ROOT/common/launch/environment.py" requirements.txt ${EXTRA_R
 
 # launch PROGRAM FLAGS...: one process a device, NUM_GPUS of them (default: all that are visible); on CPUs NUM_PROCESSES
 # (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT; see launcher.py.
-# PRINT_FLAGS=true only prints what would be started, a word a line.
 launch() {
-    if [ -n "${PRINT_FLAGS:-}" ]; then
-        printf '%s\n' "$@"
-        return
-    fi
     "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
-}
-
-# need_checkpoint TRAINING FLAGS...: ends a script that wants a CHECKPOINT where nothing was trained yet.
-need_checkpoint() {
-    case " $* " in *" --help "*) return ;; esac
-    if [ -n "$CHECKPOINT" ] && [ ! -d "$CHECKPOINT" ]; then
-        echo "error: no folder $CHECKPOINT: train first ($1), or name another CHECKPOINT; CHECKPOINT= is the base alone." >&2
-        exit 2
-    fi
 }

@@ -4,6 +4,7 @@
 #     MODEL=THUDM/chatglm3-6b bash ds_train_finetune.sh  a real model needs several GPUs and an engine that shards it:
 #                                                        ds_train_finetune.sh (DeepSpeed), fsdp_train_finetune.sh (FSDP2)
 #     LR=1e-5 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+#     MODEL=chatglm2-6b DEVICE_MEMORY=80 NUM_GPUS=8 bash ds_train_finetune.sh --plan     does it fit? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
@@ -11,10 +12,11 @@ MODEL=${MODEL:-demo}                                     # demo, demo3, a folder
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
 TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
+VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the file holds earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where it holds whole conversations, instead of the three
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
 
 PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: what the GPU computes fast
 SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: what the original code reads
@@ -39,7 +41,7 @@ EVALUATE=${EVALUATE:-true}                               # false: only train
 
 case " $* " in
     *" --output_dir"*) echo "error: set OUTPUT_DIR=... for the training and its evaluation, not --output_dir." >&2; exit 2 ;;
-    *" --dry_run "* | *" --help "*) EVALUATE=false ;;
+    *" --plan "* | *" --dry_run "* | *" --help "*) EVALUATE=false ;;
 esac
 
 # An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
@@ -47,6 +49,7 @@ launch "$ROOT/full/main.py" \
     --do_train \
     ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
     ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
+    --test_file "$VALIDATION_FILE" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
@@ -71,7 +74,6 @@ launch "$ROOT/full/main.py" \
 
 # What is scored is what was saved, by the first of several machines.
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
-    export MODEL OUTPUT_DIR MAX_SOURCE_LENGTH MAX_TARGET_LENGTH PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN
-    export CONVERSATION_COLUMN
-    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
+    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} \
+        bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
 fi

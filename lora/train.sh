@@ -3,6 +3,7 @@
 #     bash train.sh                                      the shipped demo, minutes on a CPU
 #     MODEL=THUDM/chatglm3-6b bash train.sh              the real model in 4 bit, with ChatGLM3's settings
 #     LR=1e-4 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+#     MODEL=chatglm3-6b DEVICE_MEMORY=8 bash train.sh --plan     does it fit on a card with 8 GB? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
@@ -13,8 +14,8 @@ if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold whole conversations, instead of the three
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
 
 LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
@@ -36,7 +37,7 @@ case $MODEL in
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;
 esac
 SAVE_STEPS=${SAVE_STEPS:-500}
-OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/adgen-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/${TASK:-adgen}-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 
 # An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
 launch "$ROOT/lora/main.py" \
@@ -45,11 +46,11 @@ launch "$ROOT/lora/main.py" \
     --evaluate_base \
     ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
     ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
-    --test_file "$VALIDATION_FILE" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
     ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
+    --test_file "$VALIDATION_FILE" \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \

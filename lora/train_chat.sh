@@ -5,19 +5,14 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-export MODEL=${MODEL:-demo3}
+export MODEL=${MODEL:-demo3} TASK=chat
 export TRAIN_FILE=${TRAIN_FILE:-$HERE/../AdvertiseGen/train_tools.json}
 export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_tools.json}
 export CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-conversations}     # "messages" for files in the format of OpenAI
-export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}
-export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
+export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 case $MODEL in
     # A new skill, not only a new style: it takes all layers and more steps.
-    demo | demo3)
-        export LR=${LR:-5e-3} LORA_TARGET=${LORA_TARGET:-all-linear}
-        export MAX_STEPS=${MAX_STEPS:-500} BATCH_SIZE=${BATCH_SIZE:-8} ;;
-    *) export LR=${LR:-5e-5} ;;
+    demo | demo3) export LORA_TARGET=${LORA_TARGET:-all-linear} MAX_STEPS=${MAX_STEPS:-500} BATCH_SIZE=${BATCH_SIZE:-8} ;;
 esac
-export OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/chat-$(basename "$MODEL")-$LR}
 
 exec bash "$HERE/train.sh" "$@"

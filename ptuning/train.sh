@@ -3,6 +3,7 @@
 #     bash train.sh                                      the shipped demo, minutes on a CPU
 #     MODEL=THUDM/chatglm-6b bash train.sh               the real model, with the official settings
 #     LR=1e-2 bash train.sh --max_steps 10               any variable below; further flags go to main.py
+#     MODEL=chatglm-6b DEVICE_MEMORY=8 bash train.sh --plan      does it fit on a card with 8 GB? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
@@ -13,8 +14,8 @@ if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold whole conversations, instead of the three
+HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
 # BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
@@ -31,7 +32,7 @@ esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}               # tokens of the question
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}               # tokens of the answer
 SAVE_STEPS=${SAVE_STEPS:-1000}
-OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/ptuning/output/adgen-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/ptuning/output/${TASK:-adgen}-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
 
 # An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
 launch "$ROOT/ptuning/main.py" \

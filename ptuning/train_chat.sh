@@ -5,18 +5,15 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-export MODEL=${MODEL:-demo}
+export TASK=chat
 export TRAIN_FILE=${TRAIN_FILE:-$HERE/../AdvertiseGen/train_chat.json}
 export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_chat.json}
-export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt}
-export RESPONSE_COLUMN=${RESPONSE_COLUMN:-response}
+export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt} RESPONSE_COLUMN=${RESPONSE_COLUMN:-response}
 export HISTORY_COLUMN=${HISTORY_COLUMN:-history}         # [[question, answer], ...]
-case $MODEL in
+export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
+case ${MODEL:-demo} in
     demo | demo3) export LR=${LR:-1e-1} ;;
     *) export LR=${LR:-1e-2} ;;
 esac
-export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256}
-export MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
-export OUTPUT_DIR=${OUTPUT_DIR:-$HERE/output/chat-$(basename "$MODEL")-$LR}
 
 exec bash "$HERE/train.sh" "$@"
