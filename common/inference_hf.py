@@ -10,14 +10,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from common.chat.chat import generation_settings, stream_chat
 from common.errors import UserError, exit_on_user_error
 from common.files import read_json
-from common.launch.engines import compute_dtype
 from common.loading import base_of_adapter, is_base, load_model, load_tokenizer
 from common.methods.prefix import holds_prefix_only
+from common.models.precision import compute_dtype, this_device
 
 
 def find_base(checkpoint: str, given: str | None) -> tuple[str, dict[str, Any]]:
@@ -50,7 +49,7 @@ def main() -> None:
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
     base, trained = find_base(args.checkpoint, args.model_name_or_path)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = this_device()
     tokenizer = load_tokenizer(base)
     model = load_model(base, compute_dtype(device), device=device, **trained)
     *_, answer = "", *stream_chat(model, tokenizer, args.prompt, **generation)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.errors import UserError
+from common.flags import parse_arguments
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
 --response_column summary --overwrite_cache --model_name_or_path chatglm-6b --output_dir output --overwrite_output_dir

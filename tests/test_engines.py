@@ -13,8 +13,10 @@ from engine_runs import STEPS, command_of, interrupt, reload_difference, start, 
 from safetensors.torch import load_file
 
 from common import finetune
-from common.arguments import FullArguments, TrainingArguments, parse_arguments
+from common.arguments import FullArguments, TrainingArguments
 from common.errors import UserError
+from common.flags import parse_arguments
+from common.launch.engines import start_engine
 from common.loading import load_model
 from common.methods.full import full
 from common.training.checkpoints import is_complete_checkpoint
@@ -150,19 +152,19 @@ def parse(*flags: str, **variables: str) -> TrainingArguments:
         (
             {"train_micro_batch_size_per_gpu": 4},
             ["--per_device_train_batch_size", "2"],
-            "train_micro_batch_size_per_gpu = 4, but --per_device_train_batch_size is 2",
+            "train_micro_batch_size_per_gpu=4, but --per_device_train_batch_size=2",
         ),
         (
             {"train_batch_size": 16},
             ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
-            "train_batch_size = 16, but --per_device_train_batch_size x --gradient_accumulation_steps x 3 processes is",
+            "train_batch_size=16, but --per_device_train_batch_size x gradient_accumulation_steps x 3 processes=24",
         ),
-        ({"fp16": {"enabled": True}}, [], "fp16.enabled = true, but --fp16 is False"),
-        ({"gradient_clipping": 0.5}, [], "gradient_clipping = 0.5, but --max_grad_norm is 1.0"),
+        ({"fp16": {"enabled": True}}, [], "fp16.enabled=True, but --fp16 or --fp16_full_eval=False"),
+        ({"gradient_clipping": 0.5}, [], "gradient_clipping=0.5, but --max_grad_norm=1.0"),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
             ["--learning_rate", "1e-4"],
-            "optimizer.params.lr = 1e-05, but --learning_rate is 0.0001",
+            "optimizer.params.lr=1e-05, but --learning_rate=0.0001",
         ),
     ],
 )
@@ -218,4 +220,4 @@ def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
 def test_fsdp_without_gpus_is_refused():
     with pytest.raises(UserError, match="--fsdp needs GPUs"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
-        parse_arguments(FullArguments, ["--do_train", "--fsdp", "true"])
+        start_engine(parse_arguments(FullArguments, ["--do_train", "--fsdp", "true"])[-1])

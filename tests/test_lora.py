@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.arguments import LoraArguments, parse_arguments
+from common.arguments import LoraArguments
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import base_of_adapter, load_model, load_tokenizer
 from common.methods.full import lora
 from common.methods.lora import attach_lora, check_adapter, load_adapter, restore_lora, save_lora, without_lora

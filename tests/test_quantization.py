@@ -12,9 +12,10 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import DEMOS, check_model_folder, load_base, load_model
 from common.methods.full import full, lora, p_tuning
 from common.models.quantization import PackedWeight, packed_weights

@@ -29,10 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, say
-from common.launch.engines import compute_dtype
 from common.loading import is_base, load_model, resolve_model
 from common.locking import take_port
 from common.methods.prefix import without_prefix
+from common.models.precision import compute_dtype
 from common.models.registry import read_config
 
 USER = "chatglm"  # who may enter where there is a password

@@ -21,22 +21,23 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from common.arguments import (
-    BatchSize,
     DataArguments,
     FullArguments,
     LoraArguments,
     ModelArguments,
     PrefixArguments,
+    Rows,
     TrainingArguments,
-    parse_arguments,
 )
 from common.errors import UserError, exit_on_user_error, say
 from common.files import gb, read_json
+from common.flags import parse_arguments
 from common.hub.download import fetch_config
 from common.launch.machines import number, whole_number
 from common.loading import DEMOS, resolve_model
 from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict
-from common.methods.full import Method, base_dtype, full, lora, p_tuning
+from common.methods.full import Method, full, lora, p_tuning
+from common.models.precision import base_dtype, half_dtype
 from common.models.registry import GENERATIONS, Generation, generation_of
 from common.training.checkpoints import SETTINGS_FILE
 from common.training.report import console
@@ -93,10 +94,9 @@ def setup_of(
 ) -> Setup:
     """``gpu``: whether it is for one, here or elsewhere; ``generates``: whether questions will be answered."""
     trains = bool(args.do_train)
-    dtype = base_dtype(method, args)
+    dtype = base_dtype(args, method.trains_base)
     if gpu and args.device.type == "cpu" and dtype == torch.float32:  # planned for a GPU elsewhere
-        dtype = torch.float32 if method.trains_base and args.engine == "DDP" and trains else torch.bfloat16
-    half = torch.float16 if args.fp16 else torch.bfloat16
+        dtype = torch.float32 if method.trains_base and args.engine.name == "DDP" and trains else torch.bfloat16
     own_text = bool(data_args.text_column)
     answer_length = data_args.max_new_tokens or data_args.val_max_target_length
     return Setup(
@@ -106,7 +106,7 @@ def setup_of(
         all_labelled=bool(own_text or data_args.conversation_column),
         bits=bits,
         dtype=dtype,
-        autocast=half if trains and (args.fp16 or args.bf16) and args.engine != "DeepSpeed" else None,
+        autocast=half_dtype(args) if trains and args.engine.name != "DeepSpeed" else None,
         checkpointing=bool(args.activation_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         evaluation_batch_size=args.per_device_eval_batch_size if args.do_eval else 0,
@@ -114,9 +114,9 @@ def setup_of(
         answer_length=0 if answer_length == data_args.max_target_length else answer_length,
         gpu=gpu,
         processes=args.processes,
-        engine=args.engine,
-        zero=args.zero,
-        offload=args.offload,
+        engine=args.engine.name,
+        zero=args.engine.zero,
+        offload=args.engine.offload,
     )
 
 
@@ -155,7 +155,7 @@ def check_memory(
 ) -> Memory:
     """Raises UserError where it can't fit; chooses the batch size where that is asked for."""
     case, available = case_of_arguments(method, model_args, data_args, args, folder), there_is(args)
-    if args.do_train and args.per_device_train_batch_size.auto:
+    if args.do_train and args.auto_batch_size:
         case = choose_batch_size(case, args, data_args, available)
     plan = case.plan()
     sentence = lacking(plan, available, args)
@@ -173,7 +173,7 @@ def lacking(plan: Plan, available: int, args: TrainingArguments) -> str:
     offloaded, host = plan.offloaded * processes_here(args), psutil.virtual_memory().available
     if offloaded > host:
         return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
-    if plan.total <= available * (1 if args.engine == "DDP" else DOUBT):
+    if plan.total <= available * (1 if args.engine.name == "DDP" else DOUBT):
         return ""
     parts = ", ".join(f"{name} {gb(size)}" for name, size in list(parts_of(plan).items())[:3])
     return f"this needs about {gb(plan.total)} of memory ({parts}) and {gb(available)} are free on {args.device}"
@@ -200,7 +200,7 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
     if args.world_size > 1:  # all ask, also where machines find different things in their folders
         size = min(gather_object([size]))
-    args.per_device_train_batch_size = BatchSize(size)
+    args.per_device_train_batch_size = Rows(size)
     if args.process_index == 0:
         say(f"batch size {size}: {reason}")
     return case.changed(batch_size=size)
@@ -241,7 +241,7 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, str, dic
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulated // rows}"
         if accumulated % rows == 0:
             yield "batch", flags, {"batch_size": rows, "accumulates": True}
-    if setup.bits != 4 and not trains_base and not args.sharded:
+    if setup.bits != 4 and not trains_base and not args.engine.sharded:
         yield "bits", "--quantization_bit 4", {"bits": 4}
     source, target = setup.source_length // 2, setup.target_length // 2
     flags = f"--max_source_length {source}" + f" --max_target_length {target}" * (target > 0)
@@ -275,7 +275,7 @@ def case_of(method_name: str, argv: list[str], gpu: bool) -> tuple[Case, Trainin
     """What a training script would run, on another machine perhaps, told by its flags."""
     arguments, make = METHODS[method_name]
     model_args, method_args, data_args, args = parse_arguments(arguments, [*argv, "--dry_run"])
-    if gpu and args.precision == "auto" or args.engine == "DeepSpeed" and not args.fp16:
+    if gpu and args.precision == "auto" or args.engine.name == "DeepSpeed" and not args.fp16:
         args.bf16 = True
     method = make(method_args)
     generation, config = shape_of(model_args.model_name_or_path)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
 from common.files import read_json, write_json
-from common.launch.engines import compute_dtype
 from common.loading import check_takes_prefix, load_model
 from common.methods.lora import (
     attach_lora,
@@ -115,19 +114,6 @@ def full(args: FullArguments) -> Method:
             "pytorch_model.bin.index.json",
         ),
     )
-
-
-def base_dtype(method: Method, args: TrainingArguments) -> torch.dtype:
-    """float32 where the weights themselves are trained; else what was asked for, or 16 bit where that computes fast.
-
-    DeepSpeed keeps a float32 copy of trained 16-bit weights itself.
-    """
-    by_deepspeed = args.engine == "DeepSpeed"
-    if args.do_train and method.trains_base and not (by_deepspeed and (args.fp16 or args.bf16)):
-        return torch.float32
-    if args.fp16 or args.bf16:
-        return torch.float16 if args.fp16 else torch.bfloat16
-    return compute_dtype(args.device)
 
 
 def check_without_prefix(folder: Path) -> None:
