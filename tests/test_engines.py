@@ -1,7 +1,10 @@
 """Two processes under every engine train what one process trains, save it whole, and go on from their checkpoints."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from engine_runs import STEPS, command_of, interrupt, reload_difference, start, train, train_here
+from engine_runs import STEPS, command_of, interrupt, reload_difference, train, train_here
 from safetensors.torch import load_file
 
 from common import finetune
@@ -121,13 +124,20 @@ def test_a_prefix_under_zero_1(one_process, tmp_path):
 def test_a_killed_process_ends_all_of_them(tmp_path):
     """One sentence, nobody is left, and the checkpoint that was there is whole."""
     output = tmp_path / "out"
-    job = start("full", "DDP", output, "--max_steps", "100000", "--save_steps", "20")
+    command = command_of("full", "DDP", output, "--max_steps", "100000", "--save_steps", "20")
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "common" / "launch" / "launcher.py"), *command],
+        env=os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         while not (output / "checkpoint-20" / "trainer_state.json").exists():
             assert job.poll() is None
             time.sleep(0.2)
         family = psutil.Process(job.pid).children(recursive=True)
-        workers = [process for process in family if "engine_program.py" in " ".join(process.cmdline())]
+        workers = [process for process in family if command[0] in process.cmdline()]
         assert len(workers) == 2
         workers[1].kill()
         said = job.communicate(timeout=120)[0]
@@ -202,11 +212,11 @@ def test_precision_is_one_word():
     ]
 
 
-HUGE = {"hidden_size": 131072, "num_layers": 10, "num_attention_heads": 1024}
+HUGE = {"hidden_size": 131072, "num_layers": 2, "num_attention_heads": 1024}
 
 
 def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
-    """The size is read off config.json: here that of a model of 2 * 10^12 parameters."""
+    """The size is read off config.json: here that of a model of 4 * 10^11 parameters."""
     shutil.copytree(demo_folder, tmp_path / "model")
     config = json.loads((demo_folder / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | HUGE))

@@ -326,8 +326,6 @@ def predict(model_class: Any, config: PreTrainedConfig, method: Method, setup: S
         with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.gpu) as allocations:
             evaluate(model, setup)
         peaks.append(allocations.peak)
-        if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
-            peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the head, packed for the CPU
     peak = max(peaks, key=Counter.total)
     parts = {name: peak[name] for name in ("gradients", "activations", "logits", "workspace")}
     plan = Plan(frozen, trained, optimizer=8 * numel * bool(setup.batch_size), offloaded=0, **parts)

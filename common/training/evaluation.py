@@ -24,7 +24,7 @@ def generate_answers(
     """The answer to each prompt (token ids), in their order, on every process.
 
     Prompts of similar length share a batch, so that little is padded, and the processes divide the batches among
-    themselves. ``in_step``: whether they also hold shards of the weights, so that all must generate as long as one does.
+    themselves. ``in_step``: whether they also divide the weights, so that all must generate as long as one does.
     ``generation`` goes to ``model.generate``.
     """
     state = PartialState()
