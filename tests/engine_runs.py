@@ -51,9 +51,8 @@ def run(method: str, engine: str, folder: Path, *flags: str, processes: int = 2)
     command, log = command_of(method, engine, folder, *flags, processes=processes), folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
-    ranks = [
-        shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
-    ]
+    alone = processes == 1
+    ranks = [{} if alone else shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
     with pytest.MonkeyPatch.context() as patch:  # for the process that they are forked from, which starts now
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))
         patch.setenv("OMP_NUM_THREADS", "1")
