@@ -23,7 +23,7 @@ from common.data.dataset import Prepared, prepare_dataset
 from common.data.shards import load_shards
 from common.encoding import stop_ids
 from common.errors import UserError
-from common.launch.engines import sizes
+from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
@@ -42,7 +42,7 @@ from common.training.checkpoints import (
     settings_of,
     start_run,
 )
-from common.training.checks import SPLITS, check
+from common.training.checks import SPLITS, check, complete
 from common.training.evaluation import generate_answers
 from common.training.report import (
     peak_memory,
@@ -59,7 +59,9 @@ from common.training.trainer import FinetuneTrainer
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    start_engine(args)
     folder = check(method, model_args, data_args, args)
+    complete(model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
     if args.plan:
         print_plan(memory)
@@ -125,7 +127,7 @@ def build_model(
     method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
 ) -> PreTrainedModel:
     """The model with the parameters to train."""
-    dtype, device = base_dtype(method.trains_base, args), None if args.sharded else args.device
+    dtype, device = base_dtype(args, method.trains_base), None if args.engine.sharded else args.device
     model = load_base(folder, dtype, model_args.quantization_bit, device)
     # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
@@ -181,10 +183,12 @@ def train(
     if checkpoint:
         start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if is_finished(start, args):
-            if args.engine != "DDP" and (args.do_eval or args.do_predict):
-                raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine}.")
+            if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
+                raise UserError(
+                    f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}."
+                )
             best = start.get("best_model_checkpoint") if args.load_best_model_at_end else None
-            if args.engine == "DDP":
+            if args.engine.name == "DDP":
                 trainer.load_trained(Path(best or checkpoint))
             if args.should_save and not is_saved(Path(args.output_dir), trainer.method.files):
                 copy_trained(Path(best or checkpoint), Path(args.output_dir))  # it was interrupted after its last step
@@ -195,11 +199,10 @@ def train(
         print_first_row(data.rows[0], tokenizer)
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
-    if checkpoint and args.engine != "DeepSpeed":  # which reads its own shards
+    if checkpoint and args.engine.name != "DeepSpeed":  # which reads its own shards
         trainer.load_trained(checkpoint)
     trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    trainer.check_finite(None)
     trainer.save_model()
     tokens = trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"]
     memory = {"predicted_memory": predicted_memory, **peak_memory()}
@@ -264,7 +267,9 @@ def answer_rows(
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
     prompts, batch_size = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
-    return generate_answers(model, tokenizer, prompts, batch_size, description, in_step=args.sharded, **generation)
+    return generate_answers(
+        model, tokenizer, prompts, batch_size, description, in_step=args.engine.sharded, **generation
+    )
 
 
 def score_rows(

@@ -20,17 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from common.arguments import (
-    REMOVED,
-    RENAMED,
     DataArguments,
     FullArguments,
     LoraArguments,
     PrefixArguments,
     TrainingArguments,
-    parse_arguments,
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
+from common.flags import REMOVED, RENAMED, parse_arguments
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning

@@ -9,12 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from common.chat.chat import generation_settings, stream_chat
 from common.errors import exit_on_user_error
-from common.launch.engines import compute_dtype
 from common.loading import find_trained, load_model, load_tokenizer
+from common.models.precision import compute_dtype, this_device
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
     base, trained = find_trained(args.checkpoint, args.model_name_or_path)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = this_device()
     tokenizer = load_tokenizer(base)
     model = load_model(base, compute_dtype(device), device=device, **trained)
     *_, answer = "", *stream_chat(model, tokenizer, args.prompt, **generation)

@@ -26,7 +26,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.arguments import DataArguments, ModelArguments, parse_dataclasses, told
+from common.arguments import DataArguments, ModelArguments, flag
 from common.data.dataset import (
     COUNTS,
     ROWS_PER_BATCH,
@@ -43,6 +43,7 @@ from common.data.rows import find_files
 from common.data.shards import MANIFEST, load_shards, shard_file
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, write_json
+from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
 from common.locking import hold
 from common.models.registry import open_model
@@ -54,9 +55,9 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass
 class PreprocessArguments:
-    output_dir: str = told("Folder for the shards", "train_datasets")
-    num_shards: int = told("Files to write; fewer where there are fewer than 1000 rows for each", 8)
-    num_workers: int | None = told("Processes that work at the same time; default: one for each core")
+    output_dir: str = flag("Folder for the shards", "train_datasets")
+    num_shards: int = flag("Files to write; fewer where there are fewer than 1000 rows for each", 8)
+    num_workers: int | None = flag("Processes that work at the same time; default: one for each core")
 
     def __post_init__(self):
         for name in ("num_shards", "num_workers"):

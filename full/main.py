@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import FullArguments, parse_arguments
+from common.arguments import FullArguments
 from common.errors import exit_on_user_error
 from common.finetune import run
+from common.flags import parse_arguments
 from common.methods.full import Full
 
 if __name__ == "__main__":

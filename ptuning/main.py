@@ -8,9 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.arguments import PrefixArguments, parse_arguments
+from common.arguments import PrefixArguments
 from common.errors import exit_on_user_error
 from common.finetune import run
+from common.flags import parse_arguments
 from common.methods.prefix import PTuning
 
 if __name__ == "__main__":

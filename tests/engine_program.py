@@ -1,10 +1,8 @@
-"""Runs a program as the tests of engines need it: without dropout, and with FSDP2 on CPUs.
-
-    python tests/engine_program.py PROGRAM FLAGS...
+"""One process of a training as the tests of engines need it: without dropout, and with FSDP2 on CPUs.
 
 Dropout differs from process to process, so that two processes could not be compared with one. Accelerate knows FSDP on
 accelerators only, and would run plain DDP on a CPU. Beside what is saved at the end, the logits of the live model for
-SAMPLE are written, for whoever loads it again.
+SAMPLE are written, to be compared with those of what was saved.
 """
 
 import os
@@ -14,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import deepspeed  # noqa: F401  imported once, in the process that all others are forked from
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -37,14 +36,18 @@ class LogitsTrainer(FinetuneTrainer):
             torch.save(logits, Path(output_dir or self.args.output_dir) / "logits.pt")
 
 
-if __name__ == "__main__":
+def run_program(command: list[str], environment: dict[str, str], log: Path) -> None:
+    """Runs a program with its flags; what it prints goes into ``log``."""
+    os.environ |= environment
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     nn.Dropout.forward = lambda self, inputs: inputs
-    if "--fsdp" in sys.argv:
+    if "--fsdp" in command:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-        if "--dry_run" not in sys.argv:
-            PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     # As where processes have different numbers of labels: one computes its loss in parts and the other at once.
     common.models.loss.LARGEST_PART = 2**25 if os.environ.get("RANK") == "1" else 2**17
     common.finetune.FinetuneTrainer = LogitsTrainer
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")

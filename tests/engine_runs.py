@@ -1,20 +1,24 @@
 """Trainings under every engine, as processes of their own: what test_engines.py and bench/engines.py compare."""
 
 import json
-import os
+import multiprocessing
 import runpy
 import shutil
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
 import torch
-from engine_program import SAMPLE
+from engine_program import SAMPLE, run_program
 from torch import nn
 
 from common.loading import load_model
+from common.locking import free_port
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["engine_program"])
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = {
     "DDP": [],
@@ -42,22 +46,26 @@ def command_of(method: str, engine: str, folder: Path, *flags: str, processes: i
     return [*command, "--disable_tqdm", "true", "--learning_rate", "1e-3", *own, *ENGINES[engine], *flags]
 
 
-def start(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        str(ROOT / "common" / "launch" / "launcher.py"),
-        str(ROOT / "tests" / "engine_program.py"),
-    ]
-    command += command_of(method, engine, folder, *flags, processes=processes)
-    environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def run(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> tuple[int, str]:
-    """(exit code, what was printed)."""
-    job = start(method, engine, folder, *flags, processes=processes)
-    said = job.communicate(timeout=600)[0]
-    return job.returncode, said
+    """(exit code, what was printed) of a training in new processes, forked from one that has imported everything."""
+    command, log = command_of(method, engine, folder, *flags, processes=processes), folder.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+    alone = processes == 1
+    ranks = [{} if alone else shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+    with pytest.MonkeyPatch.context() as patch:  # for the process that they are forked from, which starts now
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        jobs = [FORKS.Process(target=run_program, args=(command, rank, log)) for rank in ranks]
+        for job in jobs:
+            job.start()
+    running = list(jobs)
+    while running and not any(job.exitcode for job in jobs):
+        wait([job.sentinel for job in running])
+        running = [job for job in running if job.exitcode is None]
+    for job in running:  # which would wait for the one that failed
+        job.kill()
+    return max(abs(job.exitcode or 0) for job in jobs if job not in running), log.read_text(errors="replace")
 
 
 def train(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> list[float]:

@@ -1,9 +1,13 @@
 """The command line: official flags, old spellings, and bad values that are named in one sentence."""
 
-import pytest
+import os
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
+import pytest
+import torch
+
+from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.errors import UserError
+from common.flags import parse_arguments
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
 --response_column summary --overwrite_cache --model_name_or_path chatglm-6b --output_dir output --overwrite_output_dir
@@ -48,6 +52,16 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
     assert all(old[0].split("=")[0] in line for line in advice)
 
 
+def test_parsing_starts_nothing(monkeypatch):
+    """Nor does it wait for a second process that is not there."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    args = parse_arguments(FullArguments, ["--do_train", "--deepspeed", '{"zero_optimization": {"stage": 3}}'])[-1]
+    assert os.environ == before and not torch.distributed.is_initialized()
+    assert (args.engine.name, args.engine.sharded, args.processes) == ("DeepSpeed", True, 2)
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
@@ -55,6 +69,7 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
         ("--learning_rate fast", "learning_rate.*invalid float value: 'fast'"),
         ("--max_source_length 1", "at least 3 tokens"),
         ("--pre_seq_len 0", "--pre_seq_len must be at least 1"),
+        ("--per_device_train_batch_size big", "--per_device_train_batch_size big: give a number of rows, or auto"),
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),
         ("--conversation_column a --history_column b", "--conversation_column can't be used with --history_column"),
         ("--conversation_column a --text_column b", "--conversation_column can't be used with .* --text_column"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.arguments import FullArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, PrefixArguments
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import load_model
 from common.methods.full import Full
 from common.methods.prefix import PTuning, read_prefix

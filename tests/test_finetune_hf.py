@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
 from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume, training_flags
+from common.flags import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [ROOT / "lora" / "lora.yaml", ROOT / "ptuning" / "ptuning_v2.yaml", ROOT / "full" / "sft.yaml"]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.arguments import LoraArguments, parse_arguments
+from common.arguments import LoraArguments
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import find_trained, load_model, load_tokenizer
 from common.methods.lora import Lora, attach_lora, check_adapter, load_adapter
 from common.models import chatglm, chatglm2

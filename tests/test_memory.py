@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import memory as bench
 
-from common.arguments import LoraArguments, parse_arguments
+from common.arguments import LoraArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
+from common.flags import parse_arguments
 from common.memory import fit as memory
 from common.memory.fit import Case, case_of, flags_of
 from common.methods.full import lora
@@ -122,7 +123,7 @@ def test_a_batch_size_is_chosen_and_kept_when_the_training_goes_on(tmp_path, cap
 
 
 def test_a_batch_size_is_a_number_or_auto():
-    with pytest.raises(UserError, match="invalid BatchSize value: 'big'"):
+    with pytest.raises(UserError, match="--per_device_train_batch_size big: give a number of rows, or auto"):
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "big"])
     with pytest.raises(UserError, match="auto: under DeepSpeed give a number"):
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "auto", "--deepspeed", "{}"])

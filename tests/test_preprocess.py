@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from common.arguments import DataArguments, PrefixArguments, parse_arguments
+from common.arguments import DataArguments, PrefixArguments
 from common.data.dataset import prepare_dataset
 from common.data.shards import load_shards, read_manifest
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import load_tokenizer
 from common.locking import hold
 from common.methods.prefix import PTuning

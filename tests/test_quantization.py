@@ -12,9 +12,10 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, parse_arguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.errors import UserError
 from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import load_model
 from common.methods.full import Full
 from common.methods.lora import Lora

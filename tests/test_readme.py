@@ -16,10 +16,7 @@ import huggingface_hub
 import pytest
 
 from common.arguments import (
-    REMOVED,
-    RENAMED,
     DataArguments,
-    FlagParser,
     FullArguments,
     LoraArguments,
     ModelArguments,
@@ -29,6 +26,7 @@ from common.arguments import (
 from common.data.dataset import prepare_dataset, read_examples
 from common.data.rows import read_rows
 from common.errors import UserError
+from common.flags import REMOVED, RENAMED, FlagParser
 from common.loading import load_tokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 

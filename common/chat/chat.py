@@ -21,8 +21,8 @@ from transformers import (
 from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
 from common.errors import UserError
-from common.launch.engines import compute_dtype
 from common.loading import load_model, load_tokenizer
+from common.models.precision import compute_dtype, this_device
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 # The vocabulary of ChatGLM-6B holds half-width punctuation only; people read the full-width form between Chinese words.
@@ -51,7 +51,7 @@ def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     generation_settings(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p)
     tokenizer = load_tokenizer(args.model_name_or_path)
     check_system(tokenizer, args.system_prompt)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = this_device()
     model = load_model(
         args.model_name_or_path,
         compute_dtype(device),

@@ -30,10 +30,10 @@ from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, say
-from common.launch.engines import compute_dtype
 from common.loading import load_model
 from common.locking import take_port
 from common.methods.prefix import PTuning
+from common.models.precision import compute_dtype
 from common.models.registry import base_of, open_model
 
 USER = "chatglm"  # who may enter where there is a password

@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common.arguments import BatchSize, DataArguments, LoraArguments, ModelArguments, TrainingArguments
+from common.arguments import DataArguments, LoraArguments, ModelArguments, Rows, TrainingArguments
 from common.errors import UserError, say
 from common.files import gb, read_json
 from common.launch.machines import number
@@ -75,7 +75,7 @@ def forecast(
     card = card_memory(args)
     setup = setup_of(method, model_args.quantization_bit, data_args, args, gpu=bool(card) or args.device.type != "cpu")
     case, available = Case(folder, method, setup), card or free_memory(args)
-    if args.do_train and args.per_device_train_batch_size.auto:
+    if args.do_train and args.auto_batch_size:
         case = choose_batch_size(case, args, data_args, available)
     return Forecast(case, case.plan(), available)
 
@@ -98,12 +98,12 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
     """``gpu``: whether it runs on a GPU, here or elsewhere."""
     trains = bool(args.do_train)
     generates = bool(args.do_predict or args.do_eval and args.predict_with_generate)
-    dtype = base_dtype(method.trains_base, args)
+    dtype = base_dtype(args, method.trains_base)
     half = torch.float16 if args.fp16 else torch.bfloat16
     mixed = args.fp16 or args.bf16
     if gpu and args.device.type == "cpu":  # planned for a card that is not here
-        mixed = mixed or args.precision == "auto" or args.engine == "DeepSpeed"
-        if not (method.trains_base and trains and args.engine != "DeepSpeed"):
+        mixed = mixed or args.precision == "auto" or args.engine.name == "DeepSpeed"
+        if not (method.trains_base and trains and args.engine.name != "DeepSpeed"):
             dtype = half
     own_text = bool(data_args.text_column)
     answer_length = data_args.max_new_tokens or data_args.val_max_target_length
@@ -114,7 +114,7 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         all_labelled=bool(own_text or data_args.conversation_column),
         bits=bits,
         dtype=dtype,
-        autocast=half if trains and mixed and args.engine != "DeepSpeed" else None,
+        autocast=half if trains and mixed and args.engine.name != "DeepSpeed" else None,
         checkpointing=bool(args.activation_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         evaluation_batch_size=args.per_device_eval_batch_size if args.do_eval else 0,
@@ -122,9 +122,9 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         answer_length=0 if answer_length == data_args.max_target_length else answer_length,
         gpu=gpu,
         processes=args.processes,
-        engine=args.engine,
-        zero=args.zero,
-        offload=args.offload,
+        engine=args.engine.name,
+        zero=args.engine.zero,
+        offload=args.engine.offload,
     )
 
 
@@ -151,7 +151,7 @@ def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
     offloaded, host = plan.offloaded * processes_here(args), psutil.virtual_memory().available
     if offloaded > host and not card_memory(args):
         return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
-    if plan.total <= available * (1 if args.engine == "DDP" else ENGINE_TOLERANCE):
+    if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
     parts = ", ".join(f"{name} {gb(size)}" for name, size in list(plan.parts().items())[:3])
     device = "a card of DEVICE_MEMORY" if card_memory(args) else args.device
@@ -179,7 +179,7 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
     if args.world_size > 1:  # machines may find different things in their folders
         size = min(gather_object([size]))
-    args.per_device_train_batch_size = BatchSize(size)
+    args.per_device_train_batch_size = Rows(size)
     if args.process_index == 0:
         say(f"batch size {size}: {reason}")
     return case.changed(batch_size=size)
@@ -224,7 +224,7 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
         low_rank = single | {"method": Lora(LoraArguments()), "bits": 4}
         yield "LoRA (lora/train.sh) with --quantization_bit 4", low_rank
         return
-    if setup.bits != 4 and not args.sharded:
+    if setup.bits != 4 and not args.engine.sharded:
         yield "--quantization_bit 4", {"bits": 4}
     source, target = setup.source_length // 2, setup.target_length // 2
     flags = f"--max_source_length {source}" + f" --max_target_length {target}" * (target > 0)

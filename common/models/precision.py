@@ -1,19 +1,45 @@
-"""Precisions."""
+"""The device of this process, and the dtypes that it computes and loads models in."""
 
 import torch
+from transformers import Seq2SeqTrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
 
-from common.arguments import TrainingArguments
-from common.launch.engines import compute_dtype
+
+def this_device() -> torch.device:
+    """The accelerator that torch finds, whatever its kind, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def base_dtype(trains_base: bool, args: TrainingArguments) -> torch.dtype:
-    """float32 where the weights themselves are trained; else what was asked for, or 16 bit where that computes fast.
-
-    DeepSpeed keeps a float32 copy of trained 16-bit weights itself.
-    """
-    by_deepspeed = args.engine == "DeepSpeed"
-    if args.do_train and trains_base and not (by_deepspeed and (args.fp16 or args.bf16)):
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
+    if device.type == "cpu":
         return torch.float32
-    if args.fp16 or args.bf16:
-        return torch.float16 if args.fp16 else torch.bfloat16
-    return compute_dtype(args.device)
+    module = torch.get_device_module(device)
+    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
+
+
+def choose_precision(precision: str, device: torch.device) -> tuple[bool, bool]:
+    """(bf16, fp16): which of the two half precisions auto, fp32, bf16 or fp16 stands for on a device."""
+    dtype = compute_dtype(device)
+    bf16 = precision == "bf16" or precision == "auto" and dtype == torch.bfloat16
+    fp16 = precision == "fp16" or precision == "auto" and dtype == torch.float16
+    return bf16, fp16
+
+
+def half_dtype(args: Seq2SeqTrainingArguments) -> torch.dtype | None:
+    """float16 or bfloat16, as --fp16 and --bf16 ask; None without them."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else None
+
+
+def base_dtype(args: Seq2SeqTrainingArguments, trains_base: bool) -> torch.dtype:
+    """The dtype to load the base model in: float32 if it is trained itself, else half precision where that is fast.
+
+    DeepSpeed keeps a float32 copy of trained half-precision weights itself.
+    """
+    half = half_dtype(args)
+    if args.do_train and trains_base and not (args.deepspeed and half):
+        return torch.float32
+    return half or compute_dtype(args.device)

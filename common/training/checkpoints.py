@@ -137,15 +137,15 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
         )
     states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
     if states is None:
-        if args.engine == "DeepSpeed":
+        if args.engine.name == "DeepSpeed":
             raise UserError(f"{checkpoint} was not written under DeepSpeed: continue it without --deepspeed.")
         by_fsdp = (checkpoint / "optimizer.bin").is_file()
-        if by_fsdp != (args.engine == "FSDP2"):
+        if by_fsdp != (args.engine.name == "FSDP2"):
             raise UserError(
                 f"{checkpoint} was written with{'' if by_fsdp else 'out'} --fsdp: continue it the same way."
             )
         return
-    if args.engine != "DeepSpeed":
+    if args.engine.name != "DeepSpeed":
         raise UserError(f"{checkpoint} was written under DeepSpeed: continue it with the same --deepspeed file.")
     written_by = len(list(states.glob("*_optim_states.pt")))
     if written_by != args.processes:

@@ -1,4 +1,4 @@
-"""What can be found out before anything is loaded: each mistake is one sentence, said before it has cost any time."""
+"""The checks before anything is loaded: each mistake is one sentence, and costs no time."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SPLITS = (  # split, the flag that asks for it, the flag that names its files, t
 
 
 def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> ModelFolder:
-    """Raises UserError for what can't work. Returns the model's folder, and completes what depends on it."""
+    """The model's folder. Raises UserError for what can't work, before anything is loaded; changes no argument."""
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
@@ -31,7 +31,6 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     )
     if folder.bits and folder.weights:
         packed_weights(folder)
-    complete(model_args, args, folder)
     check_quantization(method, model_args, args, folder)
     method.check(folder, args.do_train)
     if args.do_train and Path(args.output_dir).resolve() == folder.path.resolve():
@@ -44,12 +43,15 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
 
 
 def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder) -> None:
-    """A packed checkpoint says its bits; and where bits save memory, checkpointing does too, unless it is off."""
+    """Sets what depends on the model: the bits of a packed checkpoint, and activation checkpointing.
+
+    Bits are chosen to save memory, so a training in them checkpoints too, unless --activation_checkpointing says no.
+    """
     bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
     if folder.bits and bits != folder.bits and args.process_index == 0:
         say(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
-    if args.may_checkpoint and args.do_train and bits:
-        args.activation_checkpointing = True
+    if args.activation_checkpointing is None:
+        args.activation_checkpointing = bool(args.do_train and bits)
     args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
 
 
@@ -57,11 +59,15 @@ def check_quantization(
     method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
 ) -> None:
     """Quantized weights are neither trained nor sharded."""
+    if not (model_args.quantization_bit or folder.bits):
+        return
     source = f"{folder.path} is packed in {folder.bits} bit" if folder.bits else "--quantization_bit"
-    if args.do_train and method.trains_base and model_args.quantization_bit:
+    if args.do_train and method.trains_base:
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
-    if args.sharded and model_args.quantization_bit:
-        raise UserError(f"{source}: packed weights can't be sharded by {args.engine}; take ZeRO-2, DDP, or no bits.")
+    if args.engine.sharded:
+        raise UserError(
+            f"{source}: packed weights can't be sharded by {args.engine.name}; take ZeRO-2, DDP, or no bits."
+        )
 
 
 def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
@@ -98,15 +104,18 @@ def check_devices(args: TrainingArguments) -> None:
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
     """The engine can do what is asked of it."""
-    if args.engine != "DDP" and not args.do_train:
-        raise UserError(f"{args.engine} is for training: evaluate without its flag.")
-    if args.engine == "DeepSpeed" and args.sharded and args.fp16 and not method.trains_base:
+    engine = args.engine
+    if engine.name == "DDP":
+        return
+    if not args.do_train:
+        raise UserError(f"{engine.name} is for training: evaluate without its flag.")
+    if engine.name == "DeepSpeed" and engine.sharded and args.fp16 and not method.trains_base:
         raise UserError(f"ZeRO stage 3 trains {method.name} in float32 or --bf16; --fp16 takes stage 2.")
-    if args.sharded and method.trains_base and data_args.evaluate_base:
+    if engine.sharded and method.trains_base and data_args.evaluate_base:
         raise UserError(
-            f"--evaluate_base: {args.engine} has no room for the base beside the model; evaluate afterwards."
+            f"--evaluate_base: {engine.name} has no room for the base beside the model; evaluate afterwards."
         )
-    if args.engine != "DDP" and args.save_on_each_node:
-        raise UserError(f"--save_on_each_node: {args.engine} needs an output folder that all machines share.")
-    if args.engine == "FSDP2" and args.load_best_model_at_end:
+    if args.save_on_each_node:
+        raise UserError(f"--save_on_each_node: {engine.name} needs an output folder that all machines share.")
+    if engine.name == "FSDP2" and args.load_best_model_at_end:
         raise UserError("--fsdp can't be used with --load_best_model_at_end.")

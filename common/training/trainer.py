@@ -1,4 +1,4 @@
-"""The Trainer of transformers, told to save only what was trained and to score generated answers."""
+"""The Trainer of transformers: it saves only what was trained, and scores generated answers."""
 
 import math
 from collections.abc import Callable
@@ -8,15 +8,43 @@ import torch
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from common.errors import UserError
 from common.methods import Method
 from common.training.checkpoints import complete_checkpoints
 
 
+class FiniteLoss(TrainerCallback):
+    """Ends a training whose loss or gradients are no longer finite before that is saved or evaluated.
+
+    It looks at what is logged, which the Trainer has gathered from all processes; a look at each step would wait for
+    the GPU. A nan or inf of any step since the last log stays in the logged mean.
+    """
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
+
+    on_epoch_end = on_step_end  # the Trainer logs, then evaluates, then saves
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        """Raises UserError. In fp16, gradients that overflow are part of training: they are left out."""
+        grad_norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
+        if math.isfinite(logs.get("loss", 0.0)) and math.isfinite(grad_norm):
+            return
+        whole = complete_checkpoints(Path(args.output_dir))
+        cause = "--fp16 overflows: use --bf16, or " if args.fp16 else ""
+        raise UserError(
+            f"the loss is no longer finite (nan or inf) at step {state.global_step}: {cause}lower --learning_rate "
+            f"(now {args.learning_rate:g}). Last good checkpoint: {whole[-1] if whole else 'none was saved yet'}."
+        )
+
+
 class FinetuneTrainer(Trainer):
-    """``score_answers`` generates answers to the validation set and returns their metrics."""
+    """The Trainer with a method; ``score_answers`` generates answers to the validation set and returns their scores.
+
+    The private methods are those of transformers 5.23, which has no public place for them.
+    """
 
     optimizer: torch.optim.Optimizer | None
 
@@ -25,15 +53,15 @@ class FinetuneTrainer(Trainer):
     ):
         self.method = method
         self.score_answers = score_answers
-        super().__init__(**kwargs)
-        self.finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        super().__init__(callbacks=[FiniteLoss()], **kwargs)
+        self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         self.optimizer = self.method.optimizer(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        flags = {"loss_only": True, "loss_in_parts": not self.args.sharded, "use_cache": False}
+        flags = {"loss_only": True, "loss_in_parts": not self.args.engine.sharded, "use_cache": False}
         return super().compute_loss(model, {**inputs, **flags}, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -44,34 +72,11 @@ class FinetuneTrainer(Trainer):
             metrics |= scores
         return metrics
 
-    def training_step(self, *args, **kwargs) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.finite = self.finite & torch.isfinite(loss.detach())  # looked at now and then: each look waits for the GPU
-        return loss
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs) -> None:
-        if self.control.should_log or self.control.should_save:
-            self.check_finite(grad_norm)
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-
-    def check_finite(self, grad_norm: Tensor | float | None) -> None:
-        """Raises UserError in all processes where loss or gradients of one are not finite, before that is saved.
-
-        Steps with gradients that overflow are part of training in fp16: they are left out, and the scale is lowered.
-        """
-        if grad_norm is not None and not self.args.fp16:
-            self.finite = self.finite & math.isfinite(float(grad_norm))
-        if bool(self.accelerator.gather(self.finite.reshape(1)).all()):
-            return
-        whole = complete_checkpoints(Path(self.args.output_dir))
-        cause = "--fp16 overflows: use --bf16, or " if self.args.fp16 else ""
-        raise UserError(
-            f"the loss is no longer finite (nan or inf) at step {self.state.global_step}: {cause}lower --learning_rate "
-            f"(now {self.args.learning_rate:g}). Last good checkpoint: {whole[-1] if whole else 'none was saved yet'}."
-        )
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """``state_dict``: the gathered weights under ZeRO and FSDP, in the process that saves."""
+        """Saves what was trained; private, because save_model gathers the weights and pushes to the hub around it.
+
+        ``state_dict``: the gathered weights under ZeRO and FSDP2, in the process that saves.
+        """
         if not self.args.should_save:  # the Trainer calls this in every process
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -81,13 +86,13 @@ class FinetuneTrainer(Trainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP2 the Trainer would save the weights a second time, frozen ones included."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         for module in self.model.modules():  # after an evaluation some weights are still whole
             if isinstance(module, FSDPModule):
                 module.reshard()
-        # The Trainer would save the weights a second time, frozen ones included.
         save_fsdp_optimizer(
             self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
         )
@@ -99,9 +104,10 @@ class FinetuneTrainer(Trainer):
         self.method.restore(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Done before the training starts: here FSDP has already sharded the model."""
+        """Does nothing: the weights are read before the training starts; here FSDP2 has already sharded the model."""
 
     def _load_best_model(self) -> None:
+        """The Trainer would look for file names that not every method writes."""
         if self.is_deepspeed_enabled:  # it reads its own shards
             super()._load_best_model()
         else:

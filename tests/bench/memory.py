@@ -26,8 +26,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from common.arguments import parse_arguments
 from common.finetune import run
+from common.flags import parse_arguments
 from common.memory.fit import METHODS, case_of_arguments
 from common.models.registry import DEMOS, GENERATIONS
 from common.training.report import console

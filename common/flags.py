@@ -1,0 +1,113 @@
+"""The command line: parses flags into dataclasses, translates old flags, and names a wrong one in one sentence.
+
+A flag that transformers 5 renamed works under its old name too, with one line of advice.
+"""
+
+import difflib
+import sys
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.errors import UserError, say
+
+RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
+    "evaluation_strategy": ("eval_strategy", None),
+    "warmup_ratio": ("warmup_steps", None),  # a value below 1 is a share of all steps
+    "per_gpu_train_batch_size": ("per_device_train_batch_size", None),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size", None),
+    "no_cuda": ("use_cpu", None),
+    "gradient_checkpointing": ("activation_checkpointing", None),
+    "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs", None),
+    "group_by_length": ("train_sampling_strategy", "group_by_length"),
+    "adafactor": ("optim", "adafactor"),
+    "torchdynamo": ("torch_compile_backend", None),
+    "push_to_hub_token": ("hub_token", None),
+    "push_to_hub_model_id": ("hub_model_id", None),
+}
+REMOVED = {  # old flag -> why it is ignored
+    "logging_dir": "TensorBoard files are written to OUTPUT_DIR/runs",
+    "save_safetensors": "the file format is fixed by what is trained",
+    "fp16_backend": "PyTorch's own mixed precision is used",
+    "half_precision_backend": "PyTorch's own mixed precision is used",
+    "fp16_opt_level": "PyTorch's own mixed precision is used",
+    "use_mps_device": "the device is found automatically",
+    "preprocessing_num_workers": "sentencepiece uses all cores by itself",
+    "include_inputs_for_metrics": "the metrics need no inputs",
+    "resize_position_embeddings": "rotary positions need no resizing",
+    "use_fast_tokenizer": "there is one tokenizer, and it is fast",
+    "forced_bos_token": "ChatGLM generates from its own <sop>",
+    "lang": "the language makes no difference",
+    "jit_mode_eval": "transformers 5 has no such mode",
+    "use_ipex": "PyTorch's own kernels are used",
+    "xpu_backend": "the backend is chosen for the device; --ddp_backend sets it",
+    "tpu_num_cores": "TPUs are not supported",
+    "tpu_metrics_debug": "TPUs are not supported",
+    "past_index": "the model keeps its cache by itself",
+    "sharded_ddp": "FairScale is gone; DeepSpeed and FSDP shard",
+    "fsdp_min_num_params": "it is part of --fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "it is part of --fsdp_config",
+    "use_legacy_prediction_loop": "there is one prediction loop",
+    "push_to_hub_organization": "--hub_model_id names the organization too",
+    "mp_parameters": "SageMaker's model parallelism is not supported",
+    "ray_scope": "there is no hyperparameter search",
+    "use_auth_token": "log in with `hf auth login` or set HF_TOKEN",
+}
+
+
+class FlagParser(HfArgumentParser):
+    """Names what is wrong in one sentence; argparse would list three hundred flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags).")
+
+
+def parse_arguments(method_arguments: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """(model, method, data, training) arguments of the command line; ``method_arguments`` is a method's dataclass.
+
+    Raises UserError for an unknown flag, naming the nearest known one, or for a bad value. Starts nothing.
+    """
+    usage = "main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]"
+    return parse_dataclasses((ModelArguments, method_arguments, DataArguments, TrainingArguments), usage, argv)
+
+
+def parse_dataclasses(kinds: tuple[type, ...], usage: str, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """One object of each dataclass, filled from the command line. Raises UserError as ``parse_arguments`` does."""
+    parser = FlagParser(kinds, usage=usage, allow_abbrev=False)
+    argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        known = [f"--{field.name}" for kind in kinds for field in fields(kind)]
+        nearest = difflib.get_close_matches(flag, known, n=1)
+        raise UserError(f"unknown flag {flag}" + (f": did you mean {nearest[0]}?" if nearest else "."))
+    return tuple(parsed)
+
+
+def translate_old_flags(argv: list[str]) -> list[str]:
+    """Official spellings -> those of transformers 5, with one line of advice each on stderr."""
+    translated, tokens = [], iter(argv)
+    pending = next(tokens, None)
+    while (token := pending) is not None:
+        pending = next(tokens, None)
+        name, equals, value = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or name not in RENAMED | REMOVED:
+            translated.append(token)
+            continue
+        if not equals and pending is not None and not pending.startswith("--"):
+            value, pending = pending, next(tokens, None)
+        if name in REMOVED:
+            say(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
+            continue
+        new_name, new_value = RENAMED[name]
+        if new_value and value.lower() == "false":
+            continue
+        value = new_value or value
+        translated += [f"--{new_name}", *([value] if value else [])]
+        say(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
+    return translated
