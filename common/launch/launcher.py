@@ -42,6 +42,8 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
 
     Raises UserError if another machine does not come, contradicts this one, or stops.
     """
+    from torch.distributed import TCPStore  # before the meeting: a long import stops the signs of life
+
     settings = {"processes per machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
     peers = Peers(machines, settings, on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
     code = 1
@@ -50,9 +52,7 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
             peers.meet()
         code = run([*program, "--dry_run"], [first_gpu()])
         if code == 0:
-            from torch.distributed import TCPStore
-
-            # It listens before anybody hears of its port, which so nobody can take; it must live as long as the others.
+            # It listens before anybody hears of its port, so nobody can take that; all processes need it to the end.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if machines.rank == 0 else None
             port = peers.wait(store.port if store else 0)
             code = run(program, every_rank(processes, machines, peers.address, port))
