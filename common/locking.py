@@ -1,7 +1,7 @@
-"""Locks between jobs, one per resource, so that any number of them may start at once.
+"""Locks between jobs, one per resource, so that any number of jobs may start at once.
 
-Guarded is what races: building the environment, downloading, preparing a data set, owning an output folder. Whoever
-is killed loses its locks at once, because the operating system holds them, not a file's existence.
+A job holds one while it downloads a model, prepares a data set, writes an output folder, or uses a port. The operating
+system keeps the locks, so a job that is killed loses them at once.
 """
 
 import errno
@@ -19,12 +19,15 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from common.errors import UserError, say
 from common.files import read_json, write_json
 
-WAIT_IN_SILENCE = 1.0  # seconds: most locks are free again before anybody wonders
-REMIND_EVERY = 30.0  # seconds between two lines about a lock that we wait for
+WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
+REMIND_EVERY = 30.0  # seconds between two messages while waiting
 
 
 def cache_folder() -> Path:
-    """Where locks and prepared data live: CHATGLM_CACHE, or a folder in the user's cache."""
+    """The folder of locks and prepared data: CHATGLM_CACHE, or a folder in the user's cache.
+
+    Raises UserError if it can't be written.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm-tuning"
     folder = Path(os.environ.get("CHATGLM_CACHE") or default)
     try:
@@ -35,53 +38,55 @@ def cache_folder() -> Path:
 
 
 def lock_file(kind: str, resource: str | Path) -> Path:
-    """One lock a kind and resource; a path is told by its real path, however it is written, a name by itself."""
+    """The lock file of a resource: a path, of which every spelling gets the same lock, or any other name."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
     return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
 
 
-def describe_holder(lock: Path) -> str:
-    """Who wrote itself down as the holder last: process, machine, since when, command."""
-    holder = read_json(lock.with_suffix(".holder"))
+def describe_holder(path: Path) -> str:
+    """The process that held the lock last, as it wrote itself down: id, machine, time, command."""
+    holder = read_json(path.with_suffix(".holder"))
     if holder is None:
         return "another process"
     return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
 
 
-def write_holder(lock: Path) -> None:
+def write_holder(path: Path) -> None:
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    write_json(lock.with_suffix(".holder"), holder | {"command": " ".join(sys.argv)})
+    write_json(path.with_suffix(".holder"), holder | {"command": " ".join(sys.argv)})
 
 
 def make_lock(path: Path) -> BaseFileLock:
-    """A lock of the operating system, or with CHATGLM_LOCKS=soft one that is a file, for shares without locks (NFS).
+    """A lock of the operating system, or with CHATGLM_LOCKS=soft a file, for network shares that have no locks.
 
-    The file of a soft lock names its holder. One that was killed on this machine is found out where the file system can
-    exchange two files (NFS can't); of one on another machine nobody can tell: then the file must be deleted.
+    If the holder of a soft lock is killed on this machine, the next process takes the lock over, where the file system
+    can exchange two files. If it was killed on another machine, or on NFS, the user must delete the file.
+    Raises UserError for another value of CHATGLM_LOCKS.
     """
     kind = os.environ.get("CHATGLM_LOCKS", "native")
     if kind not in ("native", "soft"):
-        raise UserError(f"CHATGLM_LOCKS={kind}: there are native and soft.")
+        raise UserError(f"CHATGLM_LOCKS={kind}: it must be native or soft.")
     return SoftFileLock(path.with_suffix(".soft")) if kind == "soft" else FileLock(path)
 
 
 @contextmanager
-def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock at ``path``. Waiting says who has it; with ``wait=False`` a held lock raises UserError."""
+def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
+    """Holds the lock at ``path``; ``name`` stands in messages, which also name the holder that it waits for.
+
+    With ``wait=False`` it raises UserError if another process holds the lock.
+    """
     lock = make_lock(path)
     hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
-    try:
-        lock.acquire(timeout=WAIT_IN_SILENCE if wait else 0)
-    except Timeout:
-        if not wait:
-            raise UserError(f"{what} is in use by {describe_holder(path)}{hint}.") from None
+    timeout = WAIT_IN_SILENCE if wait else 0
     while not lock.is_locked:
-        say(f"waiting for {what}: held by {describe_holder(path)}{hint}")
         try:
-            lock.acquire(timeout=REMIND_EVERY)
+            lock.acquire(timeout=timeout)
         except Timeout:
-            continue
+            if not wait:
+                raise UserError(f"{name} is in use by {describe_holder(path)}{hint}.") from None
+            say(f"waiting for {name}: held by {describe_holder(path)}{hint}")
+            timeout = REMIND_EVERY
     write_holder(path)
     try:
         yield
@@ -91,19 +96,19 @@ def hold(path: Path, what: str, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock of a resource, which lies in the cache; see ``hold``."""
+    """Holds the lock of a resource, whose file is in the cache; see ``hold``."""
     with hold(lock_file(kind, resource), f"{kind} {resource}", wait):
         yield
 
 
 def take_port(host: str, port: int) -> int | None:
-    """Takes a port that nobody listens on and that no other job of ours was given; 0 is any. None: somebody has it.
+    """Takes a port of this machine, any if ``port`` is 0, until this process ends. Returns None if it is in use.
 
-    The lock of the port is kept until this process ends: a port that was only probed could be handed out twice
-    between the probe and its use. Raises OSError where nobody could listen there.
+    The lock keeps other jobs of ours from taking it before this one listens there. Raises OSError if nobody can listen
+    on that host or port.
     """
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a program that ended don't matter
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections of an ended program don't matter
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -116,15 +121,15 @@ def take_port(host: str, port: int) -> int | None:
             lock.acquire(blocking=False)
         except Timeout:
             return None
-        _held_ports.append(lock)
+        _port_locks.append(lock)
         return port
 
 
 def free_port() -> int:
-    """Any TCP port of this machine that is free."""
+    """Takes any free TCP port of this machine until this process ends."""
     while (port := take_port("", 0)) is None:
         pass
     return port
 
 
-_held_ports: list[BaseFileLock] = []
+_port_locks: list[BaseFileLock] = []

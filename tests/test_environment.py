@@ -1,89 +1,97 @@
-"""The environment that the scripts make for themselves: built once however many ask for it, never left half built."""
+"""The environment that the scripts make for themselves: one of many jobs builds it, and it is never left half built."""
 
-import json
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = Path("common/launch/environment.py")
 
 
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """A checkout whose only requirement is small."""
-    (tmp_path / "common" / "launch").mkdir(parents=True)
-    (tmp_path / "common" / "launch" / "environment.py").write_text(
-        (ROOT / "common" / "launch" / "environment.py").read_text()
-    )
-    (tmp_path / "requirements.txt").write_text("filelock==4.2.11\n")
-    return tmp_path
+def write_package(folder: Path, name: str) -> None:
+    """A wheel with one empty module, which pip installs without any network."""
+    facts = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{facts}/RECORD", "")
 
 
-def start(checkout: Path, **variables: str) -> subprocess.Popen:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A checkout whose requirements are small. Its environment is built once; the tests stand in this order."""
+    folder = tmp_path_factory.mktemp("checkout")
+    (folder / PROGRAM).parent.mkdir(parents=True)
+    (folder / PROGRAM).write_text((ROOT / PROGRAM).read_text())
+    write_package(folder, "first")
+    write_package(folder, "second")
+    return folder
+
+
+def start(checkout: Path, *requirements: str, **variables: str) -> subprocess.Popen:
+    (checkout / "requirements.txt").write_text("".join(f"{name}==1.0\n" for name in requirements))
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
-    command = [sys.executable, str(checkout / "common" / "launch" / "environment.py"), "requirements.txt"]
+    clean |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(checkout)}
+    command = [sys.executable, str(checkout / PROGRAM), "requirements.txt"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=clean | variables, text=True, start_new_session=True, **pipes)
 
 
-def has_filelock(checkout: Path) -> bool:
+def has(checkout: Path, name: str) -> bool:
     python = checkout / ".venv" / "bin" / "python"
-    return subprocess.run([python, "-c", "import filelock"], capture_output=True).returncode == 0
+    return subprocess.run([python, "-c", f"import {name}"], capture_output=True).returncode == 0
 
 
-def test_of_eight_jobs_one_builds_and_all_go_on(checkout):
-    jobs = [start(checkout) for _ in range(8)]
-    said = [job.communicate(timeout=300) for job in jobs]
-    assert [job.returncode for job in jobs] == [0] * 8
-    assert {out.strip() for out, _ in said} == {str(checkout / ".venv" / "bin" / "python")}
-    assert sum("creating" in err for _, err in said) == 1
-    assert sum("waiting for the environment: built by process" in err for _, err in said) == 7
-    assert has_filelock(checkout)
-
-
-def test_a_killed_build_is_taken_over(checkout):
-    first = start(checkout)
-    while not (checkout / ".venv").exists():
-        time.sleep(0.05)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    assert not (checkout / ".venv" / "installed.json").exists()
-    second = start(checkout)
-    second.communicate()
-    assert second.returncode == 0
-    assert has_filelock(checkout)
-
-
-def test_changed_requirements_are_installed(checkout):
-    start(checkout).communicate()
-    (checkout / "requirements.txt").write_text("filelock==4.2.11\nsix==1.16.0\n")
-    job = start(checkout)
-    assert "installing requirements.txt" in job.communicate()[1]
-    installed = json.loads((checkout / ".venv" / "installed.json").read_text())
-    assert list(installed) == ["requirements.txt"]
-    python = checkout / ".venv" / "bin" / "python"
-    assert subprocess.run([python, "-c", "import six"]).returncode == 0
-
-
-def test_an_active_environment_is_taken_or_refused_but_never_changed(checkout):
+def test_an_active_environment_is_used_or_refused_but_never_changed(checkout):
     job = start(checkout, VIRTUAL_ENV=sys.prefix)
     assert job.communicate()[0].strip() == sys.executable
-    (checkout / "requirements.txt").write_text("no-such-package==1.0\n")
-    job = start(checkout, VIRTUAL_ENV=sys.prefix)
+    job = start(checkout, "no-such-package", VIRTUAL_ENV=sys.prefix)
     assert "lacks no-such-package==1.0" in job.communicate()[1]
     assert job.returncode == 2
     assert not (checkout / ".venv").exists()
 
 
+def test_after_a_killed_build_one_of_eight_jobs_builds_and_all_go_on(checkout):
+    killed = start(checkout, "first")
+    while not (checkout / ".venv").exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not (checkout / ".venv" / "installed.json").exists()
+
+    with open(checkout / ".venv.lock", "w") as held:  # until all jobs have arrived
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write("4711 since 12:00:00")
+        held.flush()
+        jobs = [start(checkout, "first") for _ in range(8)]
+        for job in jobs:
+            assert job.stderr.readline() == "waiting for the environment: process 4711 since 12:00:00 builds it\n"
+    said = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 8, said
+    assert {out.strip() for out, _ in said} == {str(checkout / ".venv" / "bin" / "python")}
+    assert sum("creating" in err for _, err in said) == 1
+    assert has(checkout, "first")
+
+
 def test_a_failing_build_is_one_sentence(checkout):
-    (checkout / "requirements.txt").write_text("no-such-package==1.0\n")
-    job = start(checkout, PIP_NO_INDEX="1", PIP_FIND_LINKS="")
+    job = start(checkout, "first", "no-such-package")
     error = job.communicate()[1]
     assert job.returncode == 2
     assert "the environment could not be built" in error
     assert "Traceback" not in error
+
+
+def test_changed_requirements_are_installed_into_what_is_there(checkout):
+    error = start(checkout, "first", "second").communicate()[1]
+    assert "installing requirements.txt" in error and "creating" not in error
+    assert has(checkout, "first") and has(checkout, "second")
+    assert start(checkout, "first", "second").communicate()[1] == ""

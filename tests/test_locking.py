@@ -175,7 +175,7 @@ def test_a_soft_lock_says_which_file_to_delete(monkeypatch, start, hold, tmp_pat
 
 def test_a_wrong_kind_of_lock_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("CHATGLM_LOCKS", "hard")
-    with pytest.raises(UserError, match="CHATGLM_LOCKS=hard: there are native and soft"), guard("output", tmp_path):
+    with pytest.raises(UserError, match="CHATGLM_LOCKS=hard: it must be native or soft"), guard("output", tmp_path):
         pass
 
 

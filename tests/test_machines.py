@@ -1,4 +1,4 @@
-"""Machines that train together: how they meet, what they say to each other, and what ends all of them."""
+"""Machines that train together: how they meet, what they tell each other, and what ends all of them."""
 
 import json
 import os
@@ -9,21 +9,19 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT
-from engine_runs import losses
+from engine_runs import command_of, losses, train_here
 
 from common.errors import UserError
-from common.launch import launcher, machines
-from common.launch.machines import Machines, Peers, first_host, read_machines
+from common.launch.machines import Machines, first_host, read_machines
+from common.launch.meeting import Peers
 from common.locking import free_port
+from common.training.checkpoints import is_complete_checkpoint
 
 GUARD = 60  # seconds after which a test that hangs fails; none that passes comes near
 
@@ -34,7 +32,7 @@ class Machine(Peers):
     def __init__(self, rank: int, count: int, port: int, processes: int = 1, **limits: float):
         self.ended = threading.Event()
         settings = Machines(count, rank, "127.0.0.1", port, **{"patience": GUARD, "silence": GUARD} | limits)
-        super().__init__(settings, {"processes a machine": processes}, on_stop=self.ended.set)
+        super().__init__(settings, {"processes per machine": processes}, on_stop=self.ended.set)
 
     def news(self) -> str:
         assert self.ended.wait(GUARD)
@@ -43,15 +41,13 @@ class Machine(Peers):
     def leave(self, code: int) -> None:
         """As its process would: what is open is closed at the end."""
         super().leave(code)
-        for line in self.lines.values():
-            line.connection.shutdown(socket.SHUT_RDWR)
+        for connection in self.connections.values():
+            connection.socket.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(machines, "name_interface", lambda connection: None)  # it changes the environment
-    monkeypatch.setattr(machines, "CALL_EVERY", 0.05)
-    monkeypatch.setattr(machines, "GREETED_WITHIN", 0.2)
+    monkeypatch.setattr("common.launch.meeting.CALL_EVERY", 0.1)
 
 
 @pytest.fixture
@@ -60,11 +56,16 @@ def port() -> int:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Machine], "Future[None]"]]:
+def pool() -> Iterator[ThreadPoolExecutor]:
+    threads = ThreadPoolExecutor(8)
+    yield threads
+    threads.shutdown(wait=False)
+
+
+@pytest.fixture
+def start(pool) -> Callable[[Machine], "Future[None]"]:
     """Lets a machine meet the others in a thread of its own."""
-    pool = ThreadPoolExecutor(8)
-    yield lambda machine: pool.submit(machine.meet)
-    pool.shutdown(wait=False)
+    return lambda machine: pool.submit(machine.meet)
 
 
 @pytest.fixture
@@ -100,7 +101,8 @@ def dial(port: int) -> socket.socket:
 def greet(port: int, rank: int, count: int, silence: float = GUARD) -> socket.socket:
     """The greeting of a machine that does nothing afterwards: no signs of life."""
     connection = dial(port)
-    greeting = {"machine": rank, "NUM_MACHINES": count, "PEER_TIMEOUT": silence, "processes a machine": 1}
+    settings = {"NUM_MACHINES": count, "PEER_TIMEOUT": silence, "processes per machine": 1}
+    greeting = {"machine": rank, "settings": settings}
     connection.sendall(json.dumps(greeting).encode() + b"\n")
     return connection
 
@@ -131,13 +133,19 @@ def listener(port: int, answer: bytes | None = None) -> Iterator[list[socket.soc
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_machines_meet_and_get_the_same_port(meet, count):
-    """When all of them have checked their input: until then there is none."""
+def test_machines_meet_and_get_the_port_of_machine_0(meet, count):
+    """When all of them have checked their input, not earlier; and they go when all have finished."""
     met = meet(count)
-    assert not any(machine.port for machine in met)
     with ThreadPoolExecutor(count) as pool:
-        list(pool.map(Machine.wait, met))
-    assert len({machine.port for machine in met}) == 1 and met[0].port > 0
+        early = [pool.submit(machine.wait, 0) for machine in met[1:]]
+        assert not any(waiting.done() for waiting in early)
+        assert met[0].wait(12345) == 12345
+        assert [waiting.result(GUARD) for waiting in early] == [12345] * (count - 1)
+        early = [pool.submit(machine.leave, 0) for machine in met[1:]]
+        assert not any(leaving.done() for leaving in early)
+        met[0].leave(0)
+        for leaving in early:
+            leaving.result(GUARD)
     assert not any(machine.stopped for machine in met)
 
 
@@ -158,16 +166,15 @@ def test_a_machine_that_is_early_calls_until_machine_0_is_there(start, port, mon
     assert refused.wait(GUARD)
     start(late).result(GUARD)
     meeting.result(GUARD)
-    assert early.port == late.port
 
 
 def test_machine_0_says_who_did_not_come(start, port):
-    waiting = start(Machine(0, 4, port, patience=2))
+    waiting = start(Machine(0, 4, port, patience=1))
     other = start(Machine(2, 4, port))
     said = refusal(waiting)
-    assert "2 of 4 machines arrived within 2 s; missing: MACHINE_RANK 1, 3." in said
+    assert "2 of 4 machines arrived within 1 s; missing: MACHINE_RANK 1, 3." in said
     assert f"MAIN_IP=127.0.0.1 MAIN_PORT={port}" in said
-    assert "MACHINE_RANK 1, 3 did not arrive" in refusal(other)
+    assert f"machine 0 at 127.0.0.1:{port}: {said}" == refusal(other)
 
 
 def test_the_others_say_where_they_looked_for_machine_0(start, port):
@@ -178,14 +185,14 @@ def test_the_others_say_where_they_looked_for_machine_0(start, port):
 
 def test_a_stranger_has_the_port_of_machine_0(start, port):
     with listener(port):
-        assert f"port {port} can't be used (Address already in use)" in refusal(start(Machine(0, 2, port)))
+        assert f"MAIN_PORT={port}: Address already in use" in refusal(start(Machine(0, 2, port)))
 
 
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
         (None, "did not answer within 0.3 s (timed out)"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a launcher of this program: is MAIN_PORT the one of machine 0?"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a launcher of this program; is MAIN_PORT the one of machine 0?"),
         (b"\xff\xfe\x00\n", "is not a launcher of this program"),
         (b"[" * 5000 + b"\n", "is not a launcher of this program"),
     ],
@@ -201,9 +208,9 @@ def test_strangers_at_machine_0_disturb_nobody(start, port):
     strangers = [dial(port) for _ in range(5)]  # the first one is silent
     for stranger, said in zip(strangers[1:], nonsense, strict=True):
         stranger.sendall(said)
-    start(other := Machine(1, 2, port)).result(GUARD)
+    start(Machine(1, 2, port)).result(GUARD)
     meeting.result(GUARD)
-    assert main.port == other.port and list(main.lines) == [1]
+    assert list(main.connections) == [1]
 
 
 def test_two_machines_with_one_rank(start, port):
@@ -215,9 +222,9 @@ def test_two_machines_with_one_rank(start, port):
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
-        ({"count": 2, "processes": 4}, "processes a machine is 1 on machine 0 and 4 on machine 1 (127.0.0.1)"),
+        ({"count": 2, "processes": 4}, "processes per machine is 1 on machine 0 and 4 on machine 1: give the same"),
         ({"count": 2, "silence": 5}, "PEER_TIMEOUT is 60 on machine 0 and 5 on machine 1"),
-        ({"count": 3}, "NUM_MACHINES is 2 on machine 0 and 3 on machine 1 (127.0.0.1)"),
+        ({"count": 3}, "NUM_MACHINES is 2 on machine 0 and 3 on machine 1"),
     ],
 )
 def test_machines_that_contradict_each_other(start, port, odd, says):
@@ -230,13 +237,12 @@ def test_a_machine_that_was_stopped_while_waiting_may_come_again(start, port):
     meeting = start(main := Machine(0, 3, port))
     with greet(port, 1, 3) as first:
         until = time.monotonic() + GUARD
-        while 1 not in main.lines and time.monotonic() < until:
+        while 1 not in main.connections and time.monotonic() < until:
             time.sleep(0.01)
         first.shutdown(socket.SHUT_RDWR)
     others = [Machine(rank, 3, port) for rank in (1, 2)]
     for arriving in [meeting, *map(start, others)]:
         arriving.result(GUARD)
-    assert {main.port} == {other.port for other in others}
 
 
 # What ends all of them.
@@ -249,9 +255,9 @@ def test_a_machine_that_fails_ends_the_others(meet):
         assert machine.news() == "machine 2 stopped with exit code 3; its own output says why"
 
 
-def test_a_machine_that_has_finished_stops_nobody(meet):
+def test_a_machine_that_has_finished_stops_nobody(meet, pool):
     met = meet(3)
-    met[1].leave(0)
+    pool.submit(met[1].leave, 0)
     met[2].leave(1)
     assert met[0].news().startswith("machine 2 stopped with exit code 1")
 
@@ -280,12 +286,11 @@ def test_a_silent_machine_0_ends_the_others(start, port):
     machine = Machine(1, 2, port, silence=0.5)
     with listener(port, b'{"welcome": true}\n{"port": 12345}\n'):
         start(machine).result(GUARD)
-        machine.wait()
-        assert machine.port == 12345
+        assert machine.wait(0) == 12345
         assert machine.news() == "machine 0 was not heard of for 0.5 s"
 
 
-def test_machine_0_may_vanish_before_the_others_have_met(start, port):
+def test_machine_0_may_vanish_before_the_others_have_met(start, pool, port):
     """Its call is taken as not made: machine 1 calls again."""
     with listener(port) as connections:
         meeting = start(machine := Machine(1, 2, port))
@@ -296,12 +301,8 @@ def test_machine_0_may_vanish_before_the_others_have_met(start, port):
             connection.close()
     start(main := Machine(0, 2, port)).result(GUARD)
     meeting.result(GUARD)
-    waiting = threading.Thread(target=main.wait, daemon=True)
-    waiting.start()
-    assert machine.port == 0  # machine 0 has got further, machine 1 has not
-    machine.wait()
-    waiting.join(GUARD)
-    assert machine.port == main.port > 0
+    waiting = pool.submit(main.wait, 12345)
+    assert machine.wait(0) == waiting.result(GUARD) == 12345
 
 
 # What the variables say.
@@ -321,13 +322,18 @@ def test_the_variables_of_several_machines():
 @pytest.mark.parametrize(
     ("environ", "says"),
     [
-        ({"NUM_MACHINES": "2", "MACHINE_RANK": "2", "MAIN_IP": "a"}, "MACHINE_RANK=2, but NUM_MACHINES=2: ranks are 0"),
+        (
+            {"NUM_MACHINES": "2", "MACHINE_RANK": "2", "MAIN_IP": "a"},
+            "MACHINE_RANK=2 of NUM_MACHINES=2: ranks start at 0",
+        ),
         ({"NUM_MACHINES": "2", "MACHINE_RANK": "-1", "MAIN_IP": "a"}, "MACHINE_RANK=-1"),
-        ({"MACHINE_RANK": "1"}, "MACHINE_RANK=1, but NUM_MACHINES=1"),
+        ({"MACHINE_RANK": "1"}, "MACHINE_RANK=1 of NUM_MACHINES=1"),
         ({"NUM_MACHINES": "2"}, "NUM_MACHINES needs MAIN_IP"),
         ({"NUM_MACHINES": "two"}, "NUM_MACHINES=two is no number"),
         ({"NUM_MACHINES": "2", "MAIN_IP": "a", "MAIN_PORT": "99999"}, "MAIN_PORT=99999: ports are 1 to 65535"),
         ({"NUM_MACHINES": "2", "MAIN_IP": "a", "PEER_TIMEOUT": "soon"}, "PEER_TIMEOUT=soon is no number"),
+        ({"NUM_MACHINES": "2", "MAIN_IP": "a", "RDZV_TIMEOUT": "inf"}, "RDZV_TIMEOUT=inf is no number"),
+        ({"NUM_MACHINES": "1.5"}, "NUM_MACHINES=1.5 is no whole number"),
     ],
 )
 def test_contradictions_are_said(environ, says):
@@ -395,141 +401,7 @@ def test_the_first_name_of_a_list_of_nodes(nodes, first):
     assert first_host(nodes) == first
 
 
-# The launcher, in a process of its own, with programs that only say what they were told.
-
-PROGRAM = r"""
-import os, signal, sys, time
-from pathlib import Path
-if sys.argv[-1] == "--dry_run":
-    {check}
-    sys.exit()
-rank = os.environ["RANK"]
-os.write(1, f"rank {{rank}} {{sys.argv[1:]}} threads {{os.environ.get('OMP_NUM_THREADS')}}\n".encode())
-first_is_there = Path(__file__).with_suffix(".there")
-if rank == "0":
-    first_is_there.touch()
-    time.sleep(600)
-while rank == "1" and not first_is_there.exists():
-    time.sleep(0.05)
-{ends}
-"""
-MARK = "CHATGLM_TEST_RUN"
-
-
-def is_of(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-@pytest.fixture
-def mark() -> Iterator[str]:
-    """What processes of this test have in their environment; none of them outlives it."""
-    own = uuid.uuid4().hex
-    yield own
-    for process in psutil.process_iter():
-        if is_of(process, own):
-            process.kill()
-
-
-def running(mark: str) -> list[list[str]]:
-    return [process.cmdline() for process in psutil.process_iter() if is_of(process, mark)]
-
-
-@pytest.fixture
-def launch(tmp_path, mark) -> Callable[..., subprocess.Popen]:
-    def launch_program(ends: str = "pass", check: str = "pass", **variables: str) -> subprocess.Popen:
-        program = tmp_path / "program.py"
-        program.write_text(PROGRAM.format(ends=ends, check=check))
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "common" / "launch" / "launcher.py"), str(program), "--flag"],
-            env={**os.environ, MARK: mark, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return launch_program
-
-
-def test_a_process_that_torchrun_started_just_runs_the_program(launch):
-    said, errors = launch(LOCAL_RANK="2", RANK="2", NUM_PROCESSES="2", OMP_NUM_THREADS="7").communicate(timeout=GUARD)
-    assert (said, errors) == ("rank 2 ['--flag'] threads 7\n", "")
-
-
-@pytest.mark.parametrize(
-    ("variables", "says"),
-    [
-        ({"NUM_GPUS": "99"}, r"NUM_GPUS=99, but \d+ GPUs are visible here"),
-        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: at least one is needed"),
-        ({"NUM_PROCESSES": "all"}, "NUM_PROCESSES=all is no number"),
-    ],
-)
-def test_wrong_numbers_of_processes_are_said(monkeypatch, variables, says):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=says):
-        launcher.count_processes()
-
-
-def test_the_cores_are_shared_out_as_threads(monkeypatch):
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    launcher.set_environment(4, Machines(2, 1, "a"))
-    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("3", "8")
-    os.environ["OMP_NUM_THREADS"] = "5"
-    launcher.set_environment(4, Machines())
-    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("5", "4")
-
-
-@pytest.mark.parametrize(
-    ("ends", "code", "says"),
-    [
-        ("print('error: wrong', file=sys.stderr); sys.exit(2)", 2, "error: wrong\n"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: process 1 was killed by SIGKILL"),
-    ],
-)
-def test_one_process_that_fails_ends_all(launch, mark, ends, code, says):
-    run = launch(ends, NUM_PROCESSES="2", OMP_NUM_THREADS="3")
-    said, errors = run.communicate(timeout=GUARD)
-    assert run.returncode == code, errors
-    assert sorted(said.splitlines()) == [f"rank {rank} ['--flag'] threads 3" for rank in range(2)]
-    assert errors.startswith(says) and len(errors.splitlines()) == 1
-    assert running(mark) == []
-
-
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_ends_all_processes(launch, mark, stop):
-    run = launch("time.sleep(600)", NUM_PROCESSES="2")
-    assert {run.stdout.readline().split()[1] for _ in range(2)} == {"0", "1"}
-    run.send_signal(stop)
-    errors = run.communicate(timeout=GUARD)[1]
-    assert run.returncode == 128 + stop, errors
-    assert "torch" not in errors  # it says nothing about its own parts
-    assert running(mark) == []
-
-
-def test_a_machine_that_stops_ends_the_check_of_the_others(launch, mark, port):
-    """Before any training has started, while each looks at its input."""
-    where = {"NUM_MACHINES": "2", "MACHINE_RANK": "0", "MAIN_IP": "127.0.0.1", "MAIN_PORT": str(port)}
-    run = launch(check="time.sleep(600)", **where)
-    greeting = {"machine": 1, "NUM_MACHINES": 2, "PEER_TIMEOUT": 60, "processes a machine": 1}
-    with dial(port) as other:
-        program = "/".join(Path(run.args[2]).parts[-2:])
-        other.sendall(json.dumps(greeting | {"program": program}).encode() + b"\n")
-        while not any("--dry_run" in command for command in running(mark)):
-            assert run.poll() is None, run.communicate()
-            time.sleep(0.1)
-        other.sendall(b'{"stopped": "machine 1 has had enough"}\n')
-        errors = run.communicate(timeout=GUARD)[1]
-    assert run.returncode == 2
-    sentence = "error: machine 1 has had enough; this machine was stopped too. Saved checkpoints are whole."
-    assert errors.splitlines()[-1] == sentence and "Traceback" not in errors
-    assert running(mark) == []
-
-
-# Two real machines: network namespaces with an address each, and the script as a user types it.
+# Two real machines: network namespaces with an address each.
 
 MAIN_IP, OTHER_IP = "10.77.0.1", "10.77.0.2"
 
@@ -558,58 +430,34 @@ def hosts() -> Iterator[list[str]]:
             ip(f"-n {name} link set {card} up")
     yield names
     for name in names:
+        for process in ip(f"netns pids {name}").split():
+            os.kill(int(process), signal.SIGKILL)
         ip(f"netns del {name}", check=False)
 
 
-@pytest.fixture
-def train(tmp_path, mark) -> Callable[..., subprocess.Popen]:
-    """Starts full/train.sh, on one of two machines if one is named; what it says goes to the file ``said``."""
-
-    def start_training(host: str = "", rank: int = 0, **variables: str) -> subprocess.Popen:
-        where = ["ip", "netns", "exec", host] if host else []
-        several = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": MAIN_IP} if host else {}
-        here = {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", MARK: mark}
-        name = f"machine{rank}" if host else "alone"
-        demo = {
-            "OUTPUT_DIR": str(tmp_path / ("two" if host else "one")),
-            "EVALUATE": "false",
-            "ACCELERATE_USE_CPU": "true",
-        }
-        with (tmp_path / name).open("w") as said:
-            return subprocess.Popen(
-                [*where, "bash", str(ROOT / "full" / "train.sh"), "--logging_steps", "1", "--disable_tqdm", "true"],
-                env={**os.environ, **here, **several, **demo, **variables},
-                stdout=said,
-                stderr=subprocess.STDOUT,
-            )
-
-    return start_training
-
-
-def test_two_machines_train_as_one_does(hosts, train, tmp_path):
-    """The global batch is the same, so are the losses; what is saved is saved once."""
-    two = [train(host, rank, MAX_STEPS="3", BATCH_SIZE="2") for rank, host in enumerate(hosts)]
-    assert [run.wait(300) for run in two] == [0, 0], [(tmp_path / f"machine{rank}").read_text() for rank in range(2)]
-    alone = train(MAX_STEPS="3", BATCH_SIZE="4")
-    assert alone.wait(300) == 0, (tmp_path / "alone").read_text()
-    checkpoints = [[file.name for file in (tmp_path / run).glob("checkpoint-*")] for run in ("two", "one")]
-    assert checkpoints == [["checkpoint-3"], ["checkpoint-3"]]
-    together, by_one = (losses(tmp_path / run / "checkpoint-3") for run in ("two", "one"))
-    assert len(together) == 3
-    assert together == pytest.approx(by_one, abs=1e-4)
-
-
-def test_a_cut_cable_ends_both_machines(hosts, train, tmp_path, mark):
-    runs = [train(host, rank, MAX_STEPS="100000", BATCH_SIZE="2", PEER_TIMEOUT="5") for rank, host in enumerate(hosts)]
+def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
+    """The global batch is the same, so are the losses; then both end, and what was saved is whole."""
+    endless = ["--max_steps", "100000", "--save_steps", "4", "--lr_scheduler_type", "constant"]
+    program = command_of("full", "DDP", tmp_path / "two", *endless)
+    launcher = [sys.executable, str(ROOT / "common" / "launch" / "launcher.py")]
     said = [tmp_path / f"machine{rank}" for rank in range(2)]
-    while "'loss'" not in said[0].read_text():
+    runs = []
+    for rank, host in enumerate(hosts):
+        command = ["ip", "netns", "exec", host, *launcher, *program]
+        where = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": MAIN_IP, "PEER_TIMEOUT": "6"}
+        one = {"NUM_PROCESSES": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        with said[rank].open("w") as output:
+            runs.append(subprocess.Popen(command, env=os.environ | where | one, stdout=output, stderr=output))
+    checkpoint = tmp_path / "two" / "checkpoint-4"
+    while not is_complete_checkpoint(checkpoint):
         assert [run.poll() for run in runs] == [None, None], [file.read_text() for file in said]
-        time.sleep(0.2)
+        time.sleep(0.1)
     ip(f"-n {hosts[1]} link set eth0 down")
     assert [run.wait(GUARD) for run in runs] == [2, 2]
     for other, file in zip((1, 0), said, strict=True):
-        sentence = (
-            f"machine {other} was not heard of for 5 s; this machine was stopped too. Saved checkpoints are whole."
-        )
-        assert f"error: {sentence}" in file.read_text()
-    assert running(mark) == []
+        news = f"machine {other} was not heard of for 6 s"
+        assert f"error: {news}; this machine was stopped too. Saved checkpoints are whole." in file.read_text()
+    assert [ip(f"netns pids {host}") for host in hosts] == ["", ""]
+    alone = train_here("full", tmp_path / "one", "--lr_scheduler_type", "constant")
+    assert losses(checkpoint) == pytest.approx(alone, abs=1e-4)
+    assert is_complete_checkpoint(checkpoint)

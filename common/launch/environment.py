@@ -1,9 +1,9 @@
-"""Prints the Python that the scripts use, after making .venv on first use. Standard library only.
+"""Prints the path of the Python that the scripts use; builds .venv on first use. Standard library only.
 
     python3 common/launch/environment.py requirements.txt [more requirements files]
 
-An environment of the user's own that is active is taken as it is. Any number of jobs may call this at once: one
-builds, the others wait. A file in .venv says which requirements are installed, so that a killed build is repeated.
+If an environment of the user's own is active, it is used and never changed. Any number of jobs may call this at once:
+one builds, the others wait. A file in .venv lists what is installed, so that a build that was killed is repeated.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 
 def active_environment() -> str | None:
-    """The user's own virtual or conda environment, if one is active; conda's base environment does not count."""
+    """The folder of the user's own virtual or conda environment, if one is active; conda's base does not count."""
     if os.environ.get("VIRTUAL_ENV"):
         return os.environ["VIRTUAL_ENV"]
     if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
@@ -36,7 +36,7 @@ def active_environment() -> str | None:
 
 
 def missing_packages(files: list[Path]) -> list[str]:
-    """Requirements that the running Python does not have; another version than the pinned one is only reported."""
+    """The requirements that this Python lacks. For another version than the pinned one it only prints a note."""
     missing = []
     for line in (line.split("#")[0].strip() for file in files for line in file.read_text().splitlines()):
         name, _, version = line.partition("==")
@@ -46,7 +46,7 @@ def missing_packages(files: list[Path]) -> list[str]:
             missing.append(line)
             continue
         if version and found.partition("+")[0] != version:
-            say(f"note: {name} is {found}; the version that was tested is {version}.")
+            say(f"note: {name} is {found}; we tested with {version}.")
     return missing
 
 
@@ -59,7 +59,7 @@ def installed() -> dict[str, str]:
 
 
 def build(files: list[Path], lock: int) -> None:
-    """Creates .venv if there is no whole one and installs the requirements into it."""
+    """Creates .venv, unless a complete one exists, and installs the requirements into it."""
     if not INSTALLED.exists():
         say(f"creating {FOLDER} (once; about two minutes and 2 GB)")
         venv.EnvBuilder(with_pip=True).create(FOLDER)
@@ -67,7 +67,7 @@ def build(files: list[Path], lock: int) -> None:
     command = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for file in files:
         command += ["-r", str(file)]
-    # pip inherits the lock: if this process is killed, nobody else installs until pip, too, has ended.
+    # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
     subprocess.run(command, check=True, stdout=sys.stderr, pass_fds=[lock])
     partial = INSTALLED.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(installed() | wanted(files), indent=2))
@@ -83,7 +83,7 @@ def ensure(files: list[Path]) -> None:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder.seek(0)
-            say(f"waiting for the environment: built by process {holder.read().strip() or 'unknown'}")
+            say(f"waiting for the environment: process {holder.read().strip() or 'unknown'} builds it")
             fcntl.flock(holder, fcntl.LOCK_EX)
         holder.truncate(0)
         holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
@@ -101,14 +101,14 @@ def main() -> int:
     if own:
         missing = missing_packages(files)
         if missing:
-            say(f"error: the active environment {own} lacks {', '.join(missing)}: install them or deactivate it.")
+            say(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
             return 2
         print(sys.executable)
         return 0
     try:
         ensure(files)
     except (subprocess.CalledProcessError, OSError) as error:
-        say(f"error: the environment could not be built ({error}); what pip said stands above. Run the script again.")
+        say(f"error: the environment could not be built ({error}); see pip's messages above, and run the script again.")
         return 2
     print(FOLDER / "bin" / "python")
     return 0

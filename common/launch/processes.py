@@ -1,0 +1,100 @@
+"""The processes of a program on this machine: how many there are, what each is told, their start and their end.
+
+They are started here and not by the agent of torchrun or Accelerate, which ends one sentence about bad input with 40
+lines of traceback and exit code 1; Accelerate's also obeys a file in the user's home, and no flag turns that off.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from common.errors import UserError, say
+from common.launch.machines import Machines, whole_number
+
+ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
+
+
+def count_processes() -> int:
+    """The number of processes on this machine. Raises UserError if the environment asks for more GPUs than it has."""
+    if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
+        return 1  # without the import of torch, which a look at the devices needs
+
+    import torch
+
+    found = torch.accelerator.device_count()
+    gpus = whole_number(os.environ, "NUM_GPUS", found)
+    processes = whole_number(os.environ, "NUM_PROCESSES", max(1, gpus))
+    if processes < 1:
+        raise UserError(f"NUM_PROCESSES={processes}: at least one is needed.")
+    for name, count in (("NUM_GPUS", gpus), ("NUM_PROCESSES", processes if found else 0)):
+        if count > found:
+            raise UserError(f"{name}={count}, but {found} GPUs are visible here.")
+    return processes
+
+
+def set_environment(processes: int, machines: Machines) -> None:
+    """Tells all processes how many they are, and how many threads each may use."""
+    # Threads that spin while they wait take the cores from other jobs: a step of 1.5 s would take 10 on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["EXPECTED_PROCESSES"] = str(processes * machines.count)
+    os.environ["PROCESSES_PER_MACHINE"] = str(processes)
+    os.environ["MACHINE_RANK"] = str(machines.rank)
+
+
+def first_gpu() -> dict[str, str]:
+    """The environment of a single process, which sees one GPU: with several it would fall into DataParallel."""
+    visible = "" if os.environ.get("NUM_GPUS") == "0" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
+
+
+def every_rank(processes: int, machines: Machines, address: str, port: int) -> list[dict[str, str]]:
+    """The environment of each process of this machine, as ``torch.distributed`` reads it.
+
+    A store of ours listens at ``port`` of machine 0; ``address`` is that of this machine in the network of all.
+    """
+    shared: dict[str, str] = {}
+    for card, addresses in psutil.net_if_addrs().items():  # gloo would use 127.0.0.1
+        if address in [entry.address for entry in addresses]:
+            shared = {"GLOO_SOCKET_IFNAME": card, "NCCL_SOCKET_IFNAME": card}
+    shared |= os.environ
+    shared |= {"WORLD_SIZE": str(processes * machines.count), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": machines.main_ip or "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # or process 0 would open a store of its own there
+    first = machines.rank * processes
+    return [shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(processes)]
+
+
+def run(program: list[str], environments: list[dict[str, str]]) -> int:
+    """Runs a program once in each environment, and ends all when one fails, or at an exception from a signal.
+
+    Returns 0, or the exit code of the first that failed; 1 if it was killed, and says so.
+    """
+    running: list[subprocess.Popen] = []
+    try:
+        for environment in environments:
+            running.append(subprocess.Popen([sys.executable, "-u", *program], env=environment))
+        while None in (codes := [process.poll() for process in running]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(ENDED_WITHIN)
+            except (subprocess.TimeoutExpired, SystemExit):  # a second signal
+                process.kill()
+    for environment, code in zip(environments, codes, strict=True):
+        if code and code < 0:
+            name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
+            hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
+            say(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
+            return 1
+        if code:
+            return code
+    return 0

@@ -1,0 +1,228 @@
+"""The launcher: how many processes it starts, what each is told, and how all of them end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from engine_runs import command_of, losses
+
+from common.errors import UserError
+from common.launch import processes
+from common.launch.machines import Machines
+from common.locking import free_port
+
+GUARD = 60  # seconds after which a test that hangs fails; none that passes comes near
+LAUNCHER = ROOT / "common" / "launch" / "launcher.py"
+MARK = "CHATGLM_TEST_RUN"
+# A program that only prints what it was told: the first process waits to be ended, the second does as the test wants.
+PROGRAM = r"""
+import os, signal, sys, time
+from pathlib import Path
+if sys.argv[-1] == "--dry_run":
+    {check}
+    sys.exit()
+rank = os.environ["RANK"]
+os.write(1, f"rank {{rank}} {{sys.argv[1:]}} threads {{os.environ.get('OMP_NUM_THREADS')}}\n".encode())
+first_is_there = Path(__file__).with_suffix(".there")
+if rank == "0":
+    first_is_there.touch()
+    {first}
+while rank == "1" and not first_is_there.exists():
+    time.sleep(0.02)
+{second}
+"""
+
+
+def running(mark: str) -> list[list[str]]:
+    """The commands of the processes that have the mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    own = uuid.uuid4().hex
+    yield own
+    assert running(own) == []
+
+
+@pytest.fixture
+def write(tmp_path) -> Callable[..., Path]:
+    def write_program(second: str = "pass", first: str = "time.sleep(600)", check: str = "pass") -> Path:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM.format(first=first, second=second, check=check))
+        return program
+
+    return write_program
+
+
+@pytest.fixture
+def launch(mark) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts the launcher; it is ended after the test, and with it all that it started."""
+    started: list[subprocess.Popen] = []
+
+    def launch_program(program: Path, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, str(LAUNCHER), str(program), "--flag"]
+        environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "3"} | variables
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        return started[-1]
+
+    yield launch_program
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=GUARD)
+
+
+def of_two(rank: int, port: int) -> dict[str, str]:
+    """The variables of one of two machines, which has one process."""
+    machines = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": "127.0.0.1", "MAIN_PORT": str(port)}
+    return machines | {"NUM_PROCESSES": "1"}
+
+
+def test_a_process_that_torchrun_started_just_runs_the_program(launch, write):
+    said, errors = launch(write(), LOCAL_RANK="2", RANK="2", NUM_PROCESSES="2").communicate(timeout=GUARD)
+    assert (said, errors) == ("rank 2 ['--flag'] threads 3\n", "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"NUM_GPUS": "99"}, r"NUM_GPUS=99, but \d+ GPUs are visible here"),
+        ({"NUM_PROCESSES": "0"}, "NUM_PROCESSES=0: at least one is needed"),
+        ({"NUM_PROCESSES": "all"}, "NUM_PROCESSES=all is no number"),
+    ],
+)
+def test_wrong_numbers_of_processes_are_said(monkeypatch, variables, says):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        processes.count_processes()
+
+
+def test_the_cores_are_shared_out_as_threads(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    processes.set_environment(4, Machines(2, 1, "a"))
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("3", "8")
+    os.environ["OMP_NUM_THREADS"] = "5"
+    processes.set_environment(4, Machines())
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("5", "4")
+
+
+def test_every_process_is_told_its_rank_and_the_card_of_the_network(monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "1")  # left behind by another program
+    told = processes.every_rank(2, Machines(3, 1, "10.0.0.1"), "127.0.0.1", 12345)
+    assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in told] == [("2", "0"), ("3", "1")]
+    assert {(rank["MASTER_ADDR"], rank["MASTER_PORT"], rank["WORLD_SIZE"]) for rank in told} == {
+        ("10.0.0.1", "12345", "6")
+    }
+    assert {rank["GLOO_SOCKET_IFNAME"] for rank in told} == {"lo"}
+
+
+@pytest.mark.parametrize(
+    ("second", "code", "says"),
+    [
+        ("print('error: wrong', file=sys.stderr); sys.exit(2)", 2, "error: wrong"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: process 1 was killed by SIGKILL"),
+    ],
+)
+def test_one_process_that_fails_ends_all(write, mark, capfd, second, code, says):
+    told = processes.every_rank(2, Machines(), "", 1)
+    assert processes.run([str(write(second))], [rank | {MARK: mark, "OMP_NUM_THREADS": "3"} for rank in told]) == code
+    said, errors = capfd.readouterr()
+    assert sorted(said.splitlines()) == [f"rank {rank} [] threads 3" for rank in range(2)]
+    assert errors.startswith(says) and len(errors.splitlines()) == 1
+
+
+def test_sigterm_to_the_launcher_ends_all_processes(launch, write):
+    run = launch(write("time.sleep(600)"), NUM_PROCESSES="2")
+    assert {run.stdout.readline().split()[1] for _ in range(2)} == {"0", "1"}
+    run.terminate()
+    errors = run.communicate(timeout=GUARD)[1]
+    assert (run.returncode, errors) == (128 + signal.SIGTERM, "")
+
+
+def test_two_machines_finish_together_or_fail_together(launch, write):
+    """The exit code of a process is that of its launcher; Ctrl-C on one machine ends both."""
+    port = free_port()
+    runs = [launch(write(first="time.sleep(1)"), **of_two(rank, port)) for rank in range(2)]
+    said = [run.communicate(timeout=GUARD) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert [out for out, _ in said] == [f"rank {rank} ['--flag'] threads 3\n" for rank in range(2)]
+
+    runs = [launch(write("sys.exit(3)"), **of_two(rank, port)) for rank in range(2)]
+    said = [run.communicate(timeout=GUARD) for run in runs]
+    assert [run.returncode for run in runs] == [2, 3], said
+    news = "machine 1 stopped with exit code 3; its own output says why"
+    assert f"error: {news}; this machine was stopped too. Saved checkpoints are whole." in said[0][1].splitlines()
+
+    runs = [launch(write("time.sleep(600)"), **of_two(rank, port)) for rank in range(2)]
+    assert runs[1].stdout.readline().startswith("rank 1")
+    runs[1].send_signal(signal.SIGINT)
+    said = [run.communicate(timeout=GUARD) for run in runs]
+    assert [run.returncode for run in runs] == [2, 128 + signal.SIGINT], said
+    assert "error: machine 1 stopped with exit code 130" in said[0][1]
+
+
+def test_a_machine_that_stops_ends_the_check_of_the_others(launch, write, mark):
+    """Before any training has started, while each looks at its input."""
+    port = free_port()
+    run = launch(write(check="time.sleep(600)"), **of_two(0, port))
+    settings = {"NUM_MACHINES": 2, "PEER_TIMEOUT": 60, "processes per machine": 1}
+    settings["program"] = "/".join(Path(run.args[2]).parts[-2:])
+    while True:
+        try:
+            other = socket.create_connection(("127.0.0.1", port), timeout=GUARD)
+            break
+        except ConnectionRefusedError:
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.05)
+    with other:
+        other.sendall(json.dumps({"machine": 1, "settings": settings}).encode() + b"\n")
+        while not any("--dry_run" in command for command in running(mark)):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        other.sendall(b'{"stopped": "machine 1 has had enough"}\n')
+        errors = run.communicate(timeout=GUARD)[1]
+    assert run.returncode == 2
+    sentence = "error: machine 1 has had enough; this machine was stopped too. Saved checkpoints are whole."
+    assert errors.splitlines()[-1] == sentence and "Traceback" not in errors
+
+
+def test_torchrun_and_accelerate_train_the_same(tmp_path):
+    """As a user types them, with nothing of ours around."""
+    commands = {
+        "torchrun": ["torchrun", "--nproc_per_node", "2"],
+        "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"],
+    }
+    # Standalone: torchrun's fixed port could be in use. HF_HOME: where Accelerate looks for the user's own settings.
+    own = {
+        "PET_STANDALONE": "1",
+        "HF_HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    found = {}
+    for name, command in commands.items():
+        folder = tmp_path / name
+        program = command_of("lora", "DDP", folder, "--max_steps", "1", "--dropout", "0")
+        run = subprocess.run([*command, *program], env=os.environ | own, capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stdout + run.stderr
+        found[name] = losses(folder)
+    assert found["torchrun"] == found["accelerate"] and len(found["torchrun"]) == 1
