@@ -13,7 +13,7 @@ from transformers import (
 
 from common.errors import UserError
 from common.files import check_complete, weight_files
-from common.hub.download import download, fetch_config
+from common.hub.download import download, fetch_small_files
 from common.hub.hubs import hub_id, is_hub_name
 from common.methods.prefix import attach_prefix, check_prefix, load_prefix, read_prefix
 from common.models.quantization import PackedWeight, packed_bits, packed_weights, quantization_config
@@ -35,7 +35,7 @@ def resolve_model(name: str, revision: str = "main", cache_dir: str | None = Non
             f"no model folder {name}: give demo, demo3, an existing folder, a name like chatglm3-6b, or a hub id like "
             "THUDM/chatglm3-6b."
         )
-    generation_of(fetch_config(name, revision, cache_dir).parent)  # what is not supported is said before gigabytes come
+    generation_of(fetch_small_files(name, revision, cache_dir))  # refuses what is not supported before gigabytes come
     return download(name, revision, cache_dir)
 
 

@@ -32,7 +32,7 @@ from common.arguments import (
 )
 from common.errors import UserError, exit_on_user_error, say
 from common.files import gb, read_json
-from common.hub.download import fetch_config
+from common.hub.download import fetch_small_files
 from common.launch.machines import number, whole_number
 from common.loading import DEMOS, resolve_model
 from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict
@@ -83,7 +83,7 @@ def shape_of(name: str) -> tuple[Generation, PreTrainedConfig]:
         generation = GENERATIONS[PLAIN_NAMES[plain]]
         return generation, generation.config()
     local = name in DEMOS or Path(name).is_dir()
-    folder = resolve_model(name) if local else fetch_config(name).parent
+    folder = resolve_model(name) if local else fetch_small_files(name)
     generation = generation_of(folder)
     return generation, generation.config.from_pretrained(folder)
 
