@@ -229,10 +229,10 @@ def snapshot_of(repository: str, revision: str, cache_dir: str | None) -> Path |
     return Path(config).parent if isinstance(config, str) else None
 
 
-def link_cached(files: list[HubFile], folder: Path, snapshot: Path | None) -> None:
+def link_cached(files: list[HubFile], snapshot: Path, folder: Path) -> None:
     """Links files of Hugging Face's cache into ours, so that they are verified and not downloaded again."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in files if snapshot else ():
+    for file in files:
         cached, target = snapshot / file.path, folder / file.path
         if cached.is_file() and not target.is_file():
             target.unlink(missing_ok=True)  # a link to a file that was deleted
@@ -263,18 +263,19 @@ def download(
             return folder
         known = (read_json(record) or {}).get("files", {})
         folder = model_folder(repository, revision, cache_dir, local_dir)
+        snapshot = None if local_dir else snapshot_of(repository, revision, cache_dir)
         try:
-            commit, files = checkpoint_files(repository, revision)
+            files = checkpoint_files(repository, revision)
         except NO_ANSWER as error:
-            left = [] if known or local_dir else [folder, snapshot_of(repository, revision, cache_dir)]
+            left = [] if known or local_dir else [folder, snapshot]
             unverified = [found for found in left if found and seems_whole(found, weights)]
             if not unverified or not is_down(error):
                 raise
             say(f"note: {endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
         files = [file for file in files if weights or not is_weight_file(file.path)]
-        if not local_dir:
-            link_cached(files, folder, snapshot_of(repository, commit, cache_dir))
+        if snapshot:
+            link_cached(files, snapshot, folder)
         fetch_all(repository, files, folder, known, ours=not local_dir)
         write_record(record, folder, {file.path: file.digest for file in files})
     return folder

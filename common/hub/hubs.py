@@ -89,7 +89,7 @@ def repository_of(name: str) -> str:
     return f"ZhipuAI/{model}" if on_modelscope() and owner in ("THUDM", "zai-org") else f"{owner}/{model}"
 
 
-def list_huggingface(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+def list_huggingface(repository: str, revision: str) -> list[HubFile]:
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
     files = []
     for file in info.siblings or []:
@@ -98,28 +98,28 @@ def list_huggingface(repository: str, revision: str) -> tuple[str, list[HubFile]
             raise UserError(f"{endpoint()} lists files without sizes and hashes: set HF_ENDPOINT to another mirror.")
         url = hf_hub_url(repository, file.rfilename, revision=info.sha)
         files.append(HubFile(file.rfilename, file.size, digest, url))
-    return str(info.sha), files
+    return files
 
 
-def list_modelscope(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+def list_modelscope(repository: str, revision: str) -> list[HubFile]:
     """One request; ModelScope's own library would bring 13 packages and another cache."""
     url = f"{endpoint()}/api/v1/models/{repository}/repo"
     query = f"Revision={quote('master' if revision == 'main' else revision)}"
     response = get_session().get(f"{url}/files?{query}", timeout=TIMEOUT)
     hf_raise_for_status(response)
-    files = [file for file in response.json()["Data"]["Files"] if file["Type"] != "tree"]
-    return revision, [
+    return [
         HubFile(file["Path"], file["Size"], file["Sha256"], f"{url}?{query}&FilePath={quote(file['Path'])}")
-        for file in files
+        for file in response.json()["Data"]["Files"]
+        if file["Type"] != "tree"
     ]
 
 
-def checkpoint_files(repository: str, revision: str) -> tuple[str, list[HubFile]]:
-    """The commit of a revision, and of its files the weights in one format, config, vocabulary and chat template.
+def checkpoint_files(repository: str, revision: str) -> list[HubFile]:
+    """The weights of a model in one format, config, vocabulary and chat template; no Python files and no folders.
 
-    No Python files and no folders. Raises UserError if this is no model in the format of transformers.
+    Raises UserError if this is no model in the format of transformers.
     """
-    commit, files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
+    files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
     top = {file.path: file for file in files if "/" not in file.path}
     by_kind = ([path for path in top if fnmatch(path, kind)] for kind in WEIGHTS)
     weights = next((paths for paths in by_kind if paths), [])
@@ -128,7 +128,7 @@ def checkpoint_files(repository: str, revision: str) -> tuple[str, list[HubFile]
         raise UserError(f"{repository} is no model in the format of transformers: it has no {missing}.")
     small = [path for path in top if any(fnmatch(path, kind) for kind in SMALL_FILES)]
     other_index = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
-    return commit, [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
+    return [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
 
 
 def request_headers() -> dict[str, str]:
