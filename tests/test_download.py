@@ -92,6 +92,7 @@ def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.address)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # reading the system's takes each process a quarter second
         template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.address)

@@ -24,21 +24,8 @@ from huggingface_hub.utils import hf_raise_for_status, tqdm
 
 from common.errors import UserError, exit_on_user_error, say
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
-from common.hub.hubs import (
-    NO_ANSWER,
-    SHORT_NAMES,
-    TIMEOUT,
-    HubFile,
-    checkpoint_files,
-    endpoint,
-    hub_errors,
-    hub_id,
-    is_down,
-    is_weight_file,
-    on_modelscope,
-    repository_of,
-    request_headers,
-)
+from common.hub import hubs
+from common.hub.hubs import HubFile, is_weight_file, on_modelscope
 from common.locking import cache_folder, guard
 
 EDITABLE = (".json", ".jinja")  # text that its user may change after the download
@@ -46,12 +33,12 @@ CONNECTIONS = 8
 ATTEMPTS = 5  # connections in a row that bring nothing, before we give up
 
 
-def model_folder(repository: str, revision: str, cache_dir: str | None, local_dir: str | None) -> Path:
+def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str | None = None) -> Path:
     """The plain folder of a model; its last part is the model's name, from which ChatGLM2 and 3 may be told."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
-    return Path(cache_dir or cache).expanduser().resolve() / ours / revision / repository
+    return Path(cache_dir or cache).expanduser().resolve() / ours / revision / hubs.repository_of(name)
 
 
 # Which files are right
@@ -87,32 +74,33 @@ def right_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -
         return there - {path for path, is_right in zip(unread, results, strict=True) if not is_right}
 
 
-def record_file(repository: str, revision: str, cache_dir: str | None, local_dir: str | None) -> Path:
-    """The file that records which files of a model have been verified."""
-    key = f"{revision} {model_folder(repository, revision, cache_dir, local_dir)}"
-    return cache_folder() / "models" / f"{short_hash(key.encode())}.json"
+def record_file(folder: Path, revision: str) -> Path:
+    """The file that records which files of a folder have been verified."""
+    return cache_folder() / "models" / f"{short_hash(f'{revision} {folder}'.encode())}.json"
+
+
+def read_record(record: Path) -> dict[str, dict]:
+    """{path: {digest, stamp}} of the verified files: all of a model, all but the weights, or none."""
+    return (read_json(record) or {"files": {}})["files"]
 
 
 def write_record(record: Path, folder: Path, digests: dict[str, str]) -> None:
-    """Records files that are right: all of a model, or all but the weights."""
     files = {path: {"digest": digest, "stamp": stamp(folder / path)} for path, digest in digests.items()}
-    content = {"folder": str(folder), "files": files}
-    if content != read_json(record):
+    if files != read_record(record):
         record.parent.mkdir(exist_ok=True)
-        write_json(record, content)
+        write_json(record, {"folder": str(folder), "files": files})
 
 
-def recorded_folder(record: Path, weights: bool = True) -> Path | None:
-    """The folder of a recorded model if its files are there and right, those without ``weights`` or all of them."""
-    content = read_json(record) or {"folder": "", "files": {}}
-    folder, known = Path(content["folder"]), content["files"]
+def is_verified(folder: Path, record: Path, weights: bool = True) -> bool:
+    """Whether a model, or if asked for all but its weights, is recorded, and its files are still there and right."""
+    known = read_record(record)
     digests = {path: entry["digest"] for path, entry in known.items() if weights or not is_weight_file(path)}
     whole = any(map(is_weight_file, digests)) if weights else bool(digests)
     if not whole or right_files(folder, digests, known) != digests.keys():
-        return None
+        return False
     if weights:
         write_record(record, folder, digests)  # a file with a new time is not read again
-    return folder
+    return True
 
 
 # Fetching
@@ -135,9 +123,9 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     fruitless = 0
     while (start := size_of(partial)) < file.size:
         failure: Exception = UserError(f"{file.url} ends after {start:,} bytes instead of {file.size:,}.")
-        headers = request_headers() | ({"Range": f"bytes={start}-"} if start else {})
+        headers = hubs.request_headers() | ({"Range": f"bytes={start}-"} if start else {})
         try:
-            with get_session().stream("GET", file.url, headers=headers, timeout=TIMEOUT) as reply:
+            with get_session().stream("GET", file.url, headers=headers, timeout=hubs.TIMEOUT) as reply:
                 hf_raise_for_status(reply)
                 resumes = reply.status_code == 206
                 bar.update(0 if resumes else -start)
@@ -147,8 +135,8 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
                             raise CancelledError
                         content.write(block)
                         bar.update(len(block))
-        except NO_ANSWER as error:
-            if not is_down(error):
+        except hubs.NO_ANSWER as error:
+            if not hubs.is_down(error):
                 raise
             failure = error
         fruitless = 0 if size_of(partial) > start else fruitless + 1
@@ -211,7 +199,7 @@ def fetch_all(repository: str, files: list[HubFile], folder: Path, known: dict[s
     left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
     check_disk(repository, folder, left)
     say(
-        f"downloading {repository} from {endpoint()} into {folder}: {len(files)} files, {total / 1e9:,.2f} GB"
+        f"downloading {repository} from {hubs.endpoint()} into {folder}: {len(files)} files, {total / 1e9:,.2f} GB"
         + (f", {(total - left) / 1e9:,.2f} GB are there" if left < total else "")
     )
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
@@ -254,24 +242,24 @@ def download(
     The hub is not asked about a complete model again, so that a training that resumes tomorrow has the same base.
     If the hub does not answer, what another program left in the cache is taken unverified.
     """
-    repository = repository_of(name)
-    record = record_file(repository, revision, cache_dir, local_dir)
-    if folder := recorded_folder(record, weights):
+    repository = hubs.repository_of(name)
+    folder = model_folder(name, revision, cache_dir, local_dir)
+    record = record_file(folder, revision)
+    if is_verified(folder, record, weights):
         return folder
-    with guard("model", repository), hub_errors(repository, revision):
-        if folder := recorded_folder(record, weights):
+    with guard("model", repository), hubs.hub_errors(repository, revision):
+        if is_verified(folder, record, weights):
             return folder
-        known = (read_json(record) or {}).get("files", {})
-        folder = model_folder(repository, revision, cache_dir, local_dir)
+        known = read_record(record)
         snapshot = None if local_dir else snapshot_of(repository, revision, cache_dir)
         try:
-            files = checkpoint_files(repository, revision)
-        except NO_ANSWER as error:
+            files = hubs.checkpoint_files(repository, revision)
+        except hubs.NO_ANSWER as error:
             left = [] if known or local_dir else [folder, snapshot]
             unverified = [found for found in left if found and seems_whole(found, weights)]
-            if not unverified or not is_down(error):
+            if not unverified or not hubs.is_down(error):
                 raise
-            say(f"note: {endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
+            say(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
         files = [file for file in files if weights or not is_weight_file(file.path)]
         if snapshot:
@@ -288,7 +276,8 @@ def fetch_small_files(name: str, revision: str = "main", cache_dir: str | None =
 
 def find_complete(name: str, revision: str = "main", cache_dir: str | None = None) -> Path | None:
     """The folder of a model if it is complete and verified, without asking the hub; else None."""
-    return recorded_folder(record_file(repository_of(name), revision, cache_dir, None))
+    folder = model_folder(name, revision, cache_dir)
+    return folder if is_verified(folder, record_file(folder, revision)) else None
 
 
 def main() -> None:
@@ -296,7 +285,7 @@ def main() -> None:
         prog="download.sh",
         description="Downloads models, resumes what was interrupted, and verifies every file. The last line on "
         "standard output is the folder.",
-        epilog=f"Short names: {', '.join(SHORT_NAMES)}. Variables: HF_ENDPOINT (a mirror), HF_HOME (where the files "
+        epilog=f"Short names: {', '.join(hubs.SHORT_NAMES)}. Variables: HF_ENDPOINT (a mirror), HF_HOME (where files "
         "go), HF_TOKEN (for gated models), HUB=modelscope (instead of Hugging Face).",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a short name or a hub id")
@@ -312,7 +301,7 @@ def main() -> None:
         if args.local_dir and len(args.names) > 1:
             raise UserError("--local_dir is the folder of one model: give one name.")
         for name in args.names:
-            hub_id(name)
+            hubs.hub_id(name)
         for name in args.names:
             folder = download(name, args.revision, args.cache_dir, args.local_dir)
             sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]

@@ -12,15 +12,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_url
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from common.errors import UserError
@@ -33,7 +25,7 @@ SHORT_NAMES = (
 )
 SMALL_FILES = ("*.json", "*.jinja", "*.model")
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that exists, as transformers reads it
-NO_ANSWER = (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled)
+NO_ANSWER = (errors.HfHubHTTPError, httpx2.TransportError, errors.OfflineModeIsEnabled)
 TIMEOUT = 10.0  # seconds without a byte
 
 
@@ -54,7 +46,7 @@ def is_hub_name(name: str) -> bool:
     """Whether a name is a short one or has the form of a hub id."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return name in SHORT_NAMES or "/" in name
 
@@ -139,7 +131,7 @@ def request_headers() -> dict[str, str]:
 
 def is_down(error: Exception) -> bool:
     """Whether the hub can't answer now: no network, offline mode, too many requests, or an error on its side."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
     return status >= 500 or status == 429
 
 
@@ -150,12 +142,12 @@ def hub_errors(repository: str, revision: str) -> Iterator[None]:
         yield
     except (*NO_ANSWER, JSONDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, RevisionNotFoundError):
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        if isinstance(error, errors.RevisionNotFoundError):
             sentence = f"{repository} has no revision {revision}."
-        elif isinstance(error, GatedRepoError) or status == 403:
+        elif isinstance(error, errors.GatedRepoError) or status == 403:
             sentence = f"{repository} is gated: accept its terms at {endpoint()}/{repository}, then set HF_TOKEN."
-        elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
             sentence = (
                 f"there is no folder {repository}, and {endpoint()} has no such model or keeps it private: check the "
                 "name, or set HF_TOKEN to a token that may read it."
