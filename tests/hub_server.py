@@ -40,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.statuses: dict[str, tuple[int, str]] = {}  # {id: (status, error code)} of repositories that are refused
         self.claimed_sizes: dict[str, int] = {}  # {path: size} that the listing says instead of the real one
         self.break_at: dict[str, int] = {}  # {path: bytes of an answer after which the connection breaks}
+        self.failing: Counter = Counter()  # {path: how many requests are still to be answered by an error 503}
         self.ranges = True
         self.spoilt: Counter = Counter()  # {path: how many answers with wrong content are still to be given}
         self.gate = threading.Event()  # content is sent while it is set
@@ -48,6 +49,7 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.starts: list[tuple[str, int]] = []  # (path, first byte that was asked for)
         self.sent: Counter = Counter()
+        self.tokens: dict[str, set[str | None]] = {"hub": set(), "cdn": set()}  # authorizations that came with requests
         self.counting = threading.Lock()
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -78,6 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         parts = unquote(url.path).strip("/").split("/")
+        self.server.tokens["cdn" if parts[0] == "cdn" else "hub"].add(self.headers["Authorization"])
         if parts[:2] == ["api", "models"]:
             self.answer_hugging_face("/".join(parts[2:4]), parts[4])
         elif parts[:3] == ["api", "v1", "models"]:
@@ -145,6 +148,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, path: str, content: bytes, headers: dict[str, str] | None = None) -> None:
         hub = self.server
+        if self.command == "GET" and hub.failing[path] > 0:
+            hub.failing[path] -= 1
+            self.send(503, b"")
+            return
         hub.requests.append((self.command, path))
         if self.command == "HEAD":
             self.send(200, content, headers)

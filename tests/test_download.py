@@ -1,4 +1,4 @@
-"""Downloads by the real program from a hub of one's own: killed, broken, wrong, at once, refused, offline."""
+"""Downloads from a hub of one's own: killed, broken, wrong, at once, refused, offline."""
 
 import json
 import os
@@ -8,20 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
+import huggingface_hub
 import pytest
 from conftest import ROOT
-from hub_server import COMMIT, running_hub, sha256
+from hub_server import COMMIT, Hub, running_hub
 from huggingface_hub import constants
 
 import common.hub.download
 from common.errors import UserError
+from common.hub.download import download, fetch_small_files, find_complete
 
 NAME = "THUDM/chatglm3-6b"
-# Runs the program once a line, each time in a process of its own, which has to import nothing: says its number and how
-# it ended.
+# For every line of input a child process that downloads and has to import nothing; prints its id and exit code.
 RUNS = """
 import os, sys
 from common.hub.download import main
@@ -33,13 +36,16 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+NOWHERE = "http://127.0.0.1:9"
 SHARD = 2**21
 
 
 def model_files() -> dict[str, bytes]:
     """A repository like that of ChatGLM3-6B: both formats of weights, Python files, and more that nobody needs."""
     draw = random.Random(0)
-    shards = {f"model-0000{number}-of-00003.safetensors": draw.randbytes(SHARD) for number in (1, 2, 3)}
+    header = json.dumps({"weight": {"data_offsets": [0, SHARD - 100]}}).ljust(92).encode()
+    start = len(header).to_bytes(8, "little") + header
+    shards = {f"model-0000{number}-of-00003.safetensors": start + draw.randbytes(SHARD - 100) for number in (1, 2, 3)}
     return {
         ".gitattributes": b"*.bin filter=lfs\n",
         "README.md": b"# ChatGLM3",
@@ -50,7 +56,7 @@ def model_files() -> dict[str, bytes]:
         "tokenizer_config.json": b"{}",
         "tokenizer.model": draw.randbytes(1000),
         "chat_template.jinja": b"{{ messages }}",
-        "model.safetensors.index.json": b'{"weight_map": {}}',
+        "model.safetensors.index.json": json.dumps({"weight_map": {name: name for name in shards}}).encode(),
         **shards,
         "pytorch_model.bin.index.json": b'{"weight_map": {}}',
         "pytorch_model-00001-of-00001.bin": draw.randbytes(1000),
@@ -75,72 +81,71 @@ WANTED = {
 
 
 @pytest.fixture
-def hub():
+def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
+    """A hub with one model, the only one that this process and its children know, and folders of this test."""
     with running_hub() as server:
         server.repositories[NAME] = model_files()
+        monkeypatch.delenv("HUB", raising=False)
+        monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # reading the system's takes each process a quarter second
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield server
 
 
 @pytest.fixture
-def environ(hub, tmp_path) -> dict[str, str]:
-    """Variables with which a program knows this hub alone, and folders of this test."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUB"))}
-    folders = {"HF_HOME": str(tmp_path / "hf"), "CHATGLM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    return kept | folders | {"HF_ENDPOINT": hub.address, "MODELSCOPE_ENDPOINT": hub.address}
+def unreachable(monkeypatch):
+    """A context in which no hub answers."""
+
+    @contextmanager
+    def without_hub() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "ENDPOINT", NOWHERE)
+            patch.setenv("MODELSCOPE_ENDPOINT", NOWHERE)
+            yield
+
+    return without_hub
 
 
 @pytest.fixture
-def start(environ):
-    """Starts the program of download.sh."""
-    processes = []
-
-    def start_download(*arguments: object, **variables: str) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "common" / "hub" / "download.py"), *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environ | variables, **pipes))
-        return processes[-1]
-
-    yield start_download
-    for process in processes:
-        process.kill()
-        process.communicate()
+def folder(tmp_path) -> Path:
+    """Where the model belongs."""
+    return tmp_path / "hf" / "hub" / "chatglm-tuning" / "main" / NAME
 
 
-@pytest.fixture
-def download(start):
-    """Runs the program to its end, which must be a good one: the folder that its last line says."""
-
-    def run(*arguments: object, **variables: str) -> Path:
-        output, errors = (process := start(*arguments, **variables)).communicate(timeout=60)
-        assert process.returncode == 0, errors
-        return Path(output.splitlines()[-1])
-
-    return run
+@contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([sys.executable, *command], bufsize=1, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
-@pytest.fixture
-def download_here(hub, tmp_path, monkeypatch):
-    """The function itself, in this process, whose library believes in this hub meanwhile."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
-    return common.hub.download.download
+def run_main(monkeypatch, *arguments: object) -> int | str | None:
+    """The exit code of the program, which runs in this process."""
+    monkeypatch.setattr(sys, "argv", ["download.sh", *map(str, arguments)])
+    try:
+        common.hub.download.main()
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
-@pytest.fixture
-def refusal(download_here):
+def refusal(name: str, **options: str) -> str:
     """The sentence with which a download is refused."""
-
-    def refuse(name: str, **options: str) -> str:
-        with pytest.raises(UserError) as error:
-            download_here(name, **options)
-        return str(error.value)
-
-    return refuse
+    with pytest.raises(UserError) as error:
+        download(name, **options)
+    return str(error.value)
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -151,24 +156,23 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def check_folder(folder: Path, files: dict[str, bytes], names: set[str] = WANTED) -> None:
-    assert {file.name for file in folder.iterdir() if file.is_file()} == names
-    assert {name: sha256((folder / name).read_bytes()) for name in names} == {
-        name: sha256(files[name]) for name in names
-    }
+    assert {file.name for file in folder.iterdir()} == names
+    assert all((folder / name).read_bytes() == files[name] for name in names)
 
 
 def total_size(files: dict[str, bytes]) -> int:
     return sum(len(files[name]) for name in WANTED)
 
 
-def test_a_short_name_brings_the_checkpoint_and_nothing_else(hub, download, tmp_path):
-    folder = download("chatglm3-6b")
-    assert folder == tmp_path / "hf" / "hub" / "models--THUDM--chatglm3-6b" / "snapshots" / COMMIT
+def test_a_short_name_brings_the_checkpoint_and_nothing_else(hub, folder, monkeypatch, capsys, tmp_path):
+    assert run_main(monkeypatch, "chatglm3-6b") == 0
+    assert capsys.readouterr().out == f"{folder}\n"
     check_folder(folder, hub.repositories[NAME])
     assert sorted(hub.asked()) == sorted(WANTED)
+    assert download(NAME, cache_dir=str(tmp_path / "other")).is_relative_to(tmp_path / "other")
 
 
-def test_bin_weights_are_taken_where_there_are_no_others(hub, download):
+def test_bin_weights_are_taken_where_there_are_no_others(hub):
     hub.repositories["me/chatglm-6b"] = files = {
         "config.json": b"{}",
         "ice_text.model": b"words",
@@ -180,16 +184,13 @@ def test_bin_weights_are_taken_where_there_are_no_others(hub, download):
     check_folder(download("me/chatglm-6b"), files, set(files) - {"optimizer.bin", "modeling_chatglm.py"})
 
 
-def test_killed_twenty_times_it_goes_on_where_it_was(hub, environ, tmp_path):
+def test_killed_twenty_times_it_goes_on_where_it_was(hub, folder):
     """Five downloads, each killed at four random moments: no byte that was written is asked for again."""
     draw = random.Random(1)
     files, total = hub.repositories[NAME], total_size(hub.repositories[NAME])
-    names = {sha256(files[name]): name for name in WANTED}
     hub.rate = 8e6
-    command = [sys.executable, "-c", RUNS, NAME]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     kills = resumed = 0
-    with subprocess.Popen(command, env=environ, bufsize=1, **pipes) as runs:
+    with started("-c", RUNS, NAME) as runs:
         for _ in range(5):
             hub.sent.clear()
             there: dict[str, int] = {}
@@ -206,75 +207,86 @@ def test_killed_twenty_times_it_goes_on_where_it_was(hub, environ, tmp_path):
                 first_bytes = dict(reversed(hub.starts))
                 assert all(first_bytes.get(name, size) == size for name, size in there.items())
                 resumed += len(first_bytes.keys() & there.keys())
-                partials = tmp_path.glob("**/*.incomplete")
-                there = {names[file.stem]: file.stat().st_size for file in partials if file.stem in names}
-            check_folder(tmp_path / "hf" / "hub" / "models--THUDM--chatglm3-6b" / "snapshots" / COMMIT, files)
+                there = {file.stem: file.stat().st_size for file in folder.glob("*.incomplete")}
+            check_folder(folder, files)
             assert there == {} and hub.sent.total() < 2 * total
-            shutil.rmtree(tmp_path / "hf")
-        runs.stdin.close()
+            shutil.rmtree(folder)
     assert kills == 20 and resumed > 20
 
 
-def test_of_two_at_once_one_downloads_and_the_other_waits(hub, start, download):
+def test_of_two_at_once_one_downloads_and_the_other_waits(hub, folder, capfd):
     hub.gate.clear()
-    first = start(NAME)
-    wait_until(hub.asked)
-    second = start("chatglm3-6b")
-    assert second.stderr.readline().startswith(f"waiting for model {NAME}: held by process {first.pid} on ")
-    hub.gate.set()
-    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
-    assert first.returncode == second.returncode == 0
-    assert outputs[0] == outputs[1] != ""
+    with started("-m", "common.hub.download", NAME) as first:
+        wait_until(hub.asked)
+        second = Thread(target=download, args=("chatglm3-6b",))
+        second.start()
+        errors = ""
+        while not errors:
+            errors = capfd.readouterr().err
+        assert errors.startswith(f"waiting for model {NAME}: held by process {first.pid} on ")
+        hub.gate.set()
+        assert first.communicate(timeout=60)[0] == f"{folder}\n" and first.returncode == 0
+        second.join(timeout=60)
+    assert find_complete(NAME) == folder
     assert sorted(hub.asked()) == sorted(WANTED)
     assert hub.sent.total() == total_size(hub.repositories[NAME])
 
 
-def test_a_complete_model_needs_no_hub(hub, download):
-    folder = download(NAME)
-    asked = len(hub.requests)
-    assert download(NAME, HF_ENDPOINT="http://127.0.0.1:9") == folder
-    assert download(NAME, HF_HUB_OFFLINE="1") == folder
-    assert download(NAME) == folder and len(hub.requests) == asked
+def test_a_complete_model_needs_no_hub(hub, folder, unreachable, monkeypatch):
+    assert find_complete(NAME) is None
+    assert download(NAME) == folder
+    hub.forget()
+    with unreachable():
+        assert download(NAME) == fetch_small_files(NAME) == find_complete("chatglm3-6b") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert download(NAME) == find_complete(NAME) == folder and hub.requests == []
+    assert find_complete(NAME, "v2") is find_complete(NAME, "main", "/other") is None
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert find_complete(NAME) is None and fetch_small_files(NAME) == folder
+    assert "can't be downloaded" in refusal(NAME)  # what is known to be incomplete is not taken offline
 
 
-def test_broken_connections_are_gone_on_with(hub, download):
+def test_broken_connections_are_resumed(hub):
     shard = "model-00002-of-00003.safetensors"
     hub.break_at[shard] = SHARD // 3 + 1
+    hub.failing[shard] = 1
     check_folder(download(NAME), hub.repositories[NAME])
     assert hub.asked().count(shard) == 3 and hub.sent[shard] == SHARD
 
 
-def test_a_hub_that_can_not_go_on_starts_over(hub, download_here, tmp_path):
+def test_a_hub_that_can_not_resume_starts_over(hub, folder):
     """Its answer to a range is the whole file, which must not be appended."""
     hub.ranges = False
     content = hub.repositories[NAME]["model-00002-of-00003.safetensors"]
-    blobs = tmp_path / "hf" / "hub" / "models--THUDM--chatglm3-6b" / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / f"{sha256(content)}.incomplete").write_bytes(content[: SHARD // 2])
-    check_folder(download_here(NAME), hub.repositories[NAME])
+    folder.mkdir(parents=True)
+    (folder / "model-00002-of-00003.safetensors.incomplete").write_bytes(content[: SHARD // 2])
+    check_folder(download(NAME), hub.repositories[NAME])
 
 
-def test_connections_that_bring_nothing_are_given_up(hub, refusal, monkeypatch):
+def test_connections_that_bring_nothing_are_given_up(hub, monkeypatch):
     shard = "model-00002-of-00003.safetensors"
     hub.break_at[shard] = 0
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert f"{NAME} is not here and can't be downloaded" in refusal(NAME)
-    assert hub.asked().count(shard) == common.hub.download.FRUITLESS
+    assert hub.asked().count(shard) == common.hub.download.ATTEMPTS
+    hub.break_at.clear()
+    hub.claimed_sizes[shard] = SHARD + 1
+    assert f"{shard} ends after {SHARD:,} bytes instead of {SHARD + 1:,}" in refusal(NAME)
 
 
-def test_a_wrong_file_is_fetched_once_more_then_named(hub, download, refusal, tmp_path):
+def test_a_wrong_file_is_fetched_once_more_then_named(hub, folder):
     shard = "model-00001-of-00003.safetensors"
     hub.spoilt.update({shard: 1, "config.json": 1})
     check_folder(download(NAME), hub.repositories[NAME])
     assert {path for path in WANTED if hub.asked().count(path) == 2} == {shard, "config.json"}
-    shutil.rmtree(tmp_path / "hf")
+    shutil.rmtree(folder)
     hub.spoilt[shard] = 2
     assert f"{shard} came twice with another content than its hash says" in refusal(NAME)
-    assert not list(tmp_path.glob(f"**/{sha256(hub.repositories[NAME][shard])}*"))
+    assert not list(folder.glob(f"{shard}*"))
 
 
-def test_weights_that_changed_are_fetched_again_but_not_a_text_of_the_user(hub, download):
-    folder = download(NAME)
+def test_weights_that_changed_are_fetched_again_but_not_a_text_of_the_user(hub, folder):
+    download(NAME)
     shard = folder / "model-00003-of-00003.safetensors"
     with open(shard, "r+b") as content:
         content.write(b"rotten bits")
@@ -283,15 +295,16 @@ def test_weights_that_changed_are_fetched_again_but_not_a_text_of_the_user(hub, 
     hub.forget()
     assert download(NAME) == folder
     assert hub.asked() == [shard.name]
-    assert sha256(shard.read_bytes()) == sha256(hub.repositories[NAME][shard.name])
+    assert shard.read_bytes() == hub.repositories[NAME][shard.name]
     assert (folder / "config.json").read_text() == '{"generation": "chatglm3"}'
 
 
-def test_a_plain_folder_is_filled_and_what_a_user_has_there_is_left_alone(hub, download, refusal, tmp_path):
-    folder = tmp_path / "plain"
-    assert download(NAME, "--local_dir", folder) == folder
-    check_folder(folder, hub.repositories[NAME])
-    assert not any(file.is_symlink() for file in folder.iterdir())
+def test_a_plain_folder_is_filled_and_what_a_user_has_there_is_left_alone(hub, unreachable, tmp_path):
+    plain = tmp_path / "plain"
+    assert download(NAME, local_dir=str(plain)) == plain
+    check_folder(plain, hub.repositories[NAME])
+    with unreachable():
+        assert download(NAME, local_dir=str(plain)) == plain
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("my own")
@@ -299,39 +312,48 @@ def test_a_plain_folder_is_filled_and_what_a_user_has_there_is_left_alone(hub, d
     assert [file.name for file in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "my own"
 
 
-def test_modelscope_keeps_the_same_promises(hub, start, download):
+def test_modelscope_keeps_the_same_promises(hub, unreachable, monkeypatch):
+    monkeypatch.setenv("HUB", "modelscope")
     hub.repositories = {"ZhipuAI/chatglm3-6b": hub.repositories[NAME]}
     hub.rate, hub.spoilt["config.json"] = 8e6, 1
-    process = start("chatglm3-6b", HUB="modelscope")
-    wait_until(lambda: hub.sent.total() > SHARD)
-    process.kill()
-    folder = download(NAME, HUB="modelscope")
-    check_folder(folder, hub.repositories["ZhipuAI/chatglm3-6b"])
-    assert download("zai-org/chatglm3-6b", HUB="modelscope", HF_HUB_OFFLINE="1") == folder
-    assert folder.name == "chatglm3-6b" and folder.parent.name == "ZhipuAI"
-    assert max(start for _, start in hub.starts) > 0
-
-
-def test_the_cache_is_shared_with_hugging_faces_own_library(hub, environ, download, tmp_path):
-    """What ours has downloaded, theirs finds; what theirs has downloaded, ours does not fetch again, only checks."""
-    program = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], allow_patterns=sys.argv[2:]))"
-
-    def theirs() -> Path:
-        command = [sys.executable, "-c", program, NAME, *sorted(WANTED)]
-        return Path(subprocess.check_output(command, env=environ, stderr=subprocess.DEVNULL, text=True).strip())
-
+    with started("-m", "common.hub.download", "chatglm3-6b"):
+        wait_until(lambda: hub.sent.total() > SHARD)
+    hub.rate = 0
     folder = download(NAME)
+    check_folder(folder, hub.repositories["ZhipuAI/chatglm3-6b"])
+    assert max(start for _, start in hub.starts) > 0
+    with unreachable():
+        assert download("zai-org/chatglm3-6b") == folder
+    assert folder.name == "chatglm3-6b" and folder.parent.name == "ZhipuAI"
+
+
+def test_what_hugging_faces_cache_has_is_verified_and_not_downloaded_again(hub, folder, unreachable, capfd, tmp_path):
+    shard = "model-00002-of-00003.safetensors"
+    snapshot = Path(huggingface_hub.snapshot_download(NAME, allow_patterns=sorted(WANTED)))
+    assert snapshot.name == COMMIT and sorted(hub.asked()) == sorted(WANTED)
     hub.forget()
-    assert theirs() == folder and hub.asked() == []
-    shutil.rmtree(tmp_path / "hf")
-    assert theirs() == folder and sorted(hub.asked()) == sorted(WANTED)
-    shutil.rmtree(tmp_path / "cache")
-    hub.forget()
-    assert download(NAME, HF_ENDPOINT="http://127.0.0.1:9") == folder  # unchecked, without a hub
+    with unreachable():
+        assert download(NAME) == fetch_small_files(NAME) == snapshot
+        assert "is taken as it is, unchecked" in capfd.readouterr().err
+        blob = (snapshot / shard).resolve()
+        moved = blob.rename(tmp_path / "blob")
+        assert "can't be downloaded" in refusal(NAME)  # only what is whole is taken
+        moved.rename(blob)
     assert download(NAME) == folder and hub.asked() == []
+    check_folder(folder, hub.repositories[NAME])
+    shutil.rmtree(tmp_path / "cache")
+    blob.write_bytes(b"rotten bits")
+    assert download(NAME) == folder and hub.asked() == [shard]
+    assert blob.read_bytes() == b"rotten bits" and not (folder / shard).is_symlink()
+    shutil.rmtree(snapshot.parents[1])
+    hub.forget()
+    assert download(NAME) == folder and sorted(hub.asked()) == sorted(WANTED - {shard})
+    shutil.rmtree(tmp_path / "cache")
+    with unreachable():
+        assert download(NAME) == folder  # downloaded by another user, whose records we do not have
 
 
-def test_what_the_hub_refuses_is_said(hub, refusal):
+def test_what_the_hub_refuses_is_said(hub):
     assert "there is no folder me/nothing, and" in (sentence := refusal("me/nothing")) and "HF_TOKEN" in sentence
     hub.repositories |= {"me/gated": {}, "me/empty": {"config.json": b"{}", "model.gguf": b""}}
     hub.statuses["me/gated"] = (403, "GatedRepo")
@@ -341,14 +363,22 @@ def test_what_the_hub_refuses_is_said(hub, refusal):
     assert f"{NAME} has no revision v9" in refusal(NAME, revision="v9")
 
 
-def test_without_a_network_it_is_said_what_helps(start):
-    process = start(NAME, HF_ENDPOINT="http://127.0.0.1:9")
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and output == "" and errors.startswith("error: ") and errors.count("\n") == 1
-    assert all(word in errors for word in (NAME, "http://127.0.0.1:9", "HF_ENDPOINT", "HUB=modelscope", "folder"))
+def test_the_users_token_reaches_hugging_face_and_no_other_host(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download(NAME)
+    assert hub.tokens == {"hub": {"Bearer hf_secret"}, "cdn": {None}}
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub, refusal, tmp_path):
+def test_without_a_network_the_sentence_helps_and_nothing_heavy_is_imported(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    program = "import sys, common.hub.download; print(*sys.modules, flush=True); common.hub.download.main()"
+    run = subprocess.run([sys.executable, "-c", program, NAME], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert all(word in run.stderr for word in (NAME, NOWHERE, "HF_ENDPOINT", "HUB=modelscope", "folder"))
+    assert not {"torch", "transformers", "numpy", "datasets"} & set(run.stdout.split())
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub, tmp_path):
     hub.claimed_sizes["model-00001-of-00003.safetensors"] = 10**18
     sentence = refusal(NAME)
     assert f"{NAME} needs 1,000,000,000.00 GB more in {tmp_path / 'hf'}" in sentence
@@ -357,32 +387,25 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(hub, refusa
 
 
 @pytest.mark.parametrize("name", ["chatglm4", "./THUDM/chatglm3-6b", "a--b/c", ""])
-def test_unknown_names_are_answered_with_the_known_ones(name, refusal):
+def test_unknown_names_are_answered_with_the_known_ones(name):
     assert refusal(name).startswith(f"no model is known as {name}: give chatglm-6b, ")
 
 
-def test_without_a_name_the_known_ones_are_listed(start):
-    process = start()
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and output == "" and "chatglm2-6b-32k" in errors
+def test_without_a_name_the_known_ones_are_listed(monkeypatch, capsys):
+    assert run_main(monkeypatch) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and "chatglm2-6b-32k" in errors
 
 
-def test_only_the_config_can_be_fetched(hub, download_here, monkeypatch):
-    """And edited, before the weights come."""
-    content = hub.repositories[NAME]["config.json"]
-    assert common.hub.download.fetch_config("chatglm3-6b").read_bytes() == content
+def test_the_small_files_come_first_and_may_be_edited_before_the_weights_come(hub, folder, monkeypatch):
+    assert fetch_small_files("chatglm3-6b") == folder
+    small = {name for name in WANTED if not name.endswith(".safetensors")}
+    check_folder(folder, hub.repositories[NAME], small)
+    assert sorted(hub.asked()) == sorted(small) and find_complete(NAME) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    config = common.hub.download.fetch_config("chatglm3-6b")
-    assert config.read_bytes() == content
-    assert sorted(hub.asked()) == ["config.json", "tokenizer_config.json"]
+    assert fetch_small_files("chatglm3-6b") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    config.write_text('{"generation": "chatglm3"}')
-    assert download_here(NAME) == config.parent
-    assert config.read_text() == '{"generation": "chatglm3"}'
+    (folder / "config.json").write_text('{"generation": "chatglm3"}')
+    assert download(NAME) == find_complete(NAME) == folder
+    assert (folder / "config.json").read_text() == '{"generation": "chatglm3"}'
     assert sorted(hub.asked()) == sorted(WANTED)
-
-
-def test_nothing_heavy_is_imported():
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common.hub.download; print(*sys.modules)"
-    modules = subprocess.check_output([sys.executable, "-c", program], text=True).split()
-    assert not {"torch", "transformers", "numpy", "datasets"} & set(modules)

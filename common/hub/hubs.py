@@ -1,4 +1,4 @@
-"""Hugging Face and ModelScope: what a model is called there, which files make up its checkpoint, what is refused.
+"""Hugging Face and ModelScope: the name of a model there, the files of its checkpoint, the sentence for a refusal.
 
 HUB=modelscope chooses the second one; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors of them.
 """
@@ -12,17 +12,8 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import hf_hub_url
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_url
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from common.errors import UserError
 
@@ -33,13 +24,13 @@ SHORT_NAMES = (
     *("glm-4-9b-hf", "glm-4-9b-chat-hf", "GLM-4-9B-0414", "GLM-4-32B-0414"),
 )
 SMALL_FILES = ("*.json", "*.jinja", "*.model")
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that is there, as transformers reads it
-NO_ANSWER = (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled)
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # the first kind that exists, as transformers reads it
+NO_ANSWER = (errors.HfHubHTTPError, httpx2.TransportError, errors.OfflineModeIsEnabled)
 TIMEOUT = 10.0  # seconds without a byte
 
 
 class HubFile(NamedTuple):
-    """``digest``: its sha256, or of a small file on Hugging Face the name that git gives it (a sha1)."""
+    """``size``: bytes; ``digest``: its sha256, or for a small file on Hugging Face the sha1 by which git names it."""
 
     path: str
     size: int
@@ -47,17 +38,21 @@ class HubFile(NamedTuple):
     url: str
 
 
+def is_weight_file(path: str) -> bool:
+    return any(fnmatch(path, kind) for kind in WEIGHTS)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a name is a short one or has the form of a hub id."""
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except errors.HFValidationError:
         return False
     return name in SHORT_NAMES or "/" in name
 
 
 def hub_id(name: str) -> str:
-    """THUDM/… for a short name, a hub id as it is. Raises UserError for anything else."""
+    """THUDM/… for a short name, any hub id as it is. Raises UserError for anything else."""
     if not is_hub_name(name):
         raise UserError(
             f"no model is known as {name}: give {', '.join(SHORT_NAMES)}, or any hub id like THUDM/chatglm3-6b."
@@ -66,57 +61,57 @@ def hub_id(name: str) -> str:
 
 
 def on_modelscope() -> bool:
-    """What the variable HUB says."""
+    """Whether the variable HUB chooses ModelScope. Raises UserError if it names no hub."""
     name = os.environ.get("HUB") or "huggingface"
     if name not in ("huggingface", "modelscope"):
-        raise UserError(f"HUB={name}: there are huggingface and modelscope.")
+        raise UserError(f"HUB={name}: choose huggingface or modelscope.")
     return name == "modelscope"
 
 
 def endpoint() -> str:
-    """The address of the hub in use, or of the mirror instead of it."""
+    """The address of the hub in use, or of its mirror."""
     if on_modelscope():
         return os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
     return constants.ENDPOINT
 
 
 def repository_of(name: str) -> str:
-    """The hub id on the hub in use: on ModelScope the makers of ChatGLM go by another name."""
+    """The id on the hub in use: on ModelScope the makers of ChatGLM have another name."""
     owner, _, model = hub_id(name).partition("/")
     return f"ZhipuAI/{model}" if on_modelscope() and owner in ("THUDM", "zai-org") else f"{owner}/{model}"
 
 
-def list_huggingface(repository: str, revision: str) -> tuple[str, list[HubFile]]:
+def list_huggingface(repository: str, revision: str) -> list[HubFile]:
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
     files = []
     for file in info.siblings or []:
         digest = file.lfs.sha256 if file.lfs else file.blob_id
         if file.size is None or digest is None:
-            raise UserError(f"{endpoint()} says neither sizes nor hashes of files: set HF_ENDPOINT to another mirror.")
+            raise UserError(f"{endpoint()} lists files without sizes and hashes: set HF_ENDPOINT to another mirror.")
         url = hf_hub_url(repository, file.rfilename, revision=info.sha)
         files.append(HubFile(file.rfilename, file.size, digest, url))
-    return str(info.sha), files
+    return files
 
 
-def list_modelscope(repository: str, revision: str) -> tuple[str, list[HubFile]]:
-    """One request, where ModelScope's own library would bring 13 packages and a cache and checks of its own."""
+def list_modelscope(repository: str, revision: str) -> list[HubFile]:
+    """One request; ModelScope's own library would bring 13 packages and another cache."""
     url = f"{endpoint()}/api/v1/models/{repository}/repo"
     query = f"Revision={quote('master' if revision == 'main' else revision)}"
     response = get_session().get(f"{url}/files?{query}", timeout=TIMEOUT)
     hf_raise_for_status(response)
-    files = [file for file in response.json()["Data"]["Files"] if file["Type"] != "tree"]
-    return revision, [
+    return [
         HubFile(file["Path"], file["Size"], file["Sha256"], f"{url}?{query}&FilePath={quote(file['Path'])}")
-        for file in files
+        for file in response.json()["Data"]["Files"]
+        if file["Type"] != "tree"
     ]
 
 
-def checkpoint_files(repository: str, revision: str) -> tuple[str, list[HubFile]]:
-    """The commit behind a revision, and of its files weights of one format, config, vocabulary and chat template.
+def checkpoint_files(repository: str, revision: str) -> list[HubFile]:
+    """The weights of a model in one format, config, vocabulary and chat template; no Python files and no folders.
 
-    Never Python files, nor what stands in folders. Raises UserError where this is no model in transformers' format.
+    Raises UserError if this is no model in the format of transformers.
     """
-    commit, files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
+    files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
     top = {file.path: file for file in files if "/" not in file.path}
     by_kind = ([path for path in top if fnmatch(path, kind)] for kind in WEIGHTS)
     weights = next((paths for paths in by_kind if paths), [])
@@ -125,32 +120,34 @@ def checkpoint_files(repository: str, revision: str) -> tuple[str, list[HubFile]
         raise UserError(f"{repository} is no model in the format of transformers: it has no {missing}.")
     small = [path for path in top if any(fnmatch(path, kind) for kind in SMALL_FILES)]
     other_index = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
-    return commit, [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
+    return [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
 
 
 def request_headers() -> dict[str, str]:
-    """With the user's token for Hugging Face. Not compressed: a compressed answer could not be gone on with."""
-    return {"Accept-Encoding": "identity"} | ({} if on_modelscope() else build_hf_headers())
+    """With the user's token for Hugging Face. Uncompressed: a compressed answer could not be resumed."""
+    token = None if on_modelscope() else get_token()
+    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def is_down(error: Exception) -> bool:
-    """Whether the hub did not answer: no network, offline mode, or an error on its side."""
-    return error.response.status_code >= 500 if isinstance(error, HfHubHTTPError) else True
+    """Whether the hub can't answer now: no network, offline mode, too many requests, or an error on its side."""
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 500
+    return status >= 500 or status == 429
 
 
 @contextmanager
 def hub_errors(repository: str, revision: str) -> Iterator[None]:
-    """Turns what a hub refuses, or why it can't be reached, into one sentence."""
+    """Turns a refusal of the hub, or a failure to reach it, into a UserError with one sentence."""
     try:
         yield
     except (*NO_ANSWER, JSONDecodeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, RevisionNotFoundError):
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        if isinstance(error, errors.RevisionNotFoundError):
             sentence = f"{repository} has no revision {revision}."
-        elif isinstance(error, GatedRepoError) or status == 403:
+        elif isinstance(error, errors.GatedRepoError) or status == 403:
             sentence = f"{repository} is gated: accept its terms at {endpoint()}/{repository}, then set HF_TOKEN."
-        elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
             sentence = (
                 f"there is no folder {repository}, and {endpoint()} has no such model or keeps it private: check the "
                 "name, or set HF_TOKEN to a token that may read it."

@@ -70,6 +70,8 @@ def main() -> int:
     program = sys.argv[1:]
     if "LOCAL_RANK" in os.environ:
         run_here(program, os.environ.copy())
+    if "--plan" in program:  # for devices that may not be here
+        run_here(program, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
     machines = read_machines(os.environ)
     processes = count_processes()
     set_environment(processes, machines)
