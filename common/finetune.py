@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import TrainCollator
-from common.data.dataset import Prepared, prepare_dataset
-from common.data.shards import load_shards
-from common.encoding import stop_ids
+from common.data.dataset import Encode, Prepared, load_shards, prepare_dataset
+from common.encoding import encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -103,9 +102,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
 def prepare(
     data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Prepared]:
-    """The tokenized data of every split that is needed, cut to --max_*_samples."""
+    """The tokenized rows of every split that the flags ask for, cut to --max_*_samples."""
     data = {}
-    # What the check before the start, or the first process, has overwritten, the other processes read.
+    # --overwrite_cache is for one process: the check before the start, or without it the first. The others read.
     checked = "EXPECTED_PROCESSES" in os.environ and args.processes > 1 and not args.dry_run
     overwrite = data_args.overwrite_cache and args.process_index == 0 and not checked
     data_args = replace(data_args, overwrite_cache=overwrite)
@@ -115,7 +114,12 @@ def prepare(
         if split == "train" and data_args.train_datasets:
             prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
         else:
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
+            encoders: dict[str, Encode] = {}
+            if split != "test":  # for the loss
+                encoders["rows"] = encode_texts if data_args.text_column else encode_train
+            if split != "train" and not data_args.text_column:  # to be answered
+                encoders["questions"] = encode_eval
+            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)

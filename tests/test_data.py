@@ -1,19 +1,19 @@
-"""Data files of every form, read as a stream; what is wrong with bad ones; the cache that all running jobs share."""
+"""Data files of every format, the messages for bad ones, and the cache that all running jobs share."""
 
 import csv
 import json
-import subprocess
-import sys
+import multiprocessing
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from common.arguments import DataArguments
-from common.data import rows
-from common.data.dataset import prepare_dataset
+from common.data.dataset import Prepared, prepare_dataset
 from common.data.rows import find_files, read_rows
-from common.encoding import encode_batch
+from common.encoding import encode_batch, encode_eval, encode_texts, encode_train
 from common.errors import UserError
+from common.loading import load_tokenizer
 
 BAD_INPUTS = Path(__file__).parent / "bad_inputs"
 ROWS = [{"content": f"类型#裙*颜色#{color}", "summary": f"{color}的裙子。"} for color in ("白色", "黑色", "红色")]
@@ -29,8 +29,16 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def texts(prepared, tokenizer) -> list[str]:
-    return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in prepared.rows]
+def prepare(args: DataArguments, file: Path | None, tokenizer, split: str = "train") -> Prepared:
+    """With the tables and the functions that a training takes."""
+    rows, questions = {"rows": encode_texts if args.text_column else encode_train}, {"questions": encode_eval}
+    encoders = {"train": rows, "validation": rows | questions, "test": questions}[split]
+    return prepare_dataset(args, file and str(file), tokenizer, split, encoders)
+
+
+def texts(args: DataArguments, file: Path | None, tokenizer) -> list[str]:
+    rows = prepare(args, file, tokenizer).rows
+    return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
 
 
 def test_json_lines_json_array_and_csv_give_the_same_rows(tmp_path, demo_tokenizer):
@@ -42,11 +50,11 @@ def test_json_lines_json_array_and_csv_give_the_same_rows(tmp_path, demo_tokeniz
         writer = csv.DictWriter(file, ["content", "summary"])
         writer.writeheader()
         writer.writerows(ROWS)
-    expected = texts(prepare_dataset(adgen(), str(lines), demo_tokenizer, "train"), demo_tokenizer)
+    expected = texts(adgen(), lines, demo_tokenizer)
     assert len(expected) == 3
     assert "黑色的裙子" in expected[1]
     for file in (array, table):
-        assert texts(prepare_dataset(adgen(), str(file), demo_tokenizer, "train"), demo_tokenizer) == expected
+        assert texts(adgen(), file, demo_tokenizer) == expected
 
 
 def test_lists_and_globs_name_several_files(tmp_path):
@@ -74,7 +82,7 @@ def test_lists_and_globs_name_several_files(tmp_path):
 )
 def test_bad_files_are_named_with_their_line(file, says, demo_tokenizer):
     with pytest.raises(UserError, match=says):
-        prepare_dataset(adgen(), str(BAD_INPUTS / file), demo_tokenizer, "train")
+        prepare(adgen(), BAD_INPUTS / file, demo_tokenizer)
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
@@ -88,12 +96,12 @@ def test_history_becomes_rounds_and_must_be_pairs(tmp_path, demo_tokenizer):
     row = {"content": "颜色？", "summary": "白色。", "history": [["你好", "您好"]]}
     file = write_lines(tmp_path / "chat.json", [row, row | {"history": []}, row | {"history": None}])
     args = adgen(history_column="history")
-    first, second, third = texts(prepare_dataset(args, str(file), demo_tokenizer, "train"), demo_tokenizer)
+    first, second, third = texts(args, file, demo_tokenizer)
     assert first.startswith("[Round 0]\n问:你好\n答:您好\n[Round 1]\n问:颜色?\n答:")
     assert second == third
     assert second.startswith("颜色?")
     with pytest.raises(UserError, match=r"line 1: column 'history' must hold \[\[question, answer\]"):
-        prepare_dataset(args, str(BAD_INPUTS / "history.json"), demo_tokenizer, "train")
+        prepare(args, BAD_INPUTS / "history.json", demo_tokenizer)
 
 
 @pytest.mark.parametrize("suffix", ["json", "csv"])
@@ -104,7 +112,7 @@ def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, s
         file = tmp_path / "texts.csv"
         with open(file, "w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows([["text", "other"], *([text, "x"] for text in lines)])
-    prepared = prepare_dataset(adgen(text_column="text", max_source_length=16), str(file), demo_tokenizer, "train")
+    prepared = prepare(adgen(text_column="text", max_source_length=16), file, demo_tokenizer)
     assert (prepared.dropped, prepared.truncated, prepared.unlabelled) == (2, 0, 0)
     assert all(len(ids) <= 16 for ids in prepared.rows["input_ids"])
     together = [token for ids in prepared.rows["input_ids"] for token in ids[2:]]
@@ -115,83 +123,78 @@ def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, s
 def test_truncated_and_dropped_rows_are_counted(tmp_path, demo_tokenizer):
     empty = {"content": "类型#裙", "summary": ""}
     file = write_lines(tmp_path / "rows.json", [*ROWS, {"content": "长" * 90, "summary": "短"}, empty, empty])
-    train = prepare_dataset(adgen(), str(file), demo_tokenizer, "train")
+    train = prepare(adgen(), file, demo_tokenizer)
     assert (len(train.rows), train.truncated, train.dropped) == (4, 1, 2)
     assert train.first_dropped.endswith("rows.json, line 5")
-    test = prepare_dataset(adgen(), str(file), demo_tokenizer, "test")
+    test = prepare(adgen(), file, demo_tokenizer, "test")
     assert (len(test.questions), test.truncated, test.dropped) == (4, 1, 2)
 
 
-# A JSON array is read as a stream
-
-ARRAYS = [
-    '[{"a": "x"}, {"a": "}],["}]',
-    ' \n[\n {"a": 1, "b": [1, {"c": "\\"\\u4e00\\\\"}]}\n ,\n{"a": null} ]\n',
-    '[{"a": "裙" , "b": 1.5e3},{}]',
-    "[]",
-    " [ \n]",
-]
-BROKEN_ARRAYS = [
-    '[\n{"a": 1},\n{"a" 2}\n]',
-    '[\n{"a": 1},\n{"a": 2}\n',
-    '[\n{"a": 1}\n{"a": 2}\n]',
-    '[\n{"a": 1},\n,{"a": 2}\n]',
-    '[\n,{"a": 1}]',
-    '[{"a": 1}]\n{"a": 2}',
-    '[\n{"a": "un\nfinished"}]',
-]
+# JSON
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
-@pytest.mark.parametrize("text", ARRAYS)
-def test_an_array_gives_what_json_reads_however_it_is_cut_into_chunks(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr(rows, "CHUNK", chunk)
-    file = tmp_path / "array.json"
+@pytest.mark.parametrize(
+    "text",
+    [
+        '\ufeff[{"a": "x"}, {"a": "}],["}]',
+        ' \n[\n {"a": 1, "b": [1, {"c": "\\"\\u4e00\\\\"}]}\n ,\n{"a": null} ]\n',
+        " [ \n]",
+        '\ufeff \n\n{"a": 1}\n \t\n{"a": ["x"]}\n\n',
+        "\n",
+    ],
+    ids=["array", "array over lines", "empty array", "lines", "blank"],
+)
+def test_arrays_and_lines_give_what_json_reads(tmp_path, text):
+    """With a byte order mark and blank lines. Rows of an array are counted, those of lines have the line's number."""
+    file = tmp_path / "rows.json"
     file.write_text(text, encoding="utf-8")
     found = list(read_rows(file))
-    assert [row for _, row in found] == json.loads(text)
-    assert [place for place, _ in found] == [f"{file}, row {number}" for number in range(1, len(found) + 1)]
+    if "[" in text.split('"')[0]:
+        expected = [(f"{file}, row {number}", row) for number, row in enumerate(json.loads(text.strip("\ufeff")), 1)]
+    else:
+        lines = enumerate(text.strip("\ufeff").split("\n"), 1)
+        expected = [(f"{file}, line {number}", json.loads(line)) for number, line in lines if line.strip()]
+    assert found == expected
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
-@pytest.mark.parametrize("text", BROKEN_ARRAYS)
-def test_a_broken_array_is_refused_at_the_line_where_json_refuses_it(tmp_path, monkeypatch, text, chunk):
-    monkeypatch.setattr(rows, "CHUNK", chunk)
-    file = tmp_path / "array.json"
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[\n{"a": 1},\n{"a" 2}\n]', ", line 3: broken JSON: Expecting ':' delimiter (column 6)"),
+        ('[\n{"a": 1},\n{"a": 2}\n', ", line 4: broken JSON"),
+        ('[\n{"a": 1}\n{"a": 2}\n]', ", line 3: broken JSON"),
+        ('[\n,{"a": 1}]', ", line 2: broken JSON"),
+        ('[{"a": 1}]\n{"a": 2}', ", line 2: broken JSON: Extra data"),
+        ('[\n{"a": "un\nfinished"}]', ", line 2: broken JSON"),
+        ('\n{"a": 1}\n{"a" 2}', ", line 3: broken JSON: Expecting ':' delimiter (column 6)"),
+        ('{"a": 1} {"a": 2}', ", line 1: broken JSON: Extra data"),
+        ('{"a": 1}\n{"a": ' + "[" * 100_000, ", line 2: broken JSON: nested too deeply"),
+        ("[" * 100_000, ": broken JSON: nested too deeply"),
+        ("[" + "1" * 5000 + "]", ": broken JSON: Exceeds the limit"),
+        ("[{}, null]", ", row 2: expected an object"),
+        ("{}\nnull", ", line 2: expected an object"),
+    ],
+    ids=range(13),
+)
+def test_broken_json_is_refused_with_its_line(tmp_path, text, says):
+    file = tmp_path / "rows.json"
     file.write_text(text, encoding="utf-8")
-    with pytest.raises(json.JSONDecodeError) as expected:
-        json.loads(text)
-    with pytest.raises(UserError, match=f"array.json, line {expected.value.lineno}: broken JSON"):
+    with pytest.raises(UserError) as error:
         list(read_rows(file))
+    assert str(error.value).startswith(f"{file}{says}")
 
 
-PREPARE_BIG = """
-import resource, sys
-from common.arguments import DataArguments
-from common.data.dataset import prepare_dataset
-from common.loading import load_tokenizer
-args = DataArguments(prompt_column="content", response_column="summary", max_source_length=64, max_target_length=64)
-tokenizer = load_tokenizer("demo")
-for file in sys.argv[1:]:
-    prepared = prepare_dataset(args, file, tokenizer, "train")
-    print(len(prepared.rows), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
-def test_big_files_are_prepared_in_little_memory(tmp_path, monkeypatch):
-    """16 MB of JSON lines, then of an array: the peak grows by less than the size of the file."""
-    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
-    row = json.dumps({"content": "类型#裙", "summary": "白色的裙子。", "other": "x" * 2000}, ensure_ascii=False)
-    count, files = 8000, [write_lines(tmp_path / "small.json", ROWS), tmp_path / "lines.json", tmp_path / "array.json"]
-    files[1].write_text(f"{row}\n" * count, encoding="utf-8")
-    files[2].write_text("[" + ",\n".join([row] * count) + "]", encoding="utf-8")
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-c", PREPARE_BIG, *map(str, files)]
-    said = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout
-    counts, (small, *peaks) = zip(*(map(int, line.split()) for line in said.splitlines()), strict=True)
-    assert counts == (3, count, count)
-    for file, peak in zip(files[1:], peaks, strict=True):
-        assert peak - small < file.stat().st_size / 1e6, file
+def test_lines_are_prepared_in_little_memory(tmp_path, demo_tokenizer):
+    """A file of 12 MB: no more than some batches of 1000 rows are in memory at a time."""
+    row = json.dumps({"content": "裙", "summary": "白色的裙子。", "other": "x" * 3000}, ensure_ascii=False)
+    file = tmp_path / "lines.json"
+    file.write_text(f"{row}\n" * 4000, encoding="utf-8")
+    tracemalloc.start()
+    try:
+        assert len(prepare(adgen(), file, demo_tokenizer).rows) == 4000
+        assert tracemalloc.get_traced_memory()[1] < file.stat().st_size * 2 / 3
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_tokenizer, monkeypatch):
@@ -200,10 +203,9 @@ def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_token
     folder.mkdir()
     file = write_lines(folder / "train.json", ROWS)
     named = adgen(dataset_name=str(folder))
-    expected = texts(prepare_dataset(adgen(), str(file), demo_tokenizer, "train"), demo_tokenizer)
-    assert texts(prepare_dataset(named, None, demo_tokenizer, "train"), demo_tokenizer) == expected
+    assert texts(named, None, demo_tokenizer) == texts(adgen(), file, demo_tokenizer)
     with pytest.raises(UserError, match="split test"):
-        prepare_dataset(named, None, demo_tokenizer, "test")
+        prepare(named, None, demo_tokenizer, "test")
 
 
 # The cache
@@ -211,12 +213,12 @@ def test_a_data_set_by_name_gives_the_same_rows_as_its_file(tmp_path, demo_token
 
 def test_the_cache_is_used_until_file_or_settings_change(tmp_path, demo_tokenizer):
     file = write_lines(tmp_path / "rows.json", ROWS)
-    assert not prepare_dataset(adgen(), str(file), demo_tokenizer, "train").cached
-    assert prepare_dataset(adgen(), str(file), demo_tokenizer, "train").cached
-    assert not prepare_dataset(adgen(overwrite_cache=True), str(file), demo_tokenizer, "train").cached
-    assert not prepare_dataset(adgen(max_target_length=32), str(file), demo_tokenizer, "train").cached
+    assert not prepare(adgen(), file, demo_tokenizer).cached
+    assert prepare(adgen(), file, demo_tokenizer).cached
+    assert not prepare(adgen(overwrite_cache=True), file, demo_tokenizer).cached
+    assert not prepare(adgen(max_target_length=32), file, demo_tokenizer).cached
     write_lines(file, ROWS[:2])
-    changed = prepare_dataset(adgen(), str(file), demo_tokenizer, "train")
+    changed = prepare(adgen(), file, demo_tokenizer)
     assert not changed.cached
     assert len(changed.rows) == 2
 
@@ -224,26 +226,18 @@ def test_the_cache_is_used_until_file_or_settings_change(tmp_path, demo_tokenize
 def test_a_bad_row_leaves_nothing_in_the_cache(tmp_path, demo_tokenizer, monkeypatch):
     monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError):
-        prepare_dataset(adgen(), str(BAD_INPUTS / "number.json"), demo_tokenizer, "train")
+        prepare(adgen(), BAD_INPUTS / "number.json", demo_tokenizer)
     assert list((tmp_path / "cache" / "datasets").iterdir()) == []
 
 
-PREPARE = """
-import sys
-from common.arguments import DataArguments
-from common.data.dataset import prepare_dataset
-from common.loading import load_tokenizer
-args = DataArguments(prompt_column="content", response_column="summary", max_source_length=64, max_target_length=64)
-prepared = prepare_dataset(args, sys.argv[1], load_tokenizer("demo"), "train")
-print(len(prepared.rows), prepared.cached)
-"""
+def prepare_rows(file: Path) -> tuple[int, bool]:
+    prepared = prepare(adgen(), file, load_tokenizer("demo"))
+    return len(prepared.rows), prepared.cached
 
 
-def test_one_of_several_processes_prepares_the_data(tmp_path, demo_folder, monkeypatch):
+def test_one_of_several_processes_prepares_the_data(tmp_path, monkeypatch):
     monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
     file = write_lines(tmp_path / "rows.json", ROWS * 500)
-    command = [sys.executable, "-c", PREPARE, str(file)]
-    root = Path(__file__).resolve().parents[1]
-    jobs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(job.communicate()[0].strip() for job in jobs)
-    assert said == ["1500 False", "1500 True"]
+    with multiprocessing.get_context("fork").Pool(3) as jobs:
+        found = jobs.map(prepare_rows, [file] * 3, chunksize=1)
+    assert sorted(found) == [(1500, False), (1500, True), (1500, True)]

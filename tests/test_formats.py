@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_data import prepare, write_lines
 
 from common.arguments import DataArguments
-from common.data.dataset import prepare_dataset
 from common.data.formats import read_messages
 from common.encoding import Turn, encode_eval, encode_train
 from common.errors import UserError
@@ -54,11 +54,6 @@ def read(messages: object, **row) -> list[Turn]:
 
 def chat(**kwargs) -> DataArguments:
     return DataArguments(conversation_column="messages", **{"max_source_length": 64, "max_target_length": 64} | kwargs)
-
-
-def write_lines(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -153,15 +148,15 @@ def test_a_table_holds_conversations_as_json(tmp_path, tokenizer3):
         csv.writer(file).writerows(
             [["messages", "tools"], [json.dumps(CHAT), json.dumps(TOOLS)], [json.dumps(CHAT), ""]]
         )
-    expected = prepare_dataset(chat(), str(lines), tokenizer3, "train").rows
-    found = prepare_dataset(chat(), str(table), tokenizer3, "train").rows
+    expected = prepare(chat(), lines, tokenizer3).rows
+    found = prepare(chat(), table, tokenizer3).rows
     assert found[:] == expected[:]
     assert len(found["input_ids"][0]) > len(found["input_ids"][1])
 
 
 def test_the_shipped_tool_conversations_are_learned_from_the_call_to_the_answer(tokenizer3):
     args = DataArguments(conversation_column="conversations", max_source_length=500, max_target_length=500)
-    prepared = prepare_dataset(args, str(ROOT / "AdvertiseGen" / "dev_tools.json"), tokenizer3, "validation")
+    prepared = prepare(args, ROOT / "AdvertiseGen" / "dev_tools.json", tokenizer3, "validation")
     assert (len(prepared.rows), prepared.dropped, prepared.truncated, prepared.shortened) == (60, 0, 0, 0)
     assert sum("query_" in reference for reference in prepared.questions["reference"]) > 20
     for row in prepared.rows:
@@ -182,7 +177,7 @@ def test_too_long_conversations_are_counted(tmp_path, tokenizer3):
     lost = [question, {"role": "assistant", "content": "你好" * 60, "loss": False}, answer]
     unlearned = [question, answer | {"loss": False}]
     file = write_lines(tmp_path / "chats.json", [{"messages": row} for row in (whole, rounds, cut, unlearned, lost)])
-    prepared = prepare_dataset(chat(max_source_length=20, max_target_length=30), str(file), tokenizer3, "train")
+    prepared = prepare(chat(max_source_length=20, max_target_length=30), file, tokenizer3)
     assert len(prepared.rows) == prepared.total == 3
     assert (prepared.truncated, prepared.shortened, prepared.unlabelled) == (2, 1, 1)
     assert (prepared.dropped, prepared.first_dropped) == (1, f"{file}, line 4")
@@ -194,7 +189,7 @@ def test_validation_rows_without_a_label_are_counted_too(tmp_path, tokenizer3):
     long = {"role": "assistant", "content": "你好" * 60, "loss": False}
     chats = [[CHAT[0], long, CHAT[2]], [CHAT[0], CHAT[2]]]
     file = write_lines(tmp_path / "chats.json", [{"messages": messages} for messages in chats])
-    prepared = prepare_dataset(chat(max_source_length=20, max_target_length=30), str(file), tokenizer3, "validation")
+    prepared = prepare(chat(max_source_length=20, max_target_length=30), file, tokenizer3, "validation")
     assert (len(prepared.rows), len(prepared.questions), prepared.unlabelled) == (1, 2, 1)
 
 
@@ -202,7 +197,7 @@ def test_nothing_that_fits_is_an_error(tmp_path, tokenizer3):
     long = {"role": "assistant", "content": "你好" * 60, "loss": False}
     file = write_lines(tmp_path / "chats.json", [{"messages": [CHAT[0], long, CHAT[2]]}])
     with pytest.raises(UserError, match=r"nothing of the answers fits 20 \+ 30 tokens"):
-        prepare_dataset(chat(max_source_length=20, max_target_length=30), str(file), tokenizer3, "train")
+        prepare(chat(max_source_length=20, max_target_length=30), file, tokenizer3)
 
 
 def test_a_tool_without_parameters_is_called_without_arguments():
@@ -266,7 +261,7 @@ def test_messages_that_say_nothing_clear_are_refused(message, says):
 )
 def test_bad_conversations_are_named_with_row_and_message(file, says, tokenizer3):
     with pytest.raises(UserError, match=f"^{BAD_INPUTS / file}, {says}") as error:
-        prepare_dataset(chat(), str(BAD_INPUTS / file), tokenizer3, "train")
+        prepare(chat(), BAD_INPUTS / file, tokenizer3)
     assert "\n" not in str(error.value)
 
 
@@ -284,7 +279,7 @@ def test_roles_that_a_generation_does_not_know_are_refused(messages, says, tmp_p
     file = write_lines(tmp_path / "chats.json", [{"messages": [CHAT[0], CHAT[2]]}, {"messages": messages}])
     for tokenizer in (tokenizer2, demo_tokenizer):
         with pytest.raises(UserError, match=f"^{file}, line 2: .*{says}.*ChatGLM-6B and ChatGLM2-6B") as error:
-            prepare_dataset(chat(), str(file), tokenizer, "train")
+            prepare(chat(), file, tokenizer)
         assert "\n" not in str(error.value)
 
 
@@ -300,7 +295,7 @@ def test_half_a_character_is_refused_wherever_it_stands(surrogate_in, tmp_path, 
         args, row = chat(), {"messages": [CHAT[0], CHAT[2]], "tools": [{"name": half}]}
     file.write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(UserError, match="line 1: .*half a character"):
-        prepare_dataset(args, str(file), tokenizer3, "train")
+        prepare(args, file, tokenizer3)
 
 
 @pytest.mark.parametrize("file", ["loss_text.json", "two_questions.json"])

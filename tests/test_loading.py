@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from common.arguments import DataArguments
-from common.data.dataset import training_rows
+from common.data.dataset import mask_pads
 from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
@@ -359,8 +359,7 @@ PREDICTION = ["--do_predict", "--max_new_tokens", "4", "--report_to", "none"]
 def test_glm4_learns_to_end_its_answer(glm_folder):
     """Its end token is its pad token too, and must stay a label."""
     tokenizer = load_tokenizer(glm_folder)
-    args = DataArguments(max_source_length=16, max_target_length=16)
-    row = training_rows(args, tokenizer, [conversation_of("a", "b")], "train")[0]
+    row = mask_pads(DataArguments(), tokenizer, encode_train(tokenizer, [conversation_of("a", "b")], 16, 16))[0]
     assert row.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 

@@ -1,20 +1,20 @@
-"""Training data that is tokenized ahead: its shards hold what a training would make, and fit only where they belong."""
+"""Training data that is tokenized ahead: the shards hold what a training would make, and fit only its settings."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from test_data import prepare, write_lines
 
 from common.arguments import DataArguments, PrefixArguments
-from common.data.dataset import prepare_dataset
-from common.data.shards import load_shards, read_manifest
-from common.errors import UserError
+from common.data.dataset import load_shards, read_manifest
+from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import load_tokenizer
@@ -22,7 +22,6 @@ from common.locking import hold
 from common.methods.prefix import PTuning
 from common.preprocess import main, shard_bounds
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = {"max_source_length": 16, "max_target_length": 16}
 COUNTS = ("total", "dropped", "first_dropped", "truncated", "shortened", "unlabelled")
 
@@ -34,9 +33,7 @@ def row(number: int) -> dict[str, str]:
 
 
 def write_rows(file: Path, count: int, **others) -> Path:
-    rows = [others.get(f"row{number}", row(number)) for number in range(count)]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return write_lines(file, [others.get(f"row{number}", row(number)) for number in range(count)])
 
 
 def arguments(**kwargs) -> DataArguments:
@@ -72,12 +69,13 @@ def folder(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "train_datasets"))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"text_column": "summary"}], ids=["pairs", "text"])
-@pytest.mark.parametrize("count", [3300, 5])
-def test_shards_hold_what_a_training_would_prepare(kwargs, count, tmp_path, demo_tokenizer):
+@pytest.mark.parametrize(
+    ("count", "kwargs"), [(3300, {}), (5, {}), (3300, {"text_column": "summary"})], ids=["pairs", "few", "text"]
+)
+def test_shards_hold_what_a_training_would_prepare(count, kwargs, tmp_path, demo_tokenizer):
     file = write_rows(tmp_path / "rows.json", count)
     preprocess(file, tmp_path / "out", *(word for name, value in kwargs.items() for word in (f"--{name}", value)))
-    expected = prepare_dataset(arguments(**kwargs), str(file), demo_tokenizer, "train")
+    expected = prepare(arguments(**kwargs), file, demo_tokenizer)
     found = load_shards(arguments(), tmp_path / "out", demo_tokenizer)
     assert found.rows.features == expected.rows.features
     assert found.rows.to_dict() == expected.rows.to_dict()
@@ -92,7 +90,7 @@ def test_several_files_and_a_shard_without_rows(tmp_path, demo_tokenizer):
     rows = [row(number) for number in range(1200)]
     (tmp_path / "b.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     preprocess(tmp_path / "*.json", tmp_path / "out")
-    expected = prepare_dataset(arguments(), str(tmp_path / "*.json"), demo_tokenizer, "train")
+    expected = prepare(arguments(), tmp_path / "*.json", demo_tokenizer)
     found = load_shards(arguments(), tmp_path / "out", demo_tokenizer)
     assert found.rows.to_dict() == expected.rows.to_dict()
     assert [shard["rows"] for shard in read_manifest(tmp_path / "out")["shards"]] == [0, 998, 698]
@@ -117,26 +115,52 @@ def test_only_missing_shards_are_made(data, finished, folder, capsys):
     assert read_manifest(folder) == read_manifest(finished)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, capsys):
-    """Its worker dies with it and lets go of the lock."""
-    file, out = write_rows(tmp_path / "rows.json", 20_000), tmp_path / "out"
-    flags = ["--num_shards", "20", "--num_workers", "1"]
-    script = f"from pathlib import Path\nfrom test_preprocess import preprocess\npreprocess(Path({str(file)!r}), "
-    script += f"Path({str(out)!r}), *{flags})"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    job = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
-    while len(list(out.glob("*.arrow"))) < 2 and job.poll() is None:
-        time.sleep(0.01)
-    job.kill()
-    job.wait()
+def as_program(*args: object) -> None:
+    with exit_on_user_error():
+        preprocess(*args)
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)], ids=["kill", "ctrl-c"]
+)
+def test_a_stopped_run_goes_on_where_it_was(stop, code, tmp_path, capfd):
+    """Its workers end with it and let go of the lock."""
+    file, out = write_rows(tmp_path / "rows.json", 10_000), tmp_path / "out"
+    flags = ["--num_shards", "10", "--num_workers", "2"]
+    job = multiprocessing.get_context("fork").Process(target=as_program, args=(file, out, *flags))
+    job.start()
+    while len(list(out.glob("*.arrow"))) < 2 and job.is_alive():
+        time.sleep(0.005)
+    os.kill(job.pid, stop)
+    job.join()
+    assert job.exitcode == code
+    assert "Traceback" not in capfd.readouterr().err
     assert not (out / "manifest.json").exists()
     preprocess(file, out, *flags)
-    said = capsys.readouterr().out
-    assert "shards were finished before" in said
-    assert "20 of 20 shards" not in said
+    said = capfd.readouterr().out
+    assert "of 10 shards were finished before" in said
+    assert "10 of 10 shards" not in said
     preprocess(file, tmp_path / "whole", *flags)
     assert content(out) == content(tmp_path / "whole")
     assert not list(out.glob("*.partial"))
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path):
+    file, out = write_rows(tmp_path / "rows.json", 6000), tmp_path / "out"
+
+    def kill_a_worker() -> None:
+        while not list(out.glob("*.partial")):
+            time.sleep(0.001)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_a_worker)
+    killer.start()
+    with pytest.raises(UserError, match="a worker was killed, perhaps for lack of memory: .* fewer --num_workers"):
+        preprocess(file, out, "--num_workers", "2")
+    killer.join()
+    assert not multiprocessing.active_children()
+    preprocess(file, out)
+    assert len(read_manifest(out)["shards"]) == 3
 
 
 def test_a_bad_row_is_named_and_a_mended_file_is_tokenized_anew(tmp_path, capsys):
@@ -210,10 +234,10 @@ def test_other_columns_are_no_matter(finished, demo_tokenizer):
 def test_an_incomplete_folder_is_refused(folder, tmp_path):
     shard = folder / "shard-00001-of-00003.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is truncated or was changed"):
+    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is missing, truncated or changed"):
         read_manifest(folder)
     shard.unlink()
-    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is missing"):
+    with pytest.raises(UserError, match=r"shard-00001-of-00003.arrow is missing, truncated or changed"):
         read_manifest(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"not complete: manifest.json, which is written last"):

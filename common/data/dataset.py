@@ -1,54 +1,71 @@
-"""Data files -> checked rows -> a tokenized data set, prepared once for all running jobs and cached on disk."""
+"""Data files -> tokenized rows on disk, in one of two places:
+
+CACHE/datasets/HASH/            one split, written by the first job that needs it; HASH is that of its ``fingerprint``
+  rows.arrow, questions.arrow   for the loss, and to be answered; a split has one of them or both
+  summary.json                  the counts
+train_datasets/                 training rows, written by common/preprocess.py ahead of all jobs
+  shard-00000-of-00008.arrow    the rows in their order
+  shard-00000-of-00008.json     the counts of that shard
+  settings.json                 the fingerprint
+  manifest.json                 fingerprint, counts and shards; written last: a folder with a manifest is complete
+"""
 
 import gc
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.arrow_writer import ArrowWriter
+import pyarrow
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
-from common.data.rows import find_files, read_rows, text_of
-from common.encoding import EvalRow, TrainRow, Turn, encode_eval, encode_texts, encode_train
-from common.errors import UserError
-from common.files import short_hash, write_json
+from common.data.rows import Rows, find_files, read_rows, text_of
+from common.encoding import TrainRow, Turn
+from common.errors import UserError, differences
+from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
-from common.tokenizers.chatglm import ChatGLMTokenizer
-from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
-ENCODING_VERSION = 3  # part of the fingerprint: to be raised when the same text shall become other tokens
+ENCODING_VERSION = 3  # part of the fingerprint: increase it when the encoding changes
 ROWS_PER_BATCH = 1000
-COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")  # what happened to the rows of a table
+COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")
+MANIFEST = "manifest.json"
 
-Example = str | list[Turn]
-"""A row as it was read: plain text, or a conversation; empty where there is nothing to learn."""
+IDS = List(Value("int32"))
+FEATURES = {
+    "rows": Features({"input_ids": IDS, "labels": IDS}),
+    "questions": Features({"prompt_ids": IDS, "reference": Value("string")}),
+}
+
+Examples = Iterator[tuple[str, str | list[Turn]]]
+"""(place, example): a text or a conversation; empty where there is nothing to learn."""
+
+Encode = Callable[..., list]
+"""(tokenizer, examples, max_source_length[, max_target_length]) -> TrainRows or EvalRows, as in common/encoding.py."""
 
 
 @dataclass
 class Prepared:
-    """A tokenized data set, and what happened to its rows on the way."""
+    """The tokenized rows of a split, with counts."""
 
-    rows: Dataset  # input_ids, labels: for training and for the loss; empty where only answers are asked for
-    questions: Dataset  # prompt_ids, reference: to be answered; empty where there is only training
+    rows: Dataset  # input_ids, labels; empty for predictions
+    questions: Dataset  # prompt_ids, reference; empty for training
     files: list[str]
-    dropped: int  # rows without a question or an answer
-    first_dropped: str  # where the first of them stands
+    cached: bool  # whether it was there before
+    total: int  # questions, or rows where there are no questions, before ``limit``
+    dropped: int  # examples with an empty text, question or answer
+    first_dropped: str  # the place of the first of them
     truncated: int
     shortened: int  # conversations that lost their oldest turns
-    total: int  # rows, or questions where there are any, before some were selected
-    unlabelled: int  # conversations of which nothing that is learned fits the lengths; they are left out
-    cached: bool
+    unlabelled: int  # conversations dropped because no label fits within the lengths
 
     def limit(self, count: int | None) -> None:
         """Keeps only the first ``count`` rows and questions."""
@@ -57,27 +74,42 @@ class Prepared:
             self.questions = self.questions.select(range(min(count, len(self.questions))))
 
 
-def read_named(args: DataArguments, split: str) -> Dataset:
-    """A split of --dataset_name, on the hub or in a folder."""
+def prepared_of(tables: Mapping[str, Dataset], files: list[str], cached: bool, summary: Mapping[str, Any]) -> Prepared:
+    """The value for tables on disk and their summary (that of a cached split, or a manifest)."""
+    rows, questions = (tables.get(name, Dataset.from_dict({})) for name in FEATURES)
+    counts = {name: summary[name] for name in ("dropped", "first_dropped", "truncated", "shortened", "unlabelled")}
+    return Prepared(rows, questions, files, cached, total=summary["rows"], **counts)
+
+
+# Reading
+
+
+class Source(NamedTuple):
+    """Files, or a data set by name."""
+
+    name: str  # as the user wrote it
+    files: list[Path]
+    named: Dataset | None
+
+    def read(self) -> Rows:
+        if self.named is None:
+            return chain.from_iterable(map(read_rows, self.files))
+        return ((f"{self.name}, row {number}", row) for number, row in enumerate(self.named, 1))
+
+
+def open_source(args: DataArguments, patterns: str | None, split: str) -> Source:
+    """The files of ``patterns``, or without them the split of --dataset_name. Raises UserError if it does not exist."""
+    if patterns:
+        return Source(patterns, find_files(patterns), None)
+    name = str(args.dataset_name)
     try:
-        return load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+        return Source(name, [], load_dataset(name, args.dataset_config_name, split=split))
     except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"--dataset_name {args.dataset_name}, split {split}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--dataset_name {name}, split {split}: {str(error).splitlines()[0]}") from error
 
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""(place, row): the place is named in error messages."""
-
-
-def read_source(args: DataArguments, files: list[Path], named: Dataset | None) -> Rows:
-    """Every row of all files, or of a data set by name."""
-    if named is not None:
-        return ((f"{args.dataset_name}, row {number}", row) for number, row in enumerate(named, 1))
-    return (place_and_row for file in files for place_and_row in read_rows(file))
-
-
-def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Example]]:
-    """(place, example) of every row. Raises UserError for a row that does not hold what the flags say."""
+def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """The example of every row. Raises UserError for a row that does not match the column flags."""
     for place, row in rows:
         if args.text_column:
             yield place, text_of(place, row, args.text_column, "text_column")
@@ -95,17 +127,16 @@ def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenize
         yield place, turns
 
 
-def training_rows(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, examples: list, split: str
-) -> list[TrainRow]:
-    target_length = args.max_target_length if split == "train" else args.val_max_target_length
-    if args.text_column:
-        return encode_texts(tokenizer, examples, args.max_source_length)
-    rows = encode_train(tokenizer, examples, args.max_source_length, target_length)
-    if not args.ignore_pad_token_for_loss:
-        return rows
+# Writing
+
+
+def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
+    """Removes the labels of pad tokens within rows, as the official scripts do. An end token that is the pad keeps its.
+
+    Plain text, which the official scripts do not know, keeps all labels.
+    """
     pad = tokenizer.pad_token_id
-    if pad == tokenizer.eos_token_id:  # the end of an answer is learned, not a pad
+    if args.text_column or not args.ignore_pad_token_for_loss or pad == tokenizer.eos_token_id:
         return rows
     return [
         row._replace(labels=[-100 if label == pad else label for label in row.labels]) if pad in row.labels else row
@@ -113,73 +144,9 @@ def training_rows(
     ]
 
 
-def question_rows(args: DataArguments, tokenizer: PreTrainedTokenizerBase, examples: list, split: str) -> list[EvalRow]:
-    return encode_eval(tokenizer, examples, args.max_source_length, args.val_max_target_length)
-
-
-IDS = List(Value("int32"))
-TABLES: dict[str, tuple[Callable, Features]] = {
-    "rows": (training_rows, Features({"input_ids": IDS, "labels": IDS})),
-    "questions": (question_rows, Features({"prompt_ids": IDS, "reference": Value("string")})),
-}
-
-
-def tables_of(split: str, args: DataArguments) -> list[str]:
-    """What is needed of a split: rows for the loss, questions to be answered."""
-    if split == "train" or args.text_column:
-        return ["rows"]
-    return ["rows", "questions"] if split == "validation" else ["questions"]
-
-
-def write_table(
-    file: Path,
-    table: str,
-    args: DataArguments,
-    examples: Iterator[tuple[str, Example]],
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-) -> dict[str, Any]:
-    """Tokenizes all examples into an Arrow file, batch by batch. Returns what happened to them.
-
-    An example without anything to learn is dropped, as in the official script.
-    """
-    encode, features = TABLES[table]
-    summary: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-    summary["first_dropped"] = ""
-    with ArrowWriter(path=str(file), features=features) as writer:
-        while batch := list(islice(examples, ROWS_PER_BATCH)):
-            dropped = [place for place, example in batch if not example]
-            summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
-            summary["dropped"] += len(dropped)
-            rows = encode(args, tokenizer, [example for _, example in batch if example], split)
-            unlabelled = [row for row in rows if table == "rows" and max(row.labels) < 0]
-            summary["unlabelled"] += len(unlabelled)
-            summary["truncated"] += sum(row.truncated for row in rows)
-            summary["shortened"] += sum(row.dropped_turns > 0 for row in rows)
-            if unlabelled:
-                rows = [row for row in rows if max(row.labels) >= 0]
-            if rows:
-                columns = dict(zip(rows[0]._fields, zip(*rows, strict=True), strict=True))
-                writer.write_batch({name: list(columns[name]) for name in features})
-                summary["rows"] += len(rows)
-        writer.finalize()
-    return summary
-
-
-def check_any(summary: dict[str, Any], args: DataArguments, source: str) -> None:
-    """Raises UserError where nothing is left to learn from or to answer, saying why."""
-    if summary["rows"]:
-        return
-    what = "text" if args.text_column else "a question and an answer"
-    reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
-    if summary["unlabelled"]:
-        reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
-    raise UserError(f"{source}: no row with {what}: {reason}.")
-
-
 @contextmanager
-def without_collector() -> Iterator[None]:
-    """Millions of short lists wake the collector of cycles again and again, half of the time for nothing."""
+def without_gc() -> Iterator[None]:
+    """Stops the garbage collector, which spends half of the time on the many short lists, none of them in a cycle."""
     gc.disable()
     try:
         yield
@@ -187,16 +154,63 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
+def write_table(
+    file: Path,
+    table: str,
+    encode: Encode,
+    args: DataArguments,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+) -> dict[str, Any]:
+    """Tokenizes all examples into an Arrow file, batch by batch. Returns COUNTS and the place of the first dropped."""
+    summary: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
+    lengths = [args.max_source_length]
+    if not args.text_column:
+        lengths.append(args.max_target_length if split == "train" else args.val_max_target_length)
+    schema = FEATURES[table].arrow_schema
+    with without_gc(), pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+        while batch := list(islice(examples, ROWS_PER_BATCH)):
+            dropped = [place for place, example in batch if not example]
+            rows = encode(tokenizer, [example for _, example in batch if example], *lengths)
+            summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
+            summary["dropped"] += len(dropped)
+            summary["truncated"] += sum(row.truncated for row in rows)
+            summary["shortened"] += sum(row.dropped_turns > 0 for row in rows)
+            if table == "rows":
+                labelled = [row for row in mask_pads(args, tokenizer, rows) if max(row.labels) >= 0]
+                summary["unlabelled"] += len(rows) - len(labelled)
+                rows = labelled
+            summary["rows"] += len(rows)
+            columns = [pyarrow.array([row[i] for row in rows], field.type) for i, field in enumerate(schema)]
+            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+    return summary
+
+
+def check_any(summary: Mapping[str, Any], args: DataArguments, source: Source) -> None:
+    """Raises UserError, with the reason, if no row is left."""
+    if summary["rows"]:
+        return
+    wanted = "text" if args.text_column else "a question and an answer"
+    reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
+    if summary["unlabelled"]:
+        reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
+    raise UserError(f"{source.name}: no row with {wanted}: {reason}.")
+
+
+# What decides the tokens
+
+
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
-    """What decides which tokens a row becomes, once it is read."""
-    own = isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer))
-    vocabulary = Path(tokenizer.vocab_file).read_bytes() if own else tokenizer.backend_tokenizer.to_str().encode()
-    template = json.dumps(tokenizer.chat_template).encode() if tokenizer.chat_template else None
+    """The settings that decide which tokens a row becomes once it is read; values are as JSON reads them back."""
+    fast = tokenizer.is_fast  # GLM-4's, of the library tokenizers; ours have a file for sentencepiece
+    vocabulary = tokenizer.backend_tokenizer.to_str().encode() if fast else Path(tokenizer.vocab_file).read_bytes()
+    template = tokenizer.chat_template and short_hash(json.dumps(tokenizer.chat_template).encode())
     return {
         "encoding_version": ENCODING_VERSION,
         "tokenizer": type(tokenizer).__name__,
         "vocabulary": short_hash(vocabulary),
-        "chat_template": template and short_hash(template),
+        "chat_template": template,
         "special_tokens": tokenizer.special_tokens_map,
         "pad_token_id": tokenizer.pad_token_id,
         "max_source_length": args.max_source_length,
@@ -208,65 +222,98 @@ def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, s
 COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column")
 
 
-def fingerprint(
-    args: DataArguments, files: list[Path], named: Dataset | None, tokenizer: PreTrainedTokenizerBase, split: str
-) -> dict[str, Any]:
-    """Everything that decides what the tokenized rows of a split are; as JSON reads it back."""
-    stats = [(file.resolve(), file.stat()) for file in files]
+def fingerprint(args: DataArguments, source: Source, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
+    """Everything that decides the tokenized rows of a split; values are as JSON reads them back."""
+    stats = [(file.resolve(), file.stat()) for file in source.files]
     return encoding_settings(args, tokenizer, split) | {
         "split": split,
         **{name: vars(args)[name] for name in (*COLUMNS, "source_prefix")},
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
-        "dataset": None if named is None else named._fingerprint,
+        "dataset": None if source.named is None else source.named._fingerprint,
     }
 
 
-def prepare_dataset(
-    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, split: str
-) -> Prepared:
-    """The tokenized rows of one split (train, validation or test), from the cache or written to it.
+# The cache
 
-    One of all running jobs does the work while the others wait for it. Raises UserError for bad files and rows.
+
+def prepare_dataset(
+    args: DataArguments,
+    patterns: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    encoders: Mapping[str, Encode],
+) -> Prepared:
+    """The tokenized rows of a split (train, validation or test), from the cache or written to it.
+
+    ``encoders`` has the function that encodes each table (rows, questions) that the split needs. Of all running jobs
+    one tokenizes and the others wait. Raises UserError for bad files and rows.
     """
-    files = find_files(patterns) if patterns else []
-    named = None if files else read_named(args, split)
-    key = short_hash(json.dumps(fingerprint(args, files, named, tokenizer, split)).encode())
+    source = open_source(args, patterns, split)
+    key = short_hash(json.dumps(fingerprint(args, source, tokenizer, split)).encode())
     folder = cache_folder() / "datasets" / key
-    tables = tables_of(split, args)
     with guard("data set", folder):
         cached = folder.exists() and not args.overwrite_cache
         if not cached:
-            folder.parent.mkdir(exist_ok=True)
-            for left_behind in folder.parent.glob(f"{key}.*"):  # by a job that was killed
-                shutil.rmtree(left_behind)
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
-            try:
-                source = patterns or str(args.dataset_name)
-                summary: dict[str, Any] = {}
-                for table in tables:
-                    examples = read_examples(args, read_source(args, files, named), tokenizer)
-                    with without_collector():
-                        file = partial / f"{table}.arrow"
-                        unlabelled = summary.get("unlabelled", 0)
-                        summary = write_table(file, table, args, examples, tokenizer, split)
-                        check_any(summary, args, source)
-                        summary["unlabelled"] += unlabelled  # only rows have labels
-                write_json(partial / "summary.json", summary)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(partial, folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with replaced(folder) as partial:
+                unlabelled = 0  # only rows have labels
+                for table, encode in encoders.items():
+                    examples = read_examples(args, source.read(), tokenizer)
+                    summary = write_table(partial / f"{table}.arrow", table, encode, args, examples, tokenizer, split)
+                    check_any(summary, args, source)
+                    unlabelled += summary["unlabelled"]
+                write_json(partial / "summary.json", summary | {"unlabelled": unlabelled})
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in tables}
-    return Prepared(
-        found.get("rows", Dataset.from_dict({})),
-        found.get("questions", Dataset.from_dict({})),
-        [str(file) for file in files] or [str(args.dataset_name)],
-        summary["dropped"],
-        summary["first_dropped"],
-        summary["truncated"],
-        summary["shortened"],
-        summary["rows"],
-        summary["unlabelled"],
-        cached,
-    )
+        tables = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in encoders}
+    return prepared_of(tables, list(map(str, source.files)) or [source.name], cached, summary)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder that replaces ``folder`` at the end, unless there is an error. Needs a lock."""
+    folder.parent.mkdir(exist_ok=True)
+    for left_by_killed_job in folder.parent.glob(f"{folder.name}.*"):
+        shutil.rmtree(left_by_killed_job)
+    partial = folder.with_name(f"{folder.name}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# The shards of common/preprocess.py
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete folder. Raises UserError if the manifest or a shard is missing or truncated."""
+    again = "run common/preprocess.sh again with the same settings, which makes only what is missing"
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: common/preprocess.sh makes it.")
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None or "shards" not in manifest:
+        raise UserError(f"{folder} is not complete: {MANIFEST}, which is written last, is not there: {again}.")
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if not file.is_file() or file.stat().st_size != shard["size"]:
+            raise UserError(f"{file} is missing, truncated or changed ({MANIFEST} tells): copy it again, or {again}.")
+    return manifest
+
+
+def load_shards(args: DataArguments, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The training rows of a folder, mapped into memory.
+
+    Raises UserError for an incomplete folder, and for one that was made with another tokenizer or other lengths.
+    Files and columns are not compared: the rows are read already.
+    """
+    manifest = read_manifest(folder)
+    unused = ("max_target_length", "ignore_pad_token_for_loss") if manifest["text_column"] else ()
+    settings = encoding_settings(args, tokenizer, "train")
+    if differing := differences(manifest, {name: settings[name] for name in settings if name not in unused}):
+        raise UserError(
+            f"{folder} was made with other settings ({differing}): train with those, or make another folder with "
+            "common/preprocess.sh."
+        )
+    rows = concatenate_datasets([Dataset.from_file(str(folder / shard["file"])) for shard in manifest["shards"]])
+    return prepared_of({"rows": rows}, [str(folder)], True, manifest)

@@ -1,4 +1,4 @@
-"""Rows of the official data formats -> conversations, checked: pairs with history, messages with tools."""
+"""Rows of the official data formats -> checked conversations: pairs with history, messages with tools."""
 
 import ast
 import json
@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.data.rows import check_text, json_of, text_of, value_of
-from common.encoding import ROUND_FORMATS, Turn, conversation_of
+from common.encoding import Turn, conversation_of, has_roles
 from common.errors import UserError
-from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
 ROLES = ("system", "user", "assistant", "observation", "tool")
 
@@ -18,7 +17,7 @@ ROLES = ("system", "user", "assistant", "observation", "tool")
 def read_pair(
     place: str, row: dict[str, Any], prompt_column: str, response_column: str, history_column: str | None
 ) -> list[Turn]:
-    """A question, its answer, and the rounds before them; no turns where question or answer is empty."""
+    """The turns of a question, its answer and the rounds before; [] if question or answer is empty."""
     query = text_of(place, row, prompt_column, "prompt_column")
     response = text_of(place, row, response_column, "response_column")
     history = read_history(place, row, history_column) if history_column else []
@@ -26,10 +25,10 @@ def read_pair(
 
 
 def read_history(place: str, row: dict[str, Any], column: str) -> list[list[str]]:
-    """Earlier rounds [[question, answer], …]; in CSV they are written as JSON; empty and null mean none."""
+    """The earlier rounds [[question, answer], …], which CSV holds as JSON; empty and null mean none."""
     history = json_of(place, f"column {column!r}", value_of(place, row, column, "history_column")) or []
     if not isinstance(history, list) or not all(is_round(pair) for pair in history):
-        raise UserError(f"{place}: column {column!r} must hold [[question, answer], …], strings all.")
+        raise UserError(f"{place}: column {column!r} must hold [[question, answer], …], all of them strings.")
     return [[check_text(place, f"column {column!r}", text) for text in pair] for pair in history]
 
 
@@ -38,17 +37,17 @@ def is_round(pair: Any) -> bool:
 
 
 def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
-    """A conversation of the ChatGLM3 repository ({"tools": …, "conversations": [{"role", "content"}, …]}) or of OpenAI.
+    """The turns of a conversation in the format of ChatGLM3 ({"role", "content"}, tools in the row) or of OpenAI.
 
-    A row's tools become the first system turn. System and user turns are not learned, nor is what a tool returned;
-    all other turns are, and a turn's own ``loss`` decides otherwise. A field that is null counts as left out, as
-    tables write it. Raises UserError for what is no conversation.
+    A row's tools become the first system turn. The model learns the turns of the assistant and observations in the
+    format of ChatGLM3; a message's own ``loss`` overrides that. Fields that are null count as missing, because tables
+    fill up messages with them. Raises UserError for anything else.
     """
     messages = json_of(place, f"column {column!r}", value_of(place, row, column, "conversation_column"))
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: column {column!r} must hold a list of messages, and not an empty one.")
     turns = read_tools(place, row.get("tools"))
-    spoken = False  # anything but the system prompt
+    spoken = False  # whether a turn other than the system prompt was read
     for number, message in enumerate(messages, 1):
         here = f"{place}, message {number}"
         message = present_fields(here, message)
@@ -65,7 +64,7 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
 
 
 def read_tools(place: str, value: Any) -> list[Turn]:
-    """The system turn that offers a row's tools, if it has any."""
+    """The system turn that lists a row's tools; [] without tools."""
     tools = json_of(place, "column 'tools'", value)
     if not tools:
         return []
@@ -93,16 +92,13 @@ def check_role(place: str, message: dict[str, Any]) -> str:
 
 
 def read_message(place: str, role: str, message: dict[str, Any]) -> list[Turn]:
-    """One message as turns: a call of a tool and what it returned are two, in the roles that ChatGLM3 has."""
+    """The turns of a message in the roles of ChatGLM3: a tool call and its result are two turns."""
     loss = message.get("loss", role not in ("system", "user"))
-    if role == "tool" and "content" not in message:  # the format of the ChatGLM3 repository: a call with its result
+    if role == "tool" and "content" not in message:  # ChatGLM3's format: a call with its result
         call = read_call(place, message.get("name"), message.get("parameters"), loss)
-        return (
-            [call, Turn("observation", result_of(place, message["observation"]))]
-            if "observation" in message
-            else [call]
-        )
-    if role in ("tool", "observation"):  # what a tool returned; under the name of OpenAI it is not learned by default
+        results = [message["observation"]] if "observation" in message else []
+        return [call, *(Turn("observation", result_of(place, result)) for result in results)]
+    if role in ("tool", "observation"):  # a result; OpenAI names it tool, and such a result is not learned by default
         if "content" not in message:
             raise UserError(f"{place}: {role} without content: what did the tool return?")
         learned = message.get("loss", role == "observation")
@@ -127,7 +123,7 @@ def read_openai_call(place: str, call: Any, loss: bool) -> Turn:
 
 
 def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
-    """The assistant's turn that calls a tool, in the words that ChatGLM3 was trained with."""
+    """The assistant's turn that calls a tool, written as in ChatGLM3's training data: tool_call(city='北京')."""
     if not isinstance(name, str) or not name:
         raise UserError(f'{place}: a tool call needs a "name".')
     parameters = json_of(place, f"the parameters of {name}", parameters) or {}
@@ -135,11 +131,9 @@ def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
         raise UserError(f'{place}: the parameters of {name} must be like {{"city": "北京"}}, not {parameters!r:.40}.')
     given = {key: ast.Constant(value) for key, value in parameters.items() if value is not None}
     keywords = [ast.keyword(key, value) for key, value in given.items() if is_parameter(key)]
-    other = [key for key in given if not is_parameter(key)]
-    if other:
-        keywords.append(
-            ast.keyword(None, ast.Dict([ast.Constant(key) for key in other], [given[key] for key in other]))
-        )
+    other = {key: value for key, value in given.items() if not is_parameter(key)}
+    if other:  # names that are no Python identifiers: tool_call(city='北京', **{'a-b': 1})
+        keywords.append(ast.keyword(None, ast.Dict(list(map(ast.Constant, other)), list(other.values()))))
     call = ast.unparse(ast.Call(func=ast.Name("tool_call"), args=[], keywords=keywords))
     content = check_text(place, f"the parameters of {name}", f"```python\n{call}\n```")
     return Turn("assistant", content, metadata=check_text(place, "name", name), loss=loss)
@@ -150,24 +144,26 @@ def is_parameter(name: str) -> bool:
 
 
 def result_of(place: str, value: Any) -> str:
-    """What a tool returned: text as it stands, anything else as JSON."""
+    """A tool's result as text: a string unchanged, other values as JSON."""
     return check_text(place, "the result", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def check_roles(tokenizer: PreTrainedTokenizerBase, place: str, turns: list[Turn]) -> None:
-    """Raises UserError where a conversation needs roles that this generation of models does not have."""
-    if type(tokenizer) not in ROUND_FORMATS:
-        if not isinstance(tokenizer, ChatGLM3Tokenizer) and not tokenizer.chat_template:
+    """Raises UserError for roles that the model does not know: ChatGLM-6B and ChatGLM2-6B know two, in alternation."""
+    if has_roles(tokenizer):
+        if tokenizer.is_fast and not tokenizer.chat_template:  # GLM-4; ChatGLM3's tokenizer needs no template
             raise UserError(f"{tokenizer.name_or_path} has no chat template: use the chat model for conversations.")
         return
     for number, turn in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
-        what = "calls a tool" if turn.metadata else f"has the role {turn.role}" if turn.role != expected else ""
+        reason = f"has the role {turn.role}" if turn.role != expected else ""
+        if turn.metadata:
+            reason = "calls a tool"
         if turn.role == "user" and turn.loss:
-            what = "is a question that is to be learned"
-        if what:
+            reason = "is a question with loss: true"
+        if reason:
             raise UserError(
-                f"{place}: turn {number + 1} {what}, but ChatGLM-6B and ChatGLM2-6B know only user and assistant in "
+                f"{place}: turn {number + 1} {reason}, but ChatGLM-6B and ChatGLM2-6B know only user and assistant in "
                 "turn: use a ChatGLM3 or GLM-4 model for these conversations."
             )
     if len(turns) % 2:

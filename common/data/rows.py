@@ -1,4 +1,4 @@
-"""Data files -> rows, read as a stream: JSON arrays, JSON lines and CSV, checked as they come."""
+"""Data files -> rows. JSON lines and CSV are read line by line; a JSON array is read into memory as a whole."""
 
 import csv
 import glob
@@ -11,13 +11,12 @@ from typing import Any, TextIO
 
 from common.errors import UserError
 
-BLANK = re.compile(r"[ \t\r\n]*")
-DECODER = json.JSONDecoder()
-CHUNK = 1 << 20  # characters of a JSON array that are read at a time
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""(place, row): error messages name the place, ``FILE, line N`` or ``FILE, row N``."""
 
 
 def find_files(patterns: str) -> list[Path]:
-    """Files named one by one, separated by commas, or by a glob. Raises UserError where one does not exist."""
+    """The files that a list separated by commas names, by paths or globs. Raises UserError for one without a file."""
     files = []
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
@@ -27,115 +26,78 @@ def find_files(patterns: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row of a JSON, JSON lines or CSV file; the place is named in error messages."""
+def read_rows(file: Path) -> Rows:
+    """The rows of a JSON, JSON lines or CSV file. Raises UserError for text that is broken or not UTF-8."""
     try:
         if file.suffix.lower() == ".csv":
             yield from read_csv(file)
             return
         with open(file, encoding="utf-8-sig") as text:
-            start = text.read(1)
-            while start.isspace():
-                start = text.read(1)
+            is_array = next((line for line in text if line.strip()), "").lstrip().startswith("[")
             text.seek(0)
-            yield from read_json_array(file, text) if start == "[" else read_json_lines(file, text)
+            yield from read_json_array(file, text) if is_array else read_json_lines(file, text)
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise UserError(f"{file} is not UTF-8 text: {error.reason}.") from error
 
 
-def read_json_lines(file: Path, lines: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(file: Path, lines: TextIO) -> Rows:
     for number, line in enumerate(lines, 1):
         if line.strip():
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: broken JSON: {error}.") from error
-            yield place, check_object(place, row)
+            yield check_row(f"{file}, line {number}", parse_json(file, line, number))
 
 
-def read_json_array(file: Path, text: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of an array one by one; only what is not yet a whole object is kept in memory."""
-    buffer, begin, line, number, state = "", 0, 1, 0, "start"
-    while True:
-        begin = BLANK.match(buffer, begin).end()  # type: ignore[union-attr]
-        try:
-            state, begin, row = next_of_array(buffer, begin, state)
-        except ValueError as error:
-            more = text.read(CHUNK)
-            if more:  # perhaps the error is only that the buffer ends here
-                line += buffer.count("\n", 0, begin)
-                buffer, begin = buffer[begin:] + more, 0
-                continue
-            if state == "end" and begin == len(buffer):
-                return
-            where = error.pos if isinstance(error, json.JSONDecodeError) else begin
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-            line += buffer.count("\n", 0, where)
-            raise UserError(f"{file}, line {line}: broken JSON: {reason}.") from error
-        if row is not None:
-            number += 1
-            place = f"{file}, row {number}"
-            yield place, check_object(place, row)
+def read_json_array(file: Path, text: TextIO) -> Rows:
+    for number, row in enumerate(parse_json(file, text.read()), 1):
+        yield check_row(f"{file}, row {number}", row)
 
 
-def next_of_array(buffer: str, begin: int, state: str) -> tuple[str, int, Any]:
-    """(state after it, where it ends, the row or None) of what stands at ``begin``, where no blank is.
-
-    The states: start, first (a row or the end may come), next (a comma or the end), row (a row must come), end.
-    Raises ValueError for anything else.
-    """
-    char = buffer[begin : begin + 1]
-    if state == "start" and char == "[":
-        return "first", begin + 1, None
-    if state in ("first", "next") and char == "]":
-        return "end", begin + 1, None
-    if state == "next" and char == ",":
-        return "row", begin + 1, None
-    if state in ("first", "row"):
-        try:
-            row, end = DECODER.raw_decode(buffer, begin)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        return "next", end, [] if row is None else row  # null is no object either
-    raise ValueError("text after the array" if state == "end" else "a comma or ] is missing")
-
-
-def read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
+def parse_json(file: Path, text: str, line: int = 0) -> Any:
+    """The value of a text: the whole file, or one ``line`` of it. Raises UserError that names the broken line."""
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{file}, line {line or error.lineno}"
+        raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; no position is known
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file}{f', line {line}' if line else ''}: broken JSON: {reason}.") from error
+
+
+def read_csv(file: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)
+    with open(file, encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
             for row in reader:
                 place = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise UserError(f"{place}: this row has more or fewer fields than the header names.")
                 yield place, row
-    except csv.Error as error:
-        raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
 
 
-def check_object(place: str, row: Any) -> dict[str, Any]:
+def check_row(place: str, row: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(row, dict):
         raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
-    return row
+    return place, row
 
 
 def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:
-    """What stands in a column. Raises UserError naming the columns that exist."""
+    """The value of a column. Raises UserError that names the existing columns where it is missing."""
     if column not in row:
         raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --{flag}).")
     return row[column]
 
 
-def check_text(place: str, what: str, value: Any) -> str:
-    """The string; "" for null. Raises UserError for what is no text."""
+def check_text(place: str, name: str, value: Any) -> str:
+    """The string, "" for null. Raises UserError for other types and for lone surrogates."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: {what} holds {type(value).__name__} {value!r:.40}, expected a string.")
+        raise UserError(f"{place}: {name} holds {type(value).__name__} {value!r:.40}, expected a string.")
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{place}: {what} holds half a character (a lone surrogate), which is no text.")
+        raise UserError(f"{place}: {name} holds half a character (a lone surrogate), which is no text.")
     return value
 
 
@@ -143,11 +105,11 @@ def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
     return check_text(place, f"column {column!r}", value_of(place, row, column, flag))
 
 
-def json_of(place: str, what: str, value: Any) -> Any:
-    """What a string holds as JSON, as tables write lists; other values as they are, "" as None."""
+def json_of(place: str, name: str, value: Any) -> Any:
+    """The JSON value that a string holds, as CSV writes lists, None for a blank one; other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {what} is not JSON: {error}.") from error
+        raise UserError(f"{place}: {name} is not JSON: {error}.") from error

@@ -227,7 +227,7 @@ def second_or_third(path: Path, config: dict[str, Any]) -> str:
         if sign in source:
             return key
     place = path.resolve()
-    own_name = place.parents[1].name if place.parent.name == "snapshots" else place.name  # of the hub's cache, or any
+    own_name = place.parents[1].name if place.parent.name == "snapshots" else place.name  # in Hugging Face's cache
     for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), own_name):
         found = re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(name).lower())
         if found:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.data.dataset import read_manifest
 from common.data.rows import find_files
-from common.data.shards import read_manifest
 from common.errors import UserError, say
 from common.memory.fit import open_shape
 from common.methods import Method

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from common.arguments import DataArguments, LoraArguments
 from common.data.collator import TrainCollator
-from common.data.dataset import prepare_dataset, read_examples, read_source
+from common.data.dataset import prepare_dataset, read_examples
+from common.data.rows import read_rows
 from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
 from common.methods.lora import attach_lora
@@ -174,7 +175,7 @@ def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
         file = Path(folder) / "rows.json"
         file.write_text(data.read_text(encoding="utf-8") * 20, encoding="utf-8")
         start = time.process_time()
-        prepared = prepare_dataset(columns, str(file), tokenizer, "train")
+        prepared = prepare_dataset(columns, str(file), tokenizer, "train", {"rows": encode_train})
         seconds = time.process_time() - start
     os.sched_setaffinity(0, cores)
     console().print(
@@ -204,7 +205,7 @@ def main() -> None:
         bench_preprocessing(columns, tokenizer, args.data)
     if args.only == "preprocessing":
         return
-    examples = [example for _, example in read_examples(columns, read_source(columns, [args.data], None), tokenizer)]
+    examples = [example for _, example in read_examples(columns, read_rows(args.data), tokenizer)]
     model = attach(method, make_model(generation, args.shape, tokenizer))
     console().print(f"{args.kind}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
     if args.only != "evaluation":
