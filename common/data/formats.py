@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.data.rows import check_text, json_of, text_of, value_of
-from common.encoding import ROUND_FORMATS, Turn, conversation_of
+from common.encoding import Turn, conversation_of, has_roles
 from common.errors import UserError
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
@@ -156,7 +156,7 @@ def result_of(place: str, value: Any) -> str:
 
 def check_roles(tokenizer: PreTrainedTokenizerBase, place: str, turns: list[Turn]) -> None:
     """Raises UserError where a conversation needs roles that this generation of models does not have."""
-    if type(tokenizer) not in ROUND_FORMATS:
+    if has_roles(tokenizer):
         if not isinstance(tokenizer, ChatGLM3Tokenizer) and not tokenizer.chat_template:
             raise UserError(f"{tokenizer.name_or_path} has no chat template: use the chat model for conversations.")
         return
