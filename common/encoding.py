@@ -1,7 +1,7 @@
 """Encode conversations and plain text as token ids and labels, as the official code of each model family does.
 
 ChatGLM-6B and ChatGLM2-6B read a conversation as one text of numbered rounds; every trained answer is one row.
-ChatGLM3-6B and GLM-4 read messages, each of which begins with a role token; one row trains all its answers.
+ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains all its answers.
 """
 
 import sys
@@ -131,7 +131,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def with_methods(tokenizer: PreTrainedTokenizerBase) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
-    """The tokenizer itself, or an adapter if transformers made it."""
+    """The tokenizer itself, or an adapter with the same methods if its class is not ours."""
     return tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else GLM4Adapter(tokenizer)
 
 

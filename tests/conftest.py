@@ -32,7 +32,7 @@ from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
 GOLDENS = SPECS["chatglm-6b"].goldens
-# The longest tests run first, so that no core is idle at the end; in a file those that share a training stand first.
+# The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
 LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
 
 

@@ -182,7 +182,7 @@ def new_model(spec: DemoSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def text_pieces(tokenizer: ChatGLM3Tokenizer) -> list[str]:
-    """The pieces that stand for text, without the bytes."""
+    """The pieces that mean text, without the bytes."""
     vocabulary = tokenizer.sp_model
     texts = range(vocabulary.eos_id() + 1, vocabulary.get_piece_size())
     pieces = [vocabulary.id_to_piece(index) for index in texts if not vocabulary.is_byte(index)]

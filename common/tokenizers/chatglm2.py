@@ -73,7 +73,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         return self.sp_model.decode([index for index in token_ids if self.is_text(index)])
 
     def is_text(self, index: int) -> bool:
-        """Whether an id stands for text: not for a special token, <unk> (the pad), <s> or </s>, nor out of range."""
+        """Whether an id means text: not for a special token, <unk> (the pad), <s> or </s>, nor out of range."""
         return self.sp_model.bos_id() < index < self.sp_model.get_piece_size() and index != self.sp_model.eos_id()
 
     def build_inputs_with_special_tokens(

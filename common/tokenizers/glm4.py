@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import UserError
 from common.tokenizers.base import EncodedMessage, Message
@@ -54,11 +53,6 @@ class GLM4Adapter:
         return encoded
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text that the chat template makes of messages; ``apply_chat_template`` refuses an empty list."""
-        texts, _ = render_jinja_template(
-            conversations=[list(messages)],
-            chat_template=self.tokenizer.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            **self.tokenizer.special_tokens_map,
-        )
-        return texts[0]
+        """The text that the chat template makes of messages."""
+        batch = [list(messages)]  # an empty conversation is allowed only in a batch
+        return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
