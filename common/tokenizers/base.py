@@ -21,7 +21,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     num_threads = -1  # threads of one call to sentencepiece: one per core
 
     def start_ids(self) -> list[int]:
-        """The special tokens that precede a text without a prompt."""
+        """The special tokens that every text begins with."""
         return self.build_inputs_with_special_tokens([])
 
     def stop_ids(self) -> list[int]:
