@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from tiny_models import SPECS, Spec, write_checkpoint
+from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint, write_tokenizer_config
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +31,7 @@ from common.models import chatglm, chatglm2
 from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
-GOLDENS = SPECS["chatglm-6b"].goldens
+GOLDENS = CHATGLM.goldens
 # The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
 LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
 
@@ -76,7 +76,7 @@ def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:
     if not vocabulary:
         pytest.skip(f"needs the original vocabulary: set {spec.vocabulary_variable}=/path/to/{name} (of {spec.name})")
     shutil.copyfile(vocabulary, folder / name)
-    (folder / "tokenizer_config.json").write_text(json.dumps(spec.tokenizer_config))
+    write_tokenizer_config(spec, folder)
     return spec.tokenizer_class.from_pretrained(folder)
 
 
@@ -86,13 +86,13 @@ def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory) -> Path:
     """The folder of the tiny checkpoint."""
-    return make_tiny_folder(SPECS["chatglm-6b"], tmp_path_factory.mktemp("tiny"))
+    return make_tiny_folder(CHATGLM, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_weights) -> PreTrainedModel:
     """The shared tiny model, in float32 and eval mode. A test that changes a model uses ``fresh_tiny_model``."""
-    return load_tiny_model(SPECS["chatglm-6b"], tiny_weights)
+    return load_tiny_model(CHATGLM, tiny_weights)
 
 
 @pytest.fixture
@@ -125,17 +125,17 @@ def model_goldens() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def generation_goldens() -> dict:
-    return read_golden(SPECS["chatglm-6b"], "generation.json")
+    return read_golden(CHATGLM, "generation.json")
 
 
 @pytest.fixture(scope="session")
 def tokenizer_goldens() -> dict:
-    return read_golden(SPECS["chatglm-6b"], "tokenizer.json")
+    return read_golden(CHATGLM, "tokenizer.json")
 
 
 @pytest.fixture(scope="session")
 def metrics_goldens() -> dict:
-    return read_golden(SPECS["chatglm-6b"], "metrics.json")
+    return read_golden(CHATGLM, "metrics.json")
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +151,7 @@ def real_rows() -> Callable[..., dict]:
 
 @pytest.fixture(scope="session")
 def real_tokenizer(tmp_path_factory) -> ChatGLMTokenizer:
-    return load_real_tokenizer(SPECS["chatglm-6b"], tmp_path_factory.mktemp("real_tokenizer"))
+    return load_real_tokenizer(CHATGLM, tmp_path_factory.mktemp("real_tokenizer"))
 
 
 @pytest.fixture(scope="session")
@@ -167,9 +167,9 @@ def demo_tokenizer(demo_folder) -> ChatGLMTokenizer:
 # ChatGLM2-6B and ChatGLM3-6B
 
 
-@pytest.fixture(scope="session", params=["chatglm2-6b", "chatglm3-6b"])
+@pytest.fixture(scope="session", params=[CHATGLM2, CHATGLM3], ids=lambda spec: spec.name)
 def spec(request) -> Spec:
-    return SPECS[request.param]
+    return request.param
 
 
 @pytest.fixture(scope="session")

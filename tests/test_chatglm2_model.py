@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
+from tiny_models import CHATGLM3
 from transformers import AutoModelForCausalLM
 
 from common.methods.prefix import attach_prefix, load_prefix, save_prefix, without_prefix
@@ -16,7 +17,7 @@ from common.models.registry import GENERATIONS
 CASES = ["train_b4", "train_rounds", "train_trunc"]
 PREFIXES = ["prefix_proj0", "prefix_proj1"]
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-only_chatglm3 = pytest.mark.parametrize("spec", ["chatglm3-6b"], indirect=True)
+only_chatglm3 = pytest.mark.parametrize("spec", [CHATGLM3], ids=["chatglm3-6b"], indirect=True)
 
 
 def training_batch(goldens: dict, name: str) -> dict:

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import sentencepiece
+from tiny_models import CHATGLM2, CHATGLM3, write_tokenizer_config
 
 from common.tokenizers.chatglm2 import ROLES, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
-only_chatglm2 = pytest.mark.parametrize("spec", ["chatglm2-6b"], indirect=True)
-only_chatglm3 = pytest.mark.parametrize("spec", ["chatglm3-6b"], indirect=True)
+only_chatglm2 = pytest.mark.parametrize("spec", [CHATGLM2], ids=["chatglm2-6b"], indirect=True)
+only_chatglm3 = pytest.mark.parametrize("spec", [CHATGLM3], ids=["chatglm3-6b"], indirect=True)
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
 TYPED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<s>", "</s>", "<unk>", *ROLE_TOKENS]
 
@@ -272,7 +273,7 @@ def test_nothing_of_the_checkpoint_folder_is_executed(small_tokenizer, spec, tin
         shutil.copyfile(tiny2_folder / name, tmp_path / name)
     shutil.copyfile(small_tokenizer.vocab_file, tmp_path / "tokenizer.model")
     others = {"pad_token": "<pad>", "eos_token": "<|user|>", "unk_token": "<other>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(spec.tokenizer_config | others))
+    write_tokenizer_config(spec, tmp_path, **others)
     loaded = spec.tokenizer_class.from_pretrained(tmp_path)
     assert loaded.encode("a[gMASK]</s>b") == small_tokenizer.encode("a[gMASK]</s>b")
     assert (loaded.pad_token_id, loaded.eos_token_id) == (0, 2)

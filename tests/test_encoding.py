@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_arrays, load_real_tokenizer
-from tiny_models import SPECS
+from tiny_models import CHATGLM2, CHATGLM3
 
 from common.data.collator import TrainCollator, left_pad
 from common.data.formats import read_messages
@@ -70,12 +70,12 @@ def dev_rows() -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def original2(tmp_path_factory) -> ChatGLM2Tokenizer:
-    return load_real_tokenizer(SPECS["chatglm2-6b"], tmp_path_factory.mktemp("original2"))
+    return load_real_tokenizer(CHATGLM2, tmp_path_factory.mktemp("original2"))
 
 
 @pytest.fixture(scope="module")
 def original3(tmp_path_factory) -> ChatGLM3Tokenizer:
-    return load_real_tokenizer(SPECS["chatglm3-6b"], tmp_path_factory.mktemp("original3"))
+    return load_real_tokenizer(CHATGLM3, tmp_path_factory.mktemp("original3"))
 
 
 def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):

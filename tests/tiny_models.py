@@ -172,52 +172,40 @@ class Spec(NamedTuple):
         return Path(__file__).parent / "goldens" / self.name
 
 
-SPECS = {
-    spec.name: spec
-    for spec in (
-        Spec(
-            "chatglm-6b",
-            chatglm.ChatGLMForConditionalGeneration,
-            ChatGLMTokenizer,
-            "ICE_TEXT_MODEL",
-            CHATGLM_CONFIG,
-            CHATGLM_TOKENIZER_CONFIG | {"name_or_path": "THUDM/chatglm-6b"},
-            draw_chatglm,
-            1101,
-            "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984",
-            (),
-            [130005],
-        ),
-        Spec(
-            "chatglm2-6b",
-            chatglm2.ChatGLMForConditionalGeneration,
-            ChatGLM2Tokenizer,
-            "TOKENIZER_MODEL",
-            CHATGLM2_CONFIG
-            | {"_name_or_path": "THUDM/chatglm2-6b", "seq_length": 32768, "transformers_version": "4.27.1"},
-            TOKENIZER_CONFIG | {"name_or_path": "THUDM/chatglm2-6b"},
-            draw_chatglm2,
-            212,
-            "72b513ec89f4d46cca51f1d2604dda03006593ef382ab09de1c6ab018244bb24",
-            ("embedding", "rotary_pos_emb", "layers.0", "layers.1"),
-            [2],
-        ),
-        Spec(
-            "chatglm3-6b",
-            chatglm2.ChatGLMForConditionalGeneration,
-            ChatGLM3Tokenizer,
-            "TOKENIZER_MODEL",
-            CHATGLM2_CONFIG
-            | {"_name_or_path": "THUDM/chatglm3-6b", "seq_length": 8192, "transformers_version": "4.30.2"},
-            TOKENIZER_CONFIG | {"name_or_path": "THUDM/chatglm3-6b"},
-            draw_chatglm2,
-            313,
-            "5834b526e83ad0e0c07b68f91cba49511036767d0e9a6c7ac60259d109a55745",
-            ("embedding", "rotary_pos_emb", "layers.0", "layers.1"),
-            [2, 64795, 64797],
-        ),
-    )
-}
+CHATGLM = Spec(
+    "chatglm-6b",
+    chatglm.ChatGLMForConditionalGeneration,
+    ChatGLMTokenizer,
+    "ICE_TEXT_MODEL",
+    CHATGLM_CONFIG,
+    CHATGLM_TOKENIZER_CONFIG,
+    draw_chatglm,
+    1101,
+    "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984",
+    (),
+    [130005],
+)
+CHATGLM2 = Spec(
+    "chatglm2-6b",
+    chatglm2.ChatGLMForConditionalGeneration,
+    ChatGLM2Tokenizer,
+    "TOKENIZER_MODEL",
+    CHATGLM2_CONFIG | {"seq_length": 32768, "transformers_version": "4.27.1"},
+    TOKENIZER_CONFIG,
+    draw_chatglm2,
+    212,
+    "72b513ec89f4d46cca51f1d2604dda03006593ef382ab09de1c6ab018244bb24",
+    ("embedding", "rotary_pos_emb", "layers.0", "layers.1"),
+    [2],
+)
+CHATGLM3 = CHATGLM2._replace(
+    name="chatglm3-6b",
+    tokenizer_class=ChatGLM3Tokenizer,
+    config=CHATGLM2_CONFIG | {"seq_length": 8192, "transformers_version": "4.30.2"},
+    seed=313,
+    sha256="5834b526e83ad0e0c07b68f91cba49511036767d0e9a6c7ac60259d109a55745",
+    stop_ids=[2, 64795, 64797],
+)
 
 
 def check_sha256(weights: dict[str, Tensor], sha256: str) -> None:
@@ -250,5 +238,11 @@ def write_checkpoint(spec: Spec, folder: Path) -> None:
         shards = {"pytorch_model.bin": weights}
     for file, tensors in shards.items():
         torch.save(tensors, folder / file)
-    (folder / "config.json").write_text(json.dumps(spec.config, indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps(spec.tokenizer_config, indent=2))
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": f"THUDM/{spec.name}"} | spec.config, indent=2))
+    write_tokenizer_config(spec, folder)
+
+
+def write_tokenizer_config(spec: Spec, folder: Path, **fields: str) -> None:
+    """Writes the tokenizer_config.json of the original, with further fields."""
+    fields["name_or_path"] = f"THUDM/{spec.name}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(spec.tokenizer_config | fields, indent=2))
