@@ -1,11 +1,11 @@
-"""Write sample conversations: about the attributes of a garment, and of a shop assistant that looks things up.
+"""Write sample conversations: questions about a garment, and a shop assistant that looks up stock and prices.
 
     python3 AdvertiseGen/conversations.py        # train_chat.json, dev_chat.json, train_tools.json, dev_tools.json
 
-The chat files are rows of prompt, response and history. The tool files are in the format of the ChatGLM3 fine-tuning
-README: the tools on offer and the messages, where a message of the role "tool" is a call with what it returned. The
-arguments have to be copied from a question and the number from what the call returned; whether there is a call at all
-depends on the question and on the tools.
+A row of the chat files has prompt, response and history. A row of the tool files has the format of the ChatGLM3
+fine-tuning README: the offered tools and the messages, in which a message of the role "tool" is a call and its result.
+A model copies the arguments from a question and the number from the result; the question and the offered tools decide
+whether it makes a call.
 """
 
 import json
@@ -27,7 +27,7 @@ from AdvertiseGen.generate import (
     write_rows,
 )
 
-# key: (verb of the answer, questions). A question names no value: the answer must be looked up in the history.
+# key: (verb of the answer, questions). A question names no value, so the model must find it in the history.
 ASK = {
     "材质": ("用的是", ["是什么料子做的？", "料子怎么样？"]),
     "颜色": ("是", ["是什么颜色的？", "颜色好看吗？"]),
@@ -54,7 +54,7 @@ TOOLS = {
 }
 SYSTEM_PROMPT = "你是一家服装店的客服。"
 
-# What a customer can say, {} being the garment or "它". No tool knows about "service".
+# The words of a customer; {} is the garment or "它". No tool answers "service".
 QUESTIONS = {
     "stock": ["{}还有货吗？", "{}还剩多少？", "{}有现货吗？"],
     "price": ["{}多少钱？", "{}怎么卖？", "{}是什么价格？"],
@@ -71,7 +71,7 @@ ANSWERS = {
 }
 NO_TOOL_ANSWER = "抱歉亲，这个我查不到哦。"
 
-# (share of the rows, what the customer says in turn, tools on offer)
+# (share of the rows, subjects of the customer in order, offered tools)
 PLANS = [
     # one call
     (6, "stock", "stock price"),
@@ -80,14 +80,14 @@ PLANS = [
     (5, "price", "price"),
     (1, "stock thanks", "stock price"),
     (1, "price thanks", "stock price"),
-    # one call, then a question that no tool on offer answers
+    # one call, then a question that no offered tool answers
     (3, "stock price", "stock"),
     (3, "price stock", "price"),
     (1, "stock service", "stock price"),
     (1, "price service", "stock price"),
     # two calls
     (6, "stock price", "stock price"),
-    # no call: only such a question, or only courtesy
+    # no call: only a question that no offered tool answers, or only courtesy
     (2, "price", "stock"),
     (2, "stock", "price"),
     (1, "service", "stock price"),
@@ -101,13 +101,13 @@ PLANS = [
 
 
 def answer(attributes, key, rng):
-    """What the shop says about one attribute."""
+    """The answer of the shop about one attribute."""
     phrase, effect = SELLING[key][dict(attributes)[key]]
     return choose(["亲，{0}{1}，{2}哦。", "您好，{0}{1}，{2}。"], rng).format(ASK[key][0], phrase, effect)
 
 
 def random_turn(attributes, key, rng):
-    """One (question, answer) about an attribute, or (key None) about what to wear with the garment."""
+    """A (question, answer) about an attribute or, if key is None, about the clothes to wear with the garment."""
     measure, name, wear_with, _ = GARMENTS[attributes[0][1]]
     if key is None:
         question = choose([f"这{measure}{name}怎么搭配？", "那配什么好看？"], rng)
@@ -120,7 +120,7 @@ def random_turn(attributes, key, rng):
 
 
 def conversation(attributes, rng):
-    """A row of the chat files: the attributes come first, then up to three questions about them."""
+    """A row of the chat files: a first round with the attributes, then up to three questions about them."""
     opening = choose(["请介绍一下：{}", "帮我看看这款：{}"], rng).format(content_of(attributes))
     turns = [[opening, advertise(attributes, rng)]]
     topics = [key for key, _ in attributes if key in ASK] + [None]
@@ -132,7 +132,7 @@ def conversation(attributes, rng):
 
 
 def call_tool(subject, kind, color, rng):
-    """A call and the number that it returned."""
+    """A call, and the number that it returns."""
     if subject == "price":
         number = rng.randint(30, 499)
     else:
@@ -142,7 +142,7 @@ def call_tool(subject, kind, color, rng):
 
 
 def tool_conversation(subjects, offered, rng):
-    """A row of the tool files: what the customer says about one garment, the calls and the answers."""
+    """A row of the tool files: a conversation about one garment, with the calls."""
     kind, color = rng.choice(list(GARMENTS)), rng.choice(list(SELLING["颜色"]))
     measure, name = GARMENTS[kind][:2]
     garment = f"{color}的{name}"
@@ -164,17 +164,17 @@ def tool_conversation(subjects, offered, rng):
 
 
 def facts_of(row):
-    """What a dev row may not share with a train row: calls with what they returned or, without a call, questions."""
+    """The facts that dev and train rows may not share: calls with their results or, without a call, questions."""
     messages = row["conversations"]
     calls = {json.dumps(message, ensure_ascii=False) for message in messages if message["role"] == "tool"}
     return calls or {message["content"] for message in messages if message["role"] == "user"}
 
 
 def make_tool_rows(count, rng, known):
-    """Rows that share no fact with `known`."""
+    """`count` rows that share no fact with `known`."""
     rows = []
     for _, subjects, offered in rng.choices(PLANS, [share for share, *_ in PLANS], k=count):
-        while True:  # the plan is kept, so that the shares stay as they are
+        while True:  # with the same plan, so that the shares of the plans hold
             row = tool_conversation(subjects.split(), offered.split(), rng)
             if not facts_of(row) & known:
                 break
@@ -185,7 +185,7 @@ def make_tool_rows(count, rng, known):
 def main():
     args = parse_arguments(__doc__.splitlines()[0])
 
-    # The advertisements are drawn first, as generate.py draws them: no conversation has the attributes of one of them.
+    # Draw the advertisements first, as generate.py does, so that no conversation has the attributes of one of them.
     rng, seen = random.Random(args.seed), set()
     advertisement_rows(rng, seen)
     write_rows(args.output_dir / "train_chat.json", make_rows(600, conversation, rng, seen))

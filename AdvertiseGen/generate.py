@@ -1,9 +1,9 @@
-"""Write a small sample in the schema of AdvertiseGen: attributes of a garment -> a Chinese advertisement.
+"""Write a small sample in the format of AdvertiseGen: attributes of a garment and a Chinese advertisement.
 
-    python3 AdvertiseGen/generate.py             # train.json and dev.json; the conversations: conversations.py
+    python3 AdvertiseGen/generate.py             # train.json and dev.json; conversations.py writes the other files
 
-Every sentence is composed from the tables below. In each slot the first alternative is the house favourite and is
-taken more often than the others together: a model can learn the style, and no row can be solved by memory alone.
+The tables below compose every sentence. In each slot the first wording is the favourite and is more frequent than the
+others together. So a model can learn the style, and cannot answer a row from memory.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import random
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FAVOURITE = 0.55  # probability of the first alternative of a slot; the others share the rest evenly
+FAVOURITE = 0.55  # probability of the first wording of a slot; the others share the rest evenly
 
-# type: (measure word, name in a sentence, what to wear with it, attributes it can have in the order of the real set)
+# type: (measure word, name in a sentence, clothes to wear with it, its attributes in the order of the real data set)
 GARMENTS = {
     "上衣": ("件", "上衣", "一条阔腿裤", "版型 材质 颜色 风格 图案 衣领型 衣袖长 衣袖型 衣款式 工艺 季节 场景"),
     "衬衫": ("件", "衬衫", "一条直筒裤", "版型 材质 颜色 风格 图案 衣领型 衣袖长 衣袖型 衣款式 工艺 季节 场景"),
@@ -26,7 +26,7 @@ GARMENTS = {
     "鞋": ("双", "鞋子", "一条九分裤", "材质 颜色 风格 鞋跟 鞋头 鞋款式 季节 场景"),
 }
 
-# Values that a type can have where the whole table would be odd (nobody sells a knitted sweater made of leather).
+# The values of a type if the whole table would be odd: nobody sells a sweater made of leather.
 LIMITS = {
     ("上衣", "材质"): "牛仔布 纯棉 亚麻 真丝 雪纺 蕾丝 针织 棉麻 灯芯绒 丝绒",
     ("衬衫", "材质"): "牛仔布 纯棉 亚麻 真丝 雪纺 棉麻 灯芯绒 丝绒",
@@ -65,7 +65,7 @@ COOL = set(
     "露趾 鱼嘴 网布 帆布 镂空".split()
 )
 COLLARS = set("圆领 立领 高领 方领 翻领 一字领 娃娃领 西装领 半高领 荷叶领".split())
-# Two words (values, keys or types) of one row may not come from both sides of a pair.
+# A row may not have words (values, keys or types) from both sides of a pair.
 CONFLICTS = [
     ({"羽绒"}, {"春季", "初春", "春秋", "初秋", "荷叶边", "水洗", "蝙蝠袖", "修身"}),
     ({"街头", "朋克", "运动", "可爱", "休闲", "潮流", "卡通", "做旧", "帆布", "牛仔布"}, {"晚宴", "面试", "上班"}),
@@ -214,7 +214,7 @@ OPENINGS = {
     "鞋": ["好鞋子带你去更远的地方", "脚下的鞋子藏着品味", "换上新鞋子，步步生风"],
 }
 
-# The closing follows the style, else the season, else "": {w} is what to wear with the garment.
+# The closing follows the style, else the season, else "". {w}: the clothes to wear with the garment.
 MOODS = {
     "甜": "清新 甜美 可爱",
     "雅": "复古 文艺 优雅 通勤 英伦 民族",
@@ -235,7 +235,7 @@ CLOSINGS = {
     "": ["配上{w}，怎么看都养眼", "闭着眼睛入手也不会错", "喜欢就带它回家吧"],
 }
 
-# Short rows also get one of these, each as likely as the others: what no model can foresee.
+# Short rows also get one of these remarks, all equally likely; a model cannot foresee which.
 REMARKS = [
     "第一眼就让人心动",
     "朋友见了都来打听",
@@ -249,7 +249,7 @@ REMARKS = [
 
 
 def read_table(text):
-    """Rows "value/phrase/effect ..." -> {value: (phrase, effect)}."""
+    """Reads "value/phrase/effect ..." into {value: (phrase, effect)}."""
     return {value: (phrase, effect) for value, phrase, effect in (cell.split("/") for cell in text.split())}
 
 
@@ -258,14 +258,14 @@ MOOD_OF = {value: mood for mood, values in MOODS.items() for value in values.spl
 
 
 def choose(options, rng):
-    """The favourite (the first) with probability FAVOURITE, else one of the others; rng None: always the favourite."""
+    """The favourite (the first) with probability FAVOURITE, else another one. Without rng always the favourite."""
     if rng is None or rng.random() < FAVOURITE:
         return options[0]
     return rng.choice(options[1:])
 
 
 def random_attributes(rng):
-    """A list of 3 to 7 (key, value) pairs, the type first, without values that contradict each other."""
+    """A list of 3 to 7 (key, value) pairs, the type first, whose values do not contradict each other."""
     kind = rng.choice(list(GARMENTS))
     keys = GARMENTS[kind][3].split()
     count = rng.randint(2, 6)
@@ -290,21 +290,21 @@ def parse_content(content):
 
 
 def plain_description(attributes):
-    """The boring sentence: every attribute named, nothing praised. Takes pairs, as random_attributes returns them."""
+    """A sentence that names every attribute and praises none. Takes pairs, as random_attributes returns them."""
     measure, name = GARMENTS[attributes[0][1]][:2]
     return f"这{measure}{name}的" + "；".join(f"{key}是{value}" for key, value in attributes[1:]) + "。"
 
 
 def advertise(attributes, rng):
-    """An advertisement in the house style; rng None takes the favourite wording everywhere."""
+    """An advertisement. Without rng it has the favourite wording in every slot."""
     kind, rest = attributes[0][1], attributes[1:]
     opening = choose(OPENINGS[kind], rng)
     text = opening + ("！" if "，" in opening else "，")
     if rng is not None and len(rest) < 5:
         text += rng.choice(REMARKS) + "。"
-    if rng is not None and rng.random() > FAVOURITE:  # mostly in the order given, as people write them too
+    if rng is not None and rng.random() > FAVOURITE:  # most often in the given order, as people write
         rest = rng.sample(rest, len(rest))
-    # Few attributes get a sentence each with its effect; with many, only the first do, so that the length stays alike.
+    # The first attributes get a sentence with an effect; fewer do if there are many, so that lengths stay similar.
     effects = max(0, 6 - len(rest))
     for i, (key, value) in enumerate(rest):
         phrase, effect = SELLING[key][value]
@@ -312,7 +312,7 @@ def advertise(attributes, rng):
         text += choose(frames, rng).format(v=value, p=phrase)
         if i < effects:
             text += "，" + choose([effect, *shared], rng) + "。"
-        else:  # clauses without an effect stand in pairs
+        else:  # clauses without an effect form pairs
             text += "。" if (i - effects) % 2 or i == len(rest) - 1 else "，"
     values = dict(rest)
     mood = MOOD_OF.get(values.get("风格"), MOOD_OF.get(values.get("季节"), ""))
@@ -325,7 +325,7 @@ def advertisement(attributes, rng):
 
 
 def make_rows(count, make_row, rng, seen):
-    """Rows of combinations of attributes that have not been drawn before; `seen` remembers them."""
+    """`count` rows with combinations of attributes that are not in `seen`; adds them to it."""
     rows = []
     while len(rows) < count:
         attributes = random_attributes(rng)
@@ -336,7 +336,7 @@ def make_rows(count, make_row, rng, seen):
 
 
 def advertisement_rows(rng, seen):
-    """The rows of train.json and of dev.json: no dev row has the attributes of a train row."""
+    """The rows of train.json and of dev.json, which share no combination of attributes."""
     return make_rows(2000, advertisement, rng, seen), make_rows(200, advertisement, rng, seen)
 
 

@@ -1,23 +1,23 @@
-"""Conversations and plain text -> token ids and labels, as the official code of each generation encodes them.
+"""Encode conversations and plain text as token ids and labels, as the official code of each model family does.
 
-ChatGLM-6B and ChatGLM2-6B read a conversation as one text of numbered rounds, so that every answer that is trained is
-a row of its own. ChatGLM3-6B and GLM-4 read it as messages that begin with a role token: one row trains all answers.
+ChatGLM-6B and ChatGLM2-6B read a conversation as one text of numbered rounds; every trained answer is one row.
+ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains all its answers.
 """
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from common.errors import UserError
+from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.glm4 import GLM4Adapter
 
 History = Sequence[Sequence[str]]
-"""Earlier rounds of a conversation: [[query, answer], …]."""
+"""The earlier rounds of a conversation: [[query, answer], …]."""
 
 
 class Turn(NamedTuple):
@@ -25,8 +25,8 @@ class Turn(NamedTuple):
 
     role: str  # system, user, assistant or observation
     content: str
-    metadata: str = ""  # of an assistant turn: the name of the tool that it calls
-    loss: bool = False  # whether the model learns to write it
+    metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
+    loss: bool = False  # whether the model learns to write this turn
 
 
 Conversation = Sequence[Turn]
@@ -34,7 +34,7 @@ Conversation = Sequence[Turn]
 
 class TrainRow(NamedTuple):
     input_ids: list[int]
-    labels: list[int]  # -100 where no loss is computed
+    labels: list[int]  # -100: no loss
     truncated: bool = False
     dropped_turns: int = 0
 
@@ -47,7 +47,7 @@ class EvalRow(NamedTuple):
 
 
 def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
-    """A question and its answer after earlier rounds, of which only the answer is learned."""
+    """The history, a question and its answer. Only this answer is trained."""
     rounds = [(Turn("user", question), Turn("assistant", answer)) for question, answer in history]
     return [*(turn for both in rounds for turn in both), Turn("user", query), Turn("assistant", response, loss=True)]
 
@@ -60,13 +60,12 @@ def encode_train(
 ) -> list[TrainRow]:
     """The training rows of conversations.
 
-    Numbered rounds: question (with the rounds before it) and answer are limited to their lengths, special tokens
-    counted as in the official scripts. Messages: the row is limited to both lengths and one more token. What is too
-    long loses its oldest rounds first.
+    Numbered rounds: the prompt has at most ``max_source_length`` tokens and the answer ``max_target_length``; special
+    tokens count as in the official scripts. Messages: a row has at most the sum of both lengths and one more token. A
+    conversation that is too long loses its oldest rounds first.
     """
-    if type(tokenizer) in ROUND_FORMATS:
-        return train_rounds(tokenizer, conversations, max_source_length, max_target_length)
-    return train_messages(tokenizer, conversations, max_source_length, max_target_length)
+    encode = train_messages if has_roles(tokenizer) else train_rounds
+    return encode(tokenizer, conversations, max_source_length, max_target_length)
 
 
 def encode_eval(
@@ -75,31 +74,30 @@ def encode_eval(
     max_source_length: int,
     max_target_length: int,
 ) -> list[EvalRow]:
-    """For every answer that is trained: the prompt and the reference.
+    """The prompt and the reference of every trained answer.
 
-    The prompt is limited to ``max_source_length`` tokens; only calls of tools in its last round are never cut.
+    A prompt has at most ``max_source_length`` tokens; only tool calls in its last round are never cut.
 
-    The reference is the answer as it reads after encoding, cut to ``max_target_length``: what the model is scored
-    against is what it could have learned, as in the original.
+    A reference is the decoded answer, cut to ``max_target_length`` tokens: as in the official scripts, the model is
+    scored against a text that it can write.
     """
-    if type(tokenizer) in ROUND_FORMATS:
-        return eval_rounds(tokenizer, conversations, max_source_length, max_target_length)
-    return eval_messages(tokenizer, conversations, max_source_length, max_target_length)
+    encode = eval_messages if has_roles(tokenizer) else eval_rounds
+    return encode(tokenizer, conversations, max_source_length, max_target_length)
 
 
 def has_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model reads messages of roles, a system prompt among them; else numbered rounds."""
-    return type(tokenizer) not in ROUND_FORMATS
+    """Whether the model reads messages, with a system prompt if wanted; otherwise it reads numbered rounds."""
+    return isinstance(tokenizer, ChatGLM3Tokenizer) or not isinstance(tokenizer, SentencePieceTokenizer)
 
 
 def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
-    """Raises UserError for a system prompt where the model knows no roles."""
+    """Raises UserError for a system prompt if the model has no roles."""
     if system and not has_roles(tokenizer):
         raise UserError("--system_prompt: ChatGLM-6B and ChatGLM2-6B know questions and answers only.")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), system: str = "") -> list[int]:
-    """The prompt of a question after earlier rounds, as long as it is. Raises UserError as ``check_system`` does."""
+    """The uncut prompt of a question after its history. Raises UserError as ``check_system`` does."""
     check_system(tokenizer, system)
     conversation = [Turn("system", system)] if system else []
     conversation += conversation_of(query, "", history)
@@ -107,11 +105,11 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_size: int) -> list[TrainRow]:
-    """Plain text for causal language modelling: blocks of at most ``block_size`` tokens, nothing is lost.
+    """Splits plain text for causal language modelling into blocks of at most ``block_size`` tokens; loses none.
 
-    Every block begins as any text does in this model; the last one of a text ends with the end token.
+    Every block begins with the start tokens of the model, and the last block of a text ends with the end token.
     """
-    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    start, end = with_methods(tokenizer).start_ids(), tokenizer.eos_token_id
     size = block_size - len(start)
     rows = []
     for ids in encode_batch(tokenizer, texts):
@@ -122,121 +120,84 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block
     return rows
 
 
-def start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that every text of this model begins with."""
-    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
-        return tokenizer.build_inputs_with_special_tokens([])
-    text = rendered(tokenizer, []) if tokenizer.chat_template else ""
-    return tokenizer(text, add_special_tokens=not text)["input_ids"]
-
-
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the end token and, where there are roles, those whose turn it is after it."""
-    if isinstance(tokenizer, ChatGLM3Tokenizer):
-        return [tokenizer.eos_token_id, tokenizer.get_command("<|user|>"), tokenizer.get_command("<|observation|>")]
-    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
-        return [tokenizer.eos_token_id]
-    added = tokenizer.get_added_vocab()
-    return [tokenizer.eos_token_id, *(added[role] for role in ("<|user|>", "<|observation|>") if role in added)]
+    """The tokens that end an answer."""
+    return with_methods(tokenizer).stop_ids()
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text without special tokens added."""
-    if isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM2Tokenizer)):
-        return tokenizer.encode_batch(texts)
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    """The ids of each text, without added special tokens."""
+    return with_methods(tokenizer).encode_batch(texts)
+
+
+def with_methods(tokenizer: PreTrainedTokenizerBase) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
+    """The tokenizer itself, or an adapter with the same methods if its class is not ours."""
+    return tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else GLM4Adapter(tokenizer)
 
 
 # Numbered rounds: ChatGLM-6B and ChatGLM2-6B
 
-
-class RoundFormat(NamedTuple):
-    """How the official training script of a generation counts and labels."""
-
-    prompt_specials: int  # special tokens that count as part of the question's length
-    answer_specials: int  # and of the answer's
-    unlabelled_specials: int  # those after (or before) the question that are not learned
+RoundsTokenizer = ChatGLMTokenizer | ChatGLM2Tokenizer
 
 
-ROUND_FORMATS = {
-    ChatGLMTokenizer: RoundFormat(1, 2, 1),  # question [gMASK] <sop> answer <eop>, labelled from <sop> on
-    ChatGLM2Tokenizer: RoundFormat(2, 0, 2),  # [gMASK] sop question answer </s>, labelled from the answer on
-}
+def encode_rounds(
+    tokenizer: RoundsTokenizer, conversations: Iterable[Conversation], max_prompt: int, max_answer: int
+) -> Iterator[tuple[list[int], list[int], bool, int]]:
+    """(prompt, answer, truncated, dropped turns) of every trained answer, without special tokens.
 
-
-def answered_rounds(conversations: Iterable[Conversation]) -> Iterator[tuple[list[list[str]], str, str]]:
-    """(history, query, answer) of every answer that is trained."""
+    A prompt that is too long loses its oldest rounds, and then the end of its text.
+    """
+    rounds = []
     for conversation in conversations:
         history: list[list[str]] = []
         for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
             if answer.loss:
-                yield list(history), question.content, answer.content
+                rounds.append((list(history), question.content, answer.content))
             history.append([question.content, answer.content])
-
-
-def encode_prompts(
-    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer, rounds: Sequence[tuple[History, str, str]], limit: int
-) -> list[tuple[list[int], int]]:
-    """(ids, dropped turns) of every question with the rounds before it; the oldest are dropped where it is too long."""
-    all_ids = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for history, query, _ in rounds])
-    prompts = []
-    for (history, query, _), ids in zip(rounds, all_ids, strict=True):
+    prompts = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for history, query, _ in rounds])
+    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
+    for (history, query, _), prompt, answer_ids in zip(rounds, prompts, answers, strict=True):
         dropped = 0
-        while len(ids) > limit and dropped < len(history):
+        while len(prompt) > max_prompt and dropped < len(history):
             dropped += 1
-            ids = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
-        prompts.append((ids, 2 * dropped))
-    return prompts
+            prompt = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
+        truncated = len(prompt) > max_prompt or len(answer_ids) > max_answer
+        yield prompt[:max_prompt], answer_ids[:max_answer], truncated, 2 * dropped
 
 
 def train_rounds(
-    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: RoundsTokenizer, conversations: Sequence[Conversation], max_source_length: int, max_target_length: int
 ) -> list[TrainRow]:
-    """A row for every answer that is trained."""
-    rounds = list(answered_rounds(conversations))
-    row_format = ROUND_FORMATS[type(tokenizer)]
-    max_prompt = max_source_length - row_format.prompt_specials
-    max_answer = max_target_length - row_format.answer_specials
-    prompts = encode_prompts(tokenizer, rounds, max_prompt)
-    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
+    """One row per trained answer."""
+    # Special tokens that the official script counts in the prompt's length and in the answer's, and those beside the
+    # prompt that have no label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
+    in_prompt, in_answer, unlabelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 2)
+    limits = max_source_length - in_prompt, max_target_length - in_answer
     rows = []
-    for (prompt, dropped), answer in zip(prompts, answers, strict=True):
-        truncated = len(prompt) > max_prompt or len(answer) > max_answer
-        prompt = prompt[:max_prompt]
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt, answer[:max_answer])
-        unlabelled = len(prompt) + row_format.unlabelled_specials
-        rows.append(TrainRow(input_ids, [-100] * unlabelled + input_ids[unlabelled:], truncated, dropped))
+    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
+        input_ids = tokenizer.build_inputs_with_special_tokens(prompt, answer)
+        first = len(prompt) + unlabelled  # the first label
+        rows.append(TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped))
     return rows
 
 
 def eval_rounds(
-    tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: RoundsTokenizer, conversations: Sequence[Conversation], max_source_length: int, max_target_length: int
 ) -> list[EvalRow]:
-    """A prompt for every answer that is trained; both lengths include two special tokens, as in the original."""
-    rounds = list(answered_rounds(conversations))
-    max_prompt, max_answer = max_source_length - 2, max_target_length - 2
-    prompts = encode_prompts(tokenizer, rounds, max_prompt)
-    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
+    """One prompt per trained answer; two special tokens count in each length, as in the official scripts."""
     rows = []
-    for (prompt, dropped), answer in zip(prompts, answers, strict=True):
-        truncated = len(prompt) > max_prompt or len(answer) > max_answer
-        reference = tokenizer.decode(answer[:max_answer], skip_special_tokens=True).strip()
-        prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
-        rows.append(EvalRow(prompt_ids, reference, truncated, dropped))
+    limits = max_source_length - 2, max_target_length - 2
+    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
+        reference = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        rows.append(EvalRow(tokenizer.build_inputs_with_special_tokens(prompt), reference, truncated, dropped))
     return rows
 
 
 # Messages: ChatGLM3-6B and GLM-4
 
 
-class Message(NamedTuple):
-    """A turn as tokens. The header (the role token) is given to the model, what follows it writes."""
+class EncodedTurn(NamedTuple):
+    """A turn and its token ids. A prompt ends with the answer's header (the role token); the model writes the body."""
 
     turn: Turn
     header: list[int]
@@ -247,61 +208,22 @@ class Message(NamedTuple):
         return len(self.header) + len(self.body)
 
 
-def encode_messages(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> list[list[Message]]:
-    """All turns of all conversations as tokens."""
-    turns = [turn for conversation in conversations for turn in conversation]
-    if isinstance(tokenizer, ChatGLM3Tokenizer):
-        metadata_ids = {text: tokenizer.encode_batch([f"{text}\n"])[0] for text in {turn.metadata for turn in turns}}
-        contents = tokenizer.encode_batch([turn.content for turn in turns])
-        messages = [
-            Message(turn, [tokenizer.get_command(f"<|{turn.role}|>")], metadata_ids[turn.metadata] + content)
-            for turn, content in zip(turns, contents, strict=True)
-        ]
-    else:
-        messages = [message for conversation in conversations for message in render(tokenizer, conversation)]
-    ends = list(accumulate(len(conversation) for conversation in conversations))
-    return [messages[end - len(conversation) : end] for conversation, end in zip(conversations, ends, strict=True)]
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
+) -> list[list[EncodedTurn]]:
+    """All turns of all conversations as token ids."""
+    adapter = with_methods(tokenizer)
+    encoded = adapter.encode_messages([[turn._asdict() for turn in conversation] for conversation in conversations])
+    return [
+        [EncodedTurn(turn, header, body) for turn, (header, body) in zip(conversation, messages, strict=True)]
+        for conversation, messages in zip(conversations, encoded, strict=True)
+    ]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Iterator[Message]:
-    """A conversation through the tokenizer's own chat template: each message is what it adds to those before it."""
-    messages: list[dict[str, str]] = []
-    before = rendered(tokenizer, messages)
-    for turn in conversation:
-        header = ""
-        if turn.role == "assistant":
-            header = rendered(tokenizer, messages, add_generation_prompt=True).removeprefix(before)
-        messages.append({"role": turn.role, "metadata": turn.metadata, "content": turn.content})
-        after = rendered(tokenizer, messages)
-        if not after.startswith(before):
-            raise UserError(
-                f"the chat template of {tokenizer.name_or_path} changes what was said before: not supported."
-            )
-        body = after.removeprefix(before).removeprefix(header)
-        header_ids, body_ids = (
-            tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (header, body)
-        )
-        yield Message(turn, header_ids, body_ids)
-        before = after
+def drop_oldest_rounds(messages: list[EncodedTurn], excess: int) -> list[EncodedTurn]:
+    """Drops the oldest rounds until ``excess`` tokens are saved, but never a system turn or the last round.
 
-
-def rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
-) -> str:
-    """What the chat template makes of messages; apply_chat_template would refuse to do it with none."""
-    texts, _ = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=tokenizer.chat_template,
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.special_tokens_map,
-    )
-    return texts[0]
-
-
-def drop_oldest_rounds(messages: list[Message], excess: int) -> list[Message]:
-    """Leaves out rounds from the oldest on until ``excess`` tokens are saved; never the system turns or the last round.
-
-    A round is a user's turn and all that follows it up to the next one.
+    A round is a turn of the user and all turns up to the user's next one.
     """
     system = [message for message in messages if message.turn.role == "system"]
     rest = messages[len(system) :]
@@ -314,10 +236,10 @@ def drop_oldest_rounds(messages: list[Message], excess: int) -> list[Message]:
     return system + rest[first:]
 
 
-def cut_given(messages: list[Message], excess: int, keep: int) -> list[Message]:
-    """Cuts the ends of what is given to the model, the longest message first, until ``excess`` tokens are saved.
+def cut_given(messages: list[EncodedTurn], excess: int, keep: int) -> list[EncodedTurn]:
+    """Cuts the ends of given messages, the longest message first, until ``excess`` tokens are saved.
 
-    Given are questions, system prompts and results of tools that are not learned; ``keep`` of their tokens stay.
+    Given are questions, system prompts and tool results that are not trained; they keep ``keep`` tokens together.
     """
     given = [i for i, (turn, _, _) in enumerate(messages) if turn.role != "assistant" and not turn.loss]
     lengths = {i: len(messages[i].body) for i in given}
@@ -328,10 +250,10 @@ def cut_given(messages: list[Message], excess: int, keep: int) -> list[Message]:
     ]
 
 
-def fit(messages: list[Message], room: int, keep: int) -> tuple[list[Message], bool]:
-    """What of a conversation fits into ``room`` tokens, and whether its last round had to be cut for that.
+def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[EncodedTurn], bool]:
+    """The messages that fit into ``room`` tokens, and whether the last round was cut.
 
-    Of what is given in the last round ``keep`` tokens stay, even if it is too long then.
+    The given messages of the last round keep ``keep`` tokens, even if the result is longer than ``room``.
     """
     excess = sum(message.length for message in messages) - room
     kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
@@ -345,18 +267,18 @@ def train_messages(
     max_source_length: int,
     max_target_length: int,
 ) -> list[TrainRow]:
-    """One row a conversation, ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
+    """One row per conversation: ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
-    A trained turn's role token is no label, but the token after the turn is: it ends it. If the last round alone is
-    too long, what is given there is cut, not below ``max_source_length``, and then the end of the row.
+    The role token of a trained turn has no label. The token after the turn has one, because it ends the turn. If the
+    last round alone is too long, its given messages are cut to ``max_source_length`` tokens, then the end of the row.
     """
-    start, end = start_of(tokenizer), tokenizer.eos_token_id
+    start, end = with_methods(tokenizer).start_ids(), tokenizer.eos_token_id
     limit = max_source_length + max_target_length + 1
     rows = []
     for messages in encode_messages(tokenizer, conversations):
         kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
         input_ids, labels = list(start), [-100] * len(start)
-        ends_answer = False  # the next token ends a turn that is learned
+        ends_answer = False  # whether the next token ends a trained turn
         for turn, header, body in kept:
             given = len(header) or 1  # tokens at the start of a turn that the model does not write
             ids = header + body
@@ -377,11 +299,11 @@ def eval_messages(
     max_source_length: int,
     max_target_length: int,
 ) -> list[EvalRow]:
-    """A prompt for every trained turn of the assistant, up to its role token.
+    """One prompt per trained answer, up to the role token of the assistant.
 
-    Turns of the assistant in a row (a thought, then a call) are one answer: the model writes them without stopping.
+    Successive turns of the assistant (a thought, then a call) are one answer: the model writes them without a stop.
     """
-    start = start_of(tokenizer)
+    start = with_methods(tokenizer).start_ids()
     rows = []
     for messages in encode_messages(tokenizer, conversations):
         written = [message.turn.role == "assistant" and message.turn.loss for message in messages]

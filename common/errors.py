@@ -1,4 +1,4 @@
-"""What goes wrong because of what the user gave us: one clear sentence and exit code 2, no traceback."""
+"""Errors that a user can mend: the program prints one sentence, no traceback, and ends with exit code 2."""
 
 import errno
 import os
@@ -11,29 +11,29 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 
 
 class UserError(Exception):
-    """Its text says what is wrong, where, and what to do."""
+    """An error that a user can mend. Its text names what is wrong, where, and what to do."""
 
 
 def say(text: str) -> None:
-    """On stderr, at once: what a person should read even where standard output goes into a file."""
+    """Prints text for a person on stderr at once; standard output may go into a file."""
     print(text, file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str | None:
-    """The sentence for an error that a user can mend; None for all others."""
+    """The sentence for an error that a user can mend; None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
-    # torch.save does not say why it could not write on; a full disk is why.
+    # torch.save names no reason if the disk is full.
     if isinstance(error, RuntimeError) and "inline_container" in str(error):
         return "a checkpoint could not be written: No space left on device. What was saved before is complete."
-    if type(error).__name__ == "OutOfMemoryError":  # of torch, which takes seconds to import
+    if type(error).__name__ == "OutOfMemoryError":  # torch's class; importing torch takes seconds
         reason = ". ".join(str(error).split(". ")[:2])
         return f"{reason}: smaller batches, shorter lengths or --quantization_bit 4. What was saved before is complete."
-    if "loss scale already at minimum" in str(error):  # as DeepSpeed says it
+    if "loss scale already at minimum" in str(error):  # the text of DeepSpeed
         return "fp16 overflows in every step: use --bf16 or a lower --learning_rate. What was saved before is complete."
-    # Collective operations between processes fail in the words of gloo or of torch.distributed.
+    # The errors of collective operations come from gloo or torch.distributed.
     if isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__module__ == "torch.distributed"):
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         return f"another process of this training can't be reached ({reason}). What was saved before is complete."
@@ -41,7 +41,7 @@ def describe(error: Exception) -> str | None:
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings of ``now`` that were others before, with both values; "" where all are the same."""
+    """Names the settings of ``now`` that differ from ``earlier``, with both values; "" if none differs."""
     return "; ".join(
         f"{name} was {earlier.get(name)!r:.200}, now {value!r:.200}"
         for name, value in now.items()
@@ -57,7 +57,7 @@ def exit_on_user_error() -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
-    except Exception as error:  # DeepSpeed raises the plain class; what is not described goes on as it came
+    except Exception as error:  # some errors of DeepSpeed have no narrower class
         sentence = describe(error)
         if sentence is None:
             raise

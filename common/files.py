@@ -1,4 +1,4 @@
-"""Files that another process may have been killed in the middle of writing."""
+"""Weight files and JSON files, which a killed process may have left incomplete."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from common.errors import UserError
 
 
 def is_complete(file: Path) -> bool:
-    """Whether a weight file (.bin, .pt, .safetensors) ends where its own table of contents says."""
+    """Whether a weight file (.bin, .pt, .safetensors) is as long as its own table of contents says."""
     size = file.stat().st_size
     with open(file, "rb") as content:
         start = content.read(8)
@@ -24,33 +24,33 @@ def is_complete(file: Path) -> bool:
                 return False
             ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
             return size == 8 + header_size + max(ends, default=0)
-    # torch writes zip files, whose table stands at the end; very old ones are plain pickles and say nothing.
+    # torch writes zip files, whose table is at the end. Before version 1.6 it wrote pickles, which have no table.
     return zipfile.is_zipfile(file) if start.startswith(b"PK") else size > 0
 
 
 def check_complete(file: Path) -> None:
-    """Raises UserError for a weight file that ends too early."""
+    """Raises UserError for a truncated weight file."""
     if not is_complete(file):
         raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
 
 
 def short_hash(content: bytes) -> str:
-    """Names a cached folder by what decides its content."""
+    """A name for a cached folder: 24 hex digits of the SHA-256 of everything that decides its content."""
     return hashlib.sha256(content).hexdigest()[:24]
 
 
 def indexed_files(index: Path) -> list[Path] | None:
-    """The weight files that an index names; None where there is no whole index."""
+    """The weight files that an index names; None if the index is missing or broken."""
     weight_map = (read_json(index) or {}).get("weight_map")
     return None if weight_map is None else [index.with_name(name) for name in sorted(set(weight_map.values()))]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the model of a checkpoint folder. Raises UserError for a broken index.
+    """The weight files of a checkpoint folder. Raises UserError for a broken index.
 
-    With both formats there, transformers reads the safetensors: model.… comes before pytorch_model.….
+    If a folder has both formats, the safetensors files count, because transformers reads those.
     """
-    for index in sorted(folder.glob("*.index.json"))[:1]:
+    for index in sorted(folder.glob("*.index.json"))[:1]:  # model.safetensors… comes before pytorch_model.bin…
         named = indexed_files(index)
         if named is None:
             raise UserError(f"{index} is broken: copy or download it again.")
@@ -60,7 +60,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(file: Path) -> dict | None:
-    """The object in a JSON file; None where there is no whole one."""
+    """The object in a JSON file; None if the file is missing, broken or holds another value."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -69,12 +69,12 @@ def read_json(file: Path) -> dict | None:
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Replaces the file in one step: whoever reads it finds the old content or the new."""
+    """Replaces the file in one step: a reader finds the old content or the new."""
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(partial, file)
 
 
 def gb(size: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes as text for people, in GB."""
     return f"{size / 1e9:,.1f} GB"

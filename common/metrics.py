@@ -1,4 +1,4 @@
-"""ROUGE-1/2/L and BLEU-4 for Chinese, by the formula of the official evaluation."""
+"""ROUGE-1/2/L and BLEU-4 for Chinese, computed as in the official evaluation."""
 
 import logging
 from statistics import fmean
@@ -12,7 +12,7 @@ SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 
 def load_dictionary() -> None:
-    """Loads jieba's dictionary once per process, with its cache in our folder and one writer at a time."""
+    """Loads jieba's dictionary once per process. Its cache is in our folder; one process writes it at a time."""
     if not jieba.dt.initialized:
         jieba.setLogLevel(logging.WARNING)
         jieba.dt.tmp_dir = str(cache_folder())
@@ -21,16 +21,16 @@ def load_dictionary() -> None:
 
 
 def score_pair(prediction: str, reference: str) -> dict[str, float] | None:
-    """Scores of one pair, 0 to 100, rounded to 4 decimals; None where one side has nothing to compare.
+    """Scores of one pair, 0 to 100, rounded to 4 decimals; None if one side is empty.
 
-    ROUGE: F1 on jieba's words. BLEU-4: on characters, smoothing method 3 of nltk.
+    ROUGE is the F1 of jieba's words. BLEU-4 compares characters, with nltk's smoothing method 3.
     """
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # half a second that most starts can spare
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # takes half a second; few starts need it
 
     words = " ".join(jieba.cut(prediction)), " ".join(jieba.cut(reference))
     try:
         rouge = Rouge().get_scores(*words)[0]
-    except ValueError:  # "Hypothesis is empty.", also for a text of nothing but full stops
+    except ValueError:  # "Hypothesis is empty.", raised for a text of full stops too
         return None
     scores = {name: round(rouge[name]["f"] * 100, 4) for name in SCORES[:3]}
     bleu = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
@@ -38,7 +38,10 @@ def score_pair(prediction: str, reference: str) -> dict[str, float] | None:
 
 
 def score(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Mean scores over all pairs, and ``empty``: how many pairs counted as 0 because one side was empty."""
+    """Mean scores over all pairs, and ``empty``: the number of pairs that scored 0 because one side was empty.
+
+    Raises ValueError if the numbers of predictions and references differ.
+    """
     load_dictionary()
     pairs = [score_pair(*pair) for pair in zip(predictions, references, strict=True)]
     means = {name: fmean(pair[name] if pair else 0.0 for pair in pairs) for name in SCORES}

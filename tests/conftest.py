@@ -1,9 +1,9 @@
-"""What several test files share: the tiny ChatGLM-6B checkpoint, its golden numbers, and the two vocabularies.
+"""The fixtures of several test files: tiny checkpoints, golden numbers, vocabularies.
 
-The same of ChatGLM2-6B and ChatGLM3-6B stands in conftest_chatglm2.py.
+A fixture with a 2 in its name is that of ``spec``: a test that uses one runs for ChatGLM2-6B and for ChatGLM3-6B.
 """
 
-import hashlib
+import copy
 import json
 import os
 import shutil
@@ -13,116 +13,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDENS = ROOT / "tests" / "goldens" / "chatglm-6b"
 sys.path.insert(0, str(ROOT))
-# Before anything of ours is imported: no test reads or writes the user's own cache.
+# Before the first import of common: no test reads or writes the user's own cache.
 SESSION_CACHE = tempfile.TemporaryDirectory(prefix="chatglm-tests-")
 os.environ["CHATGLM_CACHE"] = SESSION_CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint, write_tokenizer_config
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from common.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from common.models import chatglm, chatglm2
+from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
-pytest_plugins = ["conftest_chatglm2"]
-# The longest tests run first, so that no core is idle at the end; in a file those that share a training stand first.
+GOLDENS = CHATGLM.goldens
+# The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
 LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
-
-TINY_WEIGHTS_SHA256 = "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984"
-# The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
-TINY_CONFIG = {
-    "architectures": ["ChatGLMModel"],
-    "auto_map": {
-        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
-        "AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
-        "AutoModelForSeq2SeqLM": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    },
-    "bos_token_id": 130004,
-    "eos_token_id": 130005,
-    "mask_token_id": 130000,
-    "gmask_token_id": 130001,
-    "pad_token_id": 3,
-    "hidden_size": 64,
-    "inner_hidden_size": 256,
-    "layernorm_epsilon": 1e-05,
-    "max_sequence_length": 2048,
-    "model_type": "chatglm",
-    "num_attention_heads": 4,
-    "num_layers": 4,
-    "position_encoding_2d": True,
-    "torch_dtype": "float16",
-    "transformers_version": "4.23.1",
-    "use_cache": True,
-    "vocab_size": 130528,
-}
-TOKENIZER_CONFIG = {
-    "name_or_path": "THUDM/chatglm-6b",
-    "bos_token": "<sop>",
-    "eos_token": "<eop>",
-    "end_token": "</s>",
-    "gmask_token": "[gMASK]",
-    "mask_token": "[MASK]",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "remove_space": False,
-    "do_lower_case": False,
-    "tokenizer_class": "ChatGLMTokenizer",
-    "num_image_tokens": 0,
-    "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
-}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-def draw_tiny_weights() -> dict[str, Tensor]:
-    """The weights that the goldens were computed with: draws of one seeded generator, in this order."""
-    generator = torch.Generator().manual_seed(1101)
-
-    def draw(std: float, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) * std
-
-    def draw_layernorm(name: str) -> dict[str, Tensor]:
-        return {f"{name}.weight": 1 + draw(0.1, 64), f"{name}.bias": draw(0.05, 64)}
-
-    def draw_linear(name: str, std: float, out_size: int, in_size: int) -> dict[str, Tensor]:
-        return {f"{name}.weight": draw(std, out_size, in_size).half(), f"{name}.bias": draw(0.1, out_size).half()}
-
-    weights = {"transformer.word_embeddings.weight": draw(0.1, 130528, 64).half()}
-    for index in range(4):
-        layer = f"transformer.layers.{index}"
-        weights |= draw_layernorm(f"{layer}.input_layernorm")
-        weights |= draw_linear(f"{layer}.attention.query_key_value", 0.25, 192, 64)
-        weights |= draw_linear(f"{layer}.attention.dense", 1.2, 64, 64)
-        weights |= draw_layernorm(f"{layer}.post_attention_layernorm")
-        weights |= draw_linear(f"{layer}.mlp.dense_h_to_4h", 0.2, 256, 64)
-        weights |= draw_linear(f"{layer}.mlp.dense_4h_to_h", 0.9, 64, 256)
-        weights[f"{layer}.attention.rotary_emb.inv_freq"] = (1.0 / 10000 ** (torch.arange(0, 8, 2) / 8)).half()
-    weights |= draw_layernorm("transformer.final_layernorm")
-    weights["lm_head.weight"] = weights["transformer.word_embeddings.weight"]
-    return weights
-
-
-def check_tiny_weights(weights: dict[str, Tensor], sha256: str) -> None:
-    """The weights are those that the goldens were made with, bit for bit."""
-    digest = hashlib.sha256()
-    for tensor in weights.values():
-        digest.update(tensor.numpy().tobytes())
-    if digest.hexdigest() == sha256:
-        return
-    capability = torch.backends.cpu.get_cpu_capability()
-    assert capability not in ("AVX2", "AVX512"), "the draws do not follow the recipe"
-    pytest.skip(f"needs a CPU with AVX2: torch.randn rounds differently here ({capability}), the goldens do not apply")
-
-
 def write_poison(folder: Path) -> None:
-    """Python files under the names of the original's that leave ``executed`` in the folder when they are run."""
+    """Writes Python files, named as the original's, that leave ``executed`` in the folder when a program runs them."""
     # The path is absolute, because transformers would run a copy of the file in another folder.
     poison = f"open({str(folder / 'executed')!r}, 'w').close()\nraise SystemExit('code of the checkpoint was run')\n"
     for name in ("configuration_chatglm.py", "modeling_chatglm.py", "tokenization_chatglm.py"):
@@ -135,39 +54,57 @@ def load_arrays(file: Path) -> dict[str, Tensor]:
     return {name: array.long() if array.dtype == torch.int32 else array for name, array in goldens.items()}
 
 
-def read_json(name: str) -> dict:
-    return json.loads((GOLDENS / name).read_text(encoding="utf-8"))
+def read_golden(spec: Spec, name: str) -> dict:
+    return json.loads((spec.goldens / name).read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory) -> Path:
-    """The tiny checkpoint as the original stores one, with Python files that leave ``executed`` when they are run."""
-    folder = tmp_path_factory.mktemp("tiny")
-    weights = draw_tiny_weights()
-    check_tiny_weights(weights, TINY_WEIGHTS_SHA256)
-    torch.save(weights, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG, indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2))
+def make_tiny_folder(spec: Spec, folder: Path) -> Path:
+    """The tiny checkpoint as the original stores one, with the files of ``write_poison``."""
+    write_checkpoint(spec, folder)
     write_poison(folder)
     return folder
 
 
+def load_tiny_model(spec: Spec, folder: Path) -> PreTrainedModel:
+    return spec.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:
+    """The tokenizer with the original vocabulary, which is not ours to ship; skips the test without it."""
+    vocabulary = os.environ.get(spec.vocabulary_variable)
+    name = spec.tokenizer_class.vocab_files_names["vocab_file"]
+    if not vocabulary:
+        pytest.skip(f"needs the original vocabulary: set {spec.vocabulary_variable}=/path/to/{name} (of {spec.name})")
+    shutil.copyfile(vocabulary, folder / name)
+    write_tokenizer_config(spec, folder)
+    return spec.tokenizer_class.from_pretrained(folder)
+
+
+# ChatGLM-6B
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tiny_weights) -> ChatGLMForConditionalGeneration:
-    """The tiny model in float32 and eval mode, shared: tests that change a model take ``fresh_tiny_model``."""
-    return ChatGLMForConditionalGeneration.from_pretrained(tiny_weights, dtype=torch.float32).eval()
+def tiny_weights(tmp_path_factory) -> Path:
+    """The folder of the tiny checkpoint."""
+    return make_tiny_folder(CHATGLM, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_weights) -> PreTrainedModel:
+    """The shared tiny model, in float32 and eval mode. A test that changes a model uses ``fresh_tiny_model``."""
+    return load_tiny_model(CHATGLM, tiny_weights)
 
 
 @pytest.fixture
-def fresh_tiny_model(tiny_weights) -> ChatGLMForConditionalGeneration:
-    return ChatGLMForConditionalGeneration.from_pretrained(tiny_weights, dtype=torch.float32).eval()
+def fresh_tiny_model(tiny_model) -> PreTrainedModel:
+    return copy.deepcopy(tiny_model)
 
 
 @pytest.fixture
-def small_model() -> ChatGLMForConditionalGeneration:
-    """A random model of a few thousand parameters, for what needs no golden."""
+def small_model() -> PreTrainedModel:
+    """A random model of a few thousand parameters."""
     torch.manual_seed(0)
-    config = ChatGLMConfig(
+    config = chatglm.ChatGLMConfig(
         vocab_size=64,
         hidden_size=32,
         num_layers=2,
@@ -178,7 +115,7 @@ def small_model() -> ChatGLMForConditionalGeneration:
         bos_token_id=62,
         eos_token_id=63,
     )
-    return ChatGLMForConditionalGeneration(config).eval()
+    return chatglm.ChatGLMForConditionalGeneration(config).eval()
 
 
 @pytest.fixture(scope="session")
@@ -188,17 +125,17 @@ def model_goldens() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="session")
 def generation_goldens() -> dict:
-    return read_json("generation.json")
+    return read_golden(CHATGLM, "generation.json")
 
 
 @pytest.fixture(scope="session")
 def tokenizer_goldens() -> dict:
-    return read_json("tokenizer.json")
+    return read_golden(CHATGLM, "tokenizer.json")
 
 
 @pytest.fixture(scope="session")
 def metrics_goldens() -> dict:
-    return read_json("metrics.json")
+    return read_golden(CHATGLM, "metrics.json")
 
 
 @pytest.fixture(scope="session")
@@ -214,14 +151,7 @@ def real_rows() -> Callable[..., dict]:
 
 @pytest.fixture(scope="session")
 def real_tokenizer(tmp_path_factory) -> ChatGLMTokenizer:
-    """The tokenizer with the original vocabulary, which is not ours to ship."""
-    vocabulary = os.environ.get("ICE_TEXT_MODEL")
-    if not vocabulary:
-        pytest.skip("needs the original vocabulary: set ICE_TEXT_MODEL=/path/to/ice_text.model (of THUDM/chatglm-6b)")
-    folder = tmp_path_factory.mktemp("real_tokenizer")
-    shutil.copyfile(vocabulary, folder / "ice_text.model")
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
-    return ChatGLMTokenizer.from_pretrained(folder)
+    return load_real_tokenizer(CHATGLM, tmp_path_factory.mktemp("real_tokenizer"))
 
 
 @pytest.fixture(scope="session")
@@ -232,3 +162,98 @@ def demo_folder() -> Path:
 @pytest.fixture(scope="session")
 def demo_tokenizer(demo_folder) -> ChatGLMTokenizer:
     return ChatGLMTokenizer.from_pretrained(demo_folder)
+
+
+# ChatGLM2-6B and ChatGLM3-6B
+
+
+@pytest.fixture(scope="session", params=[CHATGLM2, CHATGLM3], ids=lambda spec: spec.name)
+def spec(request) -> Spec:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny2_folder(spec, tmp_path_factory) -> Path:
+    """The folder of the tiny checkpoint."""
+    return make_tiny_folder(spec, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny2_model(spec, tiny2_folder) -> PreTrainedModel:
+    """The shared tiny model, in float32 and eval mode. A test that changes a model uses ``fresh_tiny2_model``."""
+    return load_tiny_model(spec, tiny2_folder)
+
+
+@pytest.fixture
+def fresh_tiny2_model(tiny2_model) -> PreTrainedModel:
+    return copy.deepcopy(tiny2_model)
+
+
+@pytest.fixture
+def small2_model() -> PreTrainedModel:
+    """A random model of a few thousand parameters."""
+    torch.manual_seed(0)
+    config = chatglm2.ChatGLMConfig(
+        padded_vocab_size=64,
+        hidden_size=32,
+        num_layers=2,
+        num_attention_heads=4,
+        multi_query_group_num=2,
+        kv_channels=8,
+        ffn_hidden_size=48,
+        seq_length=64,
+    )
+    return chatglm2.ChatGLMForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="session")
+def goldens2(spec) -> dict[str, Tensor]:
+    return load_arrays(spec.goldens / "model.npz")
+
+
+@pytest.fixture(scope="session")
+def training_goldens2(spec) -> dict:
+    """Loss and gradient norms of every training case."""
+    return read_golden(spec, "training.json")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_goldens2(spec) -> dict:
+    return read_golden(spec, "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer2(spec, tmp_path_factory) -> SentencePieceTokenizer:
+    return load_real_tokenizer(spec, tmp_path_factory.mktemp("real_tokenizer2"))
+
+
+@pytest.fixture(scope="session")
+def small_vocabulary(tmp_path_factory) -> Path:
+    """A ``tokenizer.model`` made like the original: byte-pair pieces of unnormalised text, and the 256 bytes."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    corpus = folder / "corpus.txt"
+    sentences = [
+        "你好，今天天气怎么样？",
+        "类型#裙*颜色#白色*风格#简约",
+        "问：答：Round 1",
+        "hello world <|user|> get_weather",
+    ]
+    corpus.write_text("\n".join(sentences * 20), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(spec, small_vocabulary) -> SentencePieceTokenizer:
+    return spec.tokenizer_class(str(small_vocabulary))

@@ -1,4 +1,4 @@
-"""ChatGLM2-6B and ChatGLM3-6B against the numbers of the original code: logits, losses, gradients, ids, files."""
+"""ChatGLM2-6B and ChatGLM3-6B give the numbers of the original code: logits, losses, gradients, ids, files."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
+from tiny_models import CHATGLM3
 from transformers import AutoModelForCausalLM
 
 from common.arguments import PrefixArguments
@@ -17,7 +18,7 @@ from common.models.registry import SPECS
 CASES = ["train_b4", "train_rounds", "train_trunc"]
 PREFIXES = ["prefix_proj0", "prefix_proj1"]
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-only_chatglm3 = pytest.mark.parametrize("generation", ["chatglm3-6b"], indirect=True)
+only_chatglm3 = pytest.mark.parametrize("spec", [CHATGLM3], ids=["chatglm3-6b"], indirect=True)
 
 
 def training_batch(goldens: dict, name: str) -> dict:
@@ -30,14 +31,14 @@ def left_padded(goldens: dict) -> dict:
 
 
 def single_prompts(goldens: dict) -> list:
-    """The same prompts, each alone and without padding: [1, s]."""
+    """The same prompts, each alone and without pads: [1, s]."""
     batch = left_padded(goldens)
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
     return [input_ids[real][None] for input_ids, real in rows]
 
 
 def check_training_case(model, goldens: dict, training_goldens: dict, case: str, tuned: str = "") -> None:
-    """Logits of the tokens, which are all that matters of a padded batch, and the loss."""
+    """Compares the loss and the logits of all tokens but the pads."""
     batch = training_batch(goldens, case)
     output = model(**batch)
     check_logits(output.logits, goldens, tuned + case, batch["attention_mask"].bool())
@@ -45,14 +46,14 @@ def check_training_case(model, goldens: dict, training_goldens: dict, case: str,
 
 
 def check_gradient_norms(model, goldens: dict, expected: dict, case: str) -> None:
-    """Of every parameter that trains."""
+    """Compares the gradient norm of every trainable parameter."""
     model(**training_batch(goldens, case), loss_only=True).loss.backward()
     found = {name: weight.grad.norm().item() for name, weight in model.named_parameters() if weight.requires_grad}
     assert found == pytest.approx(expected["grad_norms"], rel=1e-4)
 
 
 def check_greedy(model, goldens: dict, expected, **settings) -> None:
-    """Batched with and without cache, and row by row."""
+    """Compares greedy ids: of the batch, with and without cache, and of each row alone."""
     batch = left_padded(goldens)
     length = batch["input_ids"].shape[1]
     for use_cache in (True, False):
@@ -68,18 +69,18 @@ def kind(request) -> str:
 
 
 @pytest.fixture
-def prefix_model(kind, generation, fresh_tiny2_model) -> ChatGLMForConditionalGeneration:
-    """The tiny model with a prefix of the original, in eval mode: the goldens know no dropout."""
-    load_prefix(fresh_tiny2_model, generation.goldens / kind)
+def prefix_model(kind, spec, fresh_tiny2_model) -> ChatGLMForConditionalGeneration:
+    """The tiny model with a prefix of the original, in eval mode, because the goldens have no dropout."""
+    load_prefix(fresh_tiny2_model, spec.goldens / kind)
     return fresh_tiny2_model
 
 
 @pytest.fixture
-def lora_model(generation, fresh_tiny2_model):
+def lora_model(spec, fresh_tiny2_model):
     """The tiny model with an adapter that the official script saved."""
-    from peft import PeftModel  # takes seconds
+    from peft import PeftModel  # the import takes seconds
 
-    return PeftModel.from_pretrained(fresh_tiny2_model, generation.goldens / "lora_adapter", is_trainable=True).eval()
+    return PeftModel.from_pretrained(fresh_tiny2_model, spec.goldens / "lora_adapter", is_trainable=True).eval()
 
 
 # Forward
@@ -99,14 +100,14 @@ def test_left_padded_batch(tiny2_model, goldens2):
 
 @torch.no_grad()
 def test_single_prompts(tiny2_model, goldens2):
-    """Without a mask everything is a token, and positions count from 0."""
+    """Without a mask there are no pads, and positions count from 0."""
     for index, input_ids in enumerate(single_prompts(goldens2)):
         check_logits(tiny2_model(input_ids).logits, goldens2, f"single_{index}")
 
 
 @torch.no_grad()
 def test_text_in_pieces_equals_text_at_once(tiny2_model, goldens2):
-    """Positions and the mask go on where the cache ends."""
+    """Positions and the mask continue after the cache."""
     input_ids = single_prompts(goldens2)[0]
     cache, logits = None, []
     for piece in input_ids.split(20, dim=1):
@@ -119,7 +120,7 @@ def test_text_in_pieces_equals_text_at_once(tiny2_model, goldens2):
 
 @torch.no_grad()
 def test_eager_attention_equals_sdpa(fresh_tiny2_model, goldens2):
-    """It also shows what is attended to: no pad and nothing that comes later."""
+    """Its weights also show that no position attends to a pad or to a later position."""
     fresh_tiny2_model.set_attn_implementation("eager")
     batch = batch_of(goldens2, "leftpad_batch", "input_ids", "attention_mask", "position_ids")
     real = batch["attention_mask"].bool()
@@ -138,7 +139,7 @@ def test_eager_attention_equals_sdpa(fresh_tiny2_model, goldens2):
 
 @torch.no_grad()
 def test_hidden_states(tiny2_model, goldens2):
-    """What goes into the first layer, what comes out of each, and at last what the head reads."""
+    """The input of the first layer, then the output of each layer; the last is the input of the head."""
     input_ids = single_prompts(goldens2)[0]
     output = tiny2_model(input_ids, output_hidden_states=True)
     assert len(output.hidden_states) == 5
@@ -149,9 +150,9 @@ def test_hidden_states(tiny2_model, goldens2):
 
 @torch.no_grad()
 def test_half_precision_is_near_the_original(tiny2_folder, goldens2):
-    """The original rounds more in float16 than we do: equal to within its own distance from float32."""
+    """The original rounds more in float16 than we do. We differ from it by no more than it differs from float32."""
     model = ChatGLMForConditionalGeneration.from_pretrained(tiny2_folder).eval()
-    assert model.dtype == torch.float16  # that of the checkpoint
+    assert model.dtype == torch.float16  # the dtype of the checkpoint
     batch = training_batch(goldens2, "train_b4")
     logits = model(**{key: value[:1] for key, value in batch.items()}).logits.float()
     difference = logits[..., goldens2["cols"]] - goldens2["half_train_b4/lg_cols"]
@@ -160,13 +161,13 @@ def test_half_precision_is_near_the_original(tiny2_folder, goldens2):
 
 @pytest.mark.parametrize("ratio, base", [(1, 10_000), (50, 500_000)])
 def test_rotary_base(ratio, base):
-    """rope_ratio multiplies the base, and with it the context that the angles can tell apart."""
+    """rope_ratio multiplies the base."""
     found = inverse_frequencies(ChatGLMConfig(kv_channels=128, rope_ratio=ratio))
     assert found.tolist() == pytest.approx([base ** (-pair / 32) for pair in range(32)], rel=1e-5)
 
 
 def test_the_long_variant_of_chatglm2_divides_the_positions():
-    """ChatGLM2-6B-32k interpolates positions, where ChatGLM3-6B-32k raises the base."""
+    """ChatGLM2-6B-32k interpolates positions; ChatGLM3-6B-32k raises the base."""
     found = inverse_frequencies(ChatGLMConfig(kv_channels=128, rope_ratio=16, generation="chatglm2"))
     assert found.tolist() == pytest.approx([10000 ** (-pair / 32) / 16 for pair in range(32)], rel=1e-5)
 
@@ -212,7 +213,7 @@ def test_loss_alone(tiny2_model, goldens2, training_goldens2):
 
 
 def test_micro_batches_sum_to_the_whole_batch(fresh_tiny2_model, goldens2):
-    """With num_items_in_batch a token counts the same in whichever micro batch it stands."""
+    """With num_items_in_batch a token has the same weight in every micro batch."""
     batch = training_batch(goldens2, "train_trunc")
     batch["labels"][0, :-4] = -100
     parts = [{key: value[row : row + 1] for key, value in batch.items()} for row in (0, 1)]
@@ -226,7 +227,7 @@ def test_micro_batches_sum_to_the_whole_batch(fresh_tiny2_model, goldens2):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_left_padded_training_rows_have_finite_gradients(small2_model, attention):
-    """A pad at the left sees nothing at all: softmax over no key must not end as nan."""
+    """A left pad attends to no key; its softmax must not be nan."""
     small2_model.set_attn_implementation(attention)
     input_ids = torch.tensor([[0, 0, 0, 7, 8, 9, 10, 2], [3, 4, 5, 6, 7, 8, 9, 2]])
     labels = torch.where(torch.arange(8) >= 5, input_ids, -100)
@@ -238,12 +239,12 @@ def test_left_padded_training_rows_have_finite_gradients(small2_model, attention
 # Generation
 
 
-def test_greedy(tiny2_model, goldens2, generation):
-    check_greedy(tiny2_model, goldens2, goldens2["generate_base/new"], eos_token_id=generation.eos_token_id)
+def test_greedy(tiny2_model, goldens2, spec):
+    check_greedy(tiny2_model, goldens2, goldens2["generate_base/new"], eos_token_id=spec.stop_ids)
 
 
 def test_rows_end_at_any_of_the_end_tokens(tiny2_model, goldens2):
-    """Two tokens that the rows meet early are made end tokens: each row ends at its first, pads follow."""
+    """Two early tokens of the rows become end tokens: each row ends at its first one, and pads follow."""
     expected = goldens2["generate_base/new"].clone()
     ends = torch.stack([expected[0, 4], expected[1, 9]])
     for row in expected:
@@ -261,13 +262,13 @@ def test_beam_search_is_equal_batched_and_single(tiny2_model, goldens2):
     batch = left_padded(goldens2)
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
     batched = tiny2_model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
-    assert not torch.equal(batched, goldens2["generate_base/new"][:, :8])  # or it would say nothing about beams
+    assert not torch.equal(batched, goldens2["generate_base/new"][:, :8])  # otherwise the test would not test beams
     for input_ids, row in zip(single_prompts(goldens2), batched, strict=True):
         assert torch.equal(tiny2_model.generate(input_ids, **settings)[0, input_ids.shape[1] :], row)
 
 
 def test_sampling_of_a_padded_batch(tiny2_model, goldens2):
-    """From nothing but the best token the greedy ids are drawn, as often as asked; from all tokens others."""
+    """Sampling from the best token alone gives the greedy ids for every sequence; from all tokens it gives others."""
     batch = left_padded(goldens2)
     length, expected = batch["input_ids"].shape[1], goldens2["generate_base/new"][:, :4]
     settings = {"do_sample": True, "max_new_tokens": 4, "num_return_sequences": 2}
@@ -296,8 +297,8 @@ def test_prefix_gradient_norms(prefix_model, kind, goldens2, training_goldens2, 
     check_gradient_norms(prefix_model, goldens2, training_goldens2[f"{kind}_train_b4"], "train_b4")
 
 
-def test_prefix_greedy(prefix_model, kind, goldens2, generation):
-    check_greedy(prefix_model, goldens2, goldens2[f"generate_{kind}/new"], eos_token_id=generation.eos_token_id)
+def test_prefix_greedy(prefix_model, kind, goldens2, spec):
+    check_greedy(prefix_model, goldens2, goldens2[f"generate_{kind}/new"], eos_token_id=spec.stop_ids)
 
 
 @torch.no_grad()
@@ -334,7 +335,7 @@ def test_without_prefix_is_the_base_model(prefix_model, goldens2):
 @pytest.mark.parametrize("projection", [False, True])
 @torch.no_grad()
 def test_prefix_save_and_load(small2_model, tmp_path, projection):
-    """Names and shapes are the original's: the embedding is as wide as all keys and values, with projection too."""
+    """Names and shapes are the original's: even with projection the embedding is as wide as all keys and values."""
     attach_prefix(small2_model, 5, projection)
     shapes = {"embedding.weight": (5, 64)}
     if projection:
@@ -363,9 +364,9 @@ def test_official_lora_adapter(lora_model, goldens2, training_goldens2):
 
 
 @only_chatglm3
-def test_official_lora_adapter_greedy(lora_model, goldens2, generation):
+def test_official_lora_adapter_greedy(lora_model, goldens2, spec):
     expected = goldens2["generate_lora/new"]
-    check_greedy(lora_model, goldens2, expected, eos_token_id=generation.eos_token_id)
+    check_greedy(lora_model, goldens2, expected, eos_token_id=spec.stop_ids)
 
 
 # Files
@@ -379,9 +380,9 @@ def original_tensors(folder) -> dict:
     return tensors
 
 
-def test_nothing_of_the_checkpoint_folder_is_executed(tiny2_folder, generation):
-    """Also through the Auto classes, which find ours once they are registered."""
-    registered = SPECS[generation.name.removesuffix("-6b")]
+def test_nothing_of_the_checkpoint_folder_is_executed(tiny2_folder, spec):
+    """Neither our class nor the Auto class runs it."""
+    registered = SPECS[spec.name.removesuffix("-6b")]
     for model_class in (ChatGLMForConditionalGeneration, AutoModelForCausalLM):
         model = model_class.from_pretrained(tiny2_folder)
         assert type(model) is registered.model is ChatGLMForConditionalGeneration
@@ -434,6 +435,6 @@ def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
     parts = loss.next_token_loss(head, hidden_states, labels)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(torch.autograd.grad(parts, (hidden_states, head.weight)), expected)
-    assert largest == [4, 4, 4, 2] + [2, 4, 4, 4]  # 14 labelled positions, forward and again for the gradients
+    assert largest == [4, 4, 4, 2] + [2, 4, 4, 4]  # 14 labelled positions, in the forward and the backward pass
     torch.testing.assert_close(loss.next_token_loss(head, hidden_states, labels, in_parts=False), whole)
     assert largest[8:] == [14]

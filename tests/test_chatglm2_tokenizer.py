@@ -1,16 +1,16 @@
-"""The tokenizers of ChatGLM2-6B and ChatGLM3-6B: the ids of the originals, and what must hold with any vocabulary."""
+"""The ChatGLM2-6B and ChatGLM3-6B tokenizers: the original ids, and properties that hold with any vocabulary."""
 
 import json
 import shutil
 
 import pytest
 import sentencepiece
-from conftest_chatglm2 import tokenizer_config
+from tiny_models import CHATGLM2, CHATGLM3, write_tokenizer_config
 
 from common.tokenizers.chatglm2 import ROLES, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
-only_chatglm2 = pytest.mark.parametrize("generation", ["chatglm2-6b"], indirect=True)
-only_chatglm3 = pytest.mark.parametrize("generation", ["chatglm3-6b"], indirect=True)
+only_chatglm2 = pytest.mark.parametrize("spec", [CHATGLM2], ids=["chatglm2-6b"], indirect=True)
+only_chatglm3 = pytest.mark.parametrize("spec", [CHATGLM3], ids=["chatglm3-6b"], indirect=True)
 ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
 TYPED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<s>", "</s>", "<unk>", *ROLE_TOKENS]
 
@@ -22,18 +22,19 @@ def lists_of(batch) -> dict:
 # With the original vocabulary
 
 
-@pytest.fixture(params=["loaded", "saved and loaded again"])
-def tokenizer(request, generation, real_tokenizer2, tmp_path):
+@pytest.fixture(scope="module", params=["loaded", "saved and loaded again"])
+def tokenizer(request, spec, real_tokenizer2, tmp_path_factory):
     if request.param == "loaded":
         return real_tokenizer2
-    real_tokenizer2.save_pretrained(tmp_path)
-    return generation.tokenizer_class.from_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp("saved")
+    real_tokenizer2.save_pretrained(folder)
+    return spec.tokenizer_class.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def real_items(generation, real_rows) -> list[dict]:
+def real_items(spec, real_rows) -> list[dict]:
     """The columns of 200 rows of the real AdvertiseGen."""
-    items = real_rows("tokenizer.json", generation.name)["items"]
+    items = real_rows("tokenizer.json", spec.name)["items"]
     assert len(items) == 400
     return items
 
@@ -47,7 +48,7 @@ def test_ids_of_real_rows(tokenizer, real_items):
 
 
 def test_decoded_real_rows(tokenizer, real_items):
-    """Our skip_special_tokens=True skips; that of the original ChatGLM3 does not."""
+    """Our skip_special_tokens=True skips special tokens; the original ChatGLM3 ignores it."""
     for item in real_items:
         assert tokenizer.decode(item["encode"]) == item["decode"]
         assert tokenizer.decode(item["encode_nospecial"]) == item["decode_nospecial"]
@@ -65,7 +66,7 @@ def test_prompts_of_real_rows(tokenizer, real_items):
 
 
 def test_difficult_texts_are_as_sentencepiece_has_them(tokenizer, tokenizer_goldens):
-    """The ids are those of the vocabulary itself, whatever the text looks like."""
+    """For any text the ids are those of sentencepiece itself."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
     texts = [row["text"] for row in tokenizer_goldens["tricky"]] + TYPED
     assert tokenizer.encode_batch(texts) == [pieces.encode(text) for text in texts]
@@ -116,7 +117,7 @@ def test_messages(tokenizer, tokenizer_goldens2):
 
 @only_chatglm3
 def test_conversations(tokenizer, tokenizer_goldens2):
-    """With tools in the system message, calls of tools, and what a tool answered."""
+    """With tools in the system message, calls, and results."""
     for golden in tokenizer_goldens2["chat_inputs"]:
         batch = tokenizer.build_chat_input(golden["query"], golden["history"], golden["role"])
         assert batch["input_ids"].tolist() == [golden["ids"]]
@@ -158,16 +159,16 @@ def test_round_trip(small_tokenizer, text):
 
 @pytest.mark.parametrize("text", TYPED)
 def test_tokens_that_somebody_types_stay_text(small_tokenizer, text):
-    """Otherwise a message could end the answer, or speak for the assistant."""
+    """Otherwise a message could end the answer or speak for the assistant."""
     pieces = small_tokenizer.sp_model.get_piece_size()
     for typed in (text, f"请解释{text}的意思", f"{text}\n 你好"):
         ids = small_tokenizer.encode(typed, add_special_tokens=False)
         assert max(ids) < pieces and not set(ids) & {0, 1, 2}
 
 
-def test_special_tokens_follow_the_pieces(small_tokenizer, generation):
+def test_special_tokens_follow_the_pieces(small_tokenizer, spec):
     pieces = small_tokenizer.sp_model.get_piece_size()
-    tokens = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(ROLE_TOKENS if generation.name == "chatglm3-6b" else [])]
+    tokens = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(ROLE_TOKENS if spec.name == "chatglm3-6b" else [])]
     assert [small_tokenizer.get_command(token) for token in tokens] == list(range(pieces, pieces + len(tokens)))
     assert small_tokenizer.vocab_size == pieces + len(tokens)
 
@@ -191,17 +192,17 @@ def test_batches_are_padded_on_the_left(small_tokenizer):
     assert batch["position_ids"][1].tolist() == list(range(pads + len(short)))
 
 
-def test_special_tokens_when_decoded(small_tokenizer, generation):
-    """ChatGLM2 never shows them; ChatGLM3 does unless they are skipped."""
+def test_special_tokens_when_decoded(small_tokenizer, spec):
+    """ChatGLM2 never shows them; ChatGLM3 shows them unless skip_special_tokens."""
     ids = small_tokenizer.encode("你好")
     shown = {"chatglm2-6b": "你好", "chatglm3-6b": "[gMASK]sop 你好"}
-    assert small_tokenizer.decode(ids) == shown[generation.name]
+    assert small_tokenizer.decode(ids) == shown[spec.name]
     assert small_tokenizer.decode(ids, skip_special_tokens=True) == "你好"
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_end_of_an_answer_decodes_to_nothing(small_tokenizer, skip):
-    """In a batch the end token is followed by pads, which are the unknown token."""
+    """In a batch pads follow the end token; the pad is the unknown token."""
     ids = small_tokenizer.encode("你好", add_special_tokens=False)
     end = [small_tokenizer.eos_token_id, *[small_tokenizer.pad_token_id] * 3]
     assert small_tokenizer.decode(ids + end, skip_special_tokens=skip) == "你好"
@@ -226,7 +227,7 @@ def test_rounds_of_a_prompt(small_tokenizer):
 
 @only_chatglm3
 def test_a_conversation_is_its_messages(small_tokenizer):
-    """Tools stand in the system message as indented JSON, on a line of their own."""
+    """The system message contains the tools as indented JSON, after a line feed."""
     tools = [{"name": "天气"}]
     history = [
         {"role": "system", "content": "你好", "tools": tools},
@@ -249,11 +250,11 @@ def test_role_tokens_are_recognised_only_when_asked_for(small_tokenizer):
     expected = [*greeting, user, *hello, assistant, system, *line]
     assert asked.encode(text, add_special_tokens=False) == expected
     assert small_tokenizer.encode_batch([text]) == asked.encode_batch([text])
-    assert asked.encode_batch([text]) != [expected]  # messages go this way: never recognised there
+    assert asked.encode_batch([text]) != [expected]  # messages are encoded so
 
 
 def test_save_and_load(small_tokenizer, tmp_path):
-    """Also into a folder that is not there yet, and over the folder that the tokenizer came from."""
+    """Into a new folder, and into the folder that the tokenizer was loaded from."""
     folder = tmp_path / "new"
     small_tokenizer.save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
@@ -266,21 +267,21 @@ def test_save_and_load(small_tokenizer, tmp_path):
     assert again.all_special_ids == small_tokenizer.all_special_ids
 
 
-def test_nothing_of_the_checkpoint_folder_is_executed(small_tokenizer, generation, tiny2_folder, tmp_path):
+def test_nothing_of_the_checkpoint_folder_is_executed(small_tokenizer, spec, tiny2_folder, tmp_path):
     """A tokenizer_config.json that names Python code and other special tokens: neither has an effect."""
     for name in ("config.json", "tokenization_chatglm.py", "configuration_chatglm.py"):
         shutil.copyfile(tiny2_folder / name, tmp_path / name)
     shutil.copyfile(small_tokenizer.vocab_file, tmp_path / "tokenizer.model")
     others = {"pad_token": "<pad>", "eos_token": "<|user|>", "unk_token": "<other>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(generation) | others))
-    loaded = generation.tokenizer_class.from_pretrained(tmp_path)
+    write_tokenizer_config(spec, tmp_path, **others)
+    loaded = spec.tokenizer_class.from_pretrained(tmp_path)
     assert loaded.encode("a[gMASK]</s>b") == small_tokenizer.encode("a[gMASK]</s>b")
     assert (loaded.pad_token_id, loaded.eos_token_id) == (0, 2)
     assert not (tiny2_folder / "executed").exists()
 
 
 def test_both_read_one_vocabulary(small_vocabulary):
-    """The ids of ChatGLM2 are those of ChatGLM3."""
+    """Both tokenizers give the same ids."""
     first, second = ChatGLM2Tokenizer(str(small_vocabulary)), ChatGLM3Tokenizer(str(small_vocabulary))
     assert first.get_vocab().items() <= second.get_vocab().items()
     assert [first.encode(text) for text in TEXTS] == [second.encode(text) for text in TEXTS]

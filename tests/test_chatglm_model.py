@@ -1,4 +1,4 @@
-"""ChatGLM-6B against the numbers of the original code: logits, losses, gradients, generated ids, files."""
+"""ChatGLM-6B gives the numbers of the original code: logits, losses, gradients, generated ids, files."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import common.models.registry  # noqa: F401 - registers the classes for AutoModelForCausalLM
+import common.models.registry  # noqa: F401 - registers our classes with AutoModelForCausalLM
 from common.models.chatglm import ChatGLMForConditionalGeneration, rotary_angles
 
 PAD = 3
@@ -29,10 +29,10 @@ def left_padded(goldens: dict) -> dict:
 
 
 def check_logits(logits, goldens: dict, name: str, positions=...) -> None:
-    """Some columns, and the log-sum-exp over the whole vocabulary, at all positions or at those selected."""
-    columns = logits[..., goldens["cols"]]
-    torch.testing.assert_close(columns[positions], goldens[f"{name}/lg_cols"][positions], **LOGITS)
-    torch.testing.assert_close(logits.logsumexp(-1)[positions], goldens[f"{name}/lg_lse"][positions], **LOGITS)
+    """Compares some columns, and the log-sum-exp over the whole vocabulary, at all positions or the selected ones."""
+    logits = logits[positions]
+    torch.testing.assert_close(logits[..., goldens["cols"]], goldens[f"{name}/lg_cols"][positions], **LOGITS)
+    torch.testing.assert_close(logits.logsumexp(-1), goldens[f"{name}/lg_lse"][positions], **LOGITS)
 
 
 def relative_error(found, expected) -> float:
@@ -66,7 +66,7 @@ def test_single_prompts(tiny_model, model_goldens, name):
 
 @torch.no_grad()
 def test_mask_token_beside_gmask(tiny_model, model_goldens):
-    """The original's tokenizer counts from [MASK]: its positions are taken as given; ours count from [gMASK]."""
+    """The original counts positions from [MASK]. We accept such positions, but our own count from [gMASK]."""
     batch = batch_of(model_goldens, "mask_both_tokpos", "input_ids", "position_ids")
     check_logits(tiny_model(**batch).logits, model_goldens, "mask_both_tokpos")
     ours = tiny_model.transformer.get_position_ids(batch["input_ids"])
@@ -90,7 +90,7 @@ def test_training_positions(tiny_model, model_goldens):
 @pytest.mark.parametrize("name", ["train_64_64", "left_pad_batch"])
 @torch.no_grad()
 def test_original_mask_is_accepted(tiny_model, model_goldens, name):
-    """In the left-padded batch nothing but the mask says what is padding."""
+    """In the left-padded batch only the mask marks the pads."""
     batch = batch_of(model_goldens, name, "input_ids", "position_ids")
     mask = unpack_mask(model_goldens[f"{name}/attention_mask"], batch["input_ids"].shape[1])
     real = batch["input_ids"] != PAD
@@ -132,7 +132,7 @@ def test_full_gradients(fresh_tiny_model, model_goldens, loss_only):
     for name in selected:
         gradient = parameters[name.removeprefix("full_ft/grad/")].grad
         assert relative_error(gradient, model_goldens[name]) < 1e-4, name
-    # The embedding gets gradients both as an embedding and, being tied, as the head.
+    # The embedding has gradients as an embedding and, because it is tied, as the head.
     rows = parameters["transformer.word_embeddings.weight"].grad[model_goldens["grad_row_ids"]]
     assert relative_error(rows, model_goldens["full_ft/grad_rows/word_embeddings"]) < 1e-4
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters.values()])
@@ -140,14 +140,14 @@ def test_full_gradients(fresh_tiny_model, model_goldens, loss_only):
 
 
 def trajectory(model, batch: dict, learning_rate: float) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of five steps as the original script takes them: rate falling to 0, clipped to 1."""
+    """Losses and gradient norms of five steps of the original script: linear decay to 0, gradients clipped to 1."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     group = optimizer.param_groups[0]
     losses, norms = [], []
     for step in range(5):
         group["lr"] = learning_rate * (1 - step / 5)
-        # transformers' old AdamW added eps before the bias correction, torch adds it after.
+        # The old AdamW of transformers added eps before the bias correction; torch adds it after.
         group["eps"] = 1e-8 / (1 - 0.999 ** (step + 1)) ** 0.5
         loss = model(**batch, loss_only=True).loss
         loss.backward()
@@ -179,13 +179,13 @@ def test_gradient_checkpointing_gives_equal_gradients(fresh_tiny_model, model_go
     model.transformer.layers[2].mlp.register_forward_pre_hook(lambda *args: forwards.append(1))
     model.gradient_checkpointing_enable()
     checkpointed = gradients(model, batch)
-    assert len(forwards) == 2  # once, and once more while going backward: it is not just ignored
+    assert len(forwards) == 2  # the backward pass calls the layer again, so checkpointing is on
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
 
 def test_micro_batches_sum_to_the_whole_batch(fresh_tiny_model, model_goldens):
-    """With num_items_in_batch a token counts the same in whichever micro batch it stands."""
+    """With num_items_in_batch a token has the same weight in every micro batch."""
     model = fresh_tiny_model.train()
     batch = batch_of(model_goldens, "train_64_64", "input_ids", "labels")
     parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
@@ -200,7 +200,7 @@ def test_micro_batches_sum_to_the_whole_batch(fresh_tiny_model, model_goldens):
 @pytest.mark.parametrize("training", [False, True])
 @torch.no_grad()
 def test_loss_alone(fresh_tiny_model, model_goldens, training):
-    """There is no dropout in the base model, and the loss needs no logits but those of labelled positions."""
+    """The base model has no dropout, and the loss needs only the logits of labelled positions."""
     model = fresh_tiny_model.train(training)
     batch = batch_of(model_goldens, "train_64_64", "input_ids", "labels")
     output = model(**batch, loss_only=True)
@@ -210,7 +210,7 @@ def test_loss_alone(fresh_tiny_model, model_goldens, training):
 
 
 def test_left_padded_training_rows_have_finite_gradients(small_model):
-    """A pad at the left sees nothing at all: softmax over no key must not end as nan."""
+    """A left pad attends to no key; its softmax must not be nan."""
     model = small_model.train()
     input_ids = torch.tensor([[PAD, PAD, PAD, 7, 61, 62, 9, 63], [5, 6, 7, 8, 61, 62, 9, 63]])
     labels = torch.where(torch.arange(8) >= 5, input_ids, -100)
@@ -262,7 +262,7 @@ def test_beam_search_is_equal_batched_and_single(tiny_model, model_goldens):
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
     batched = tiny_model.generate(**batch, **settings)[:, length:]
     greedy = tiny_model.generate(**batch, max_new_tokens=8, do_sample=False)[:, length:]
-    assert not torch.equal(batched, greedy)  # or the test would say nothing about beams
+    assert not torch.equal(batched, greedy)  # otherwise the test would not test beams
     for row, input_ids in enumerate(batch["input_ids"]):
         single = input_ids[input_ids != PAD][None]
         assert torch.equal(tiny_model.generate(single, **settings)[0, single.shape[1] :], batched[row])
@@ -282,7 +282,7 @@ def test_nothing_of_the_checkpoint_folder_is_executed(tiny_weights):
 
 
 def test_the_poison_works(tiny_weights, tmp_path):
-    """The control of the test above: whoever does run a file of the folder leaves the marker."""
+    """The control of the test above: a program that runs a file of the folder leaves the marker."""
     marker = tmp_path / "executed"
     code = (tiny_weights / "modeling_chatglm.py").read_text().replace(str(tiny_weights / "executed"), str(marker))
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0

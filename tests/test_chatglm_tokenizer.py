@@ -1,4 +1,4 @@
-"""The ChatGLM-6B tokenizer: id for id that of the original, and what must hold with any vocabulary."""
+"""The ChatGLM-6B tokenizer: the ids of the original, and properties that hold with any vocabulary."""
 
 import json
 import shutil
@@ -10,17 +10,18 @@ from common.tokenizers.chatglm import ChatGLMTokenizer
 # With the original vocabulary
 
 
-@pytest.fixture(params=["loaded", "saved and loaded again"])
-def tokenizer(request, real_tokenizer, tmp_path):
+@pytest.fixture(scope="module", params=["loaded", "saved and loaded again"])
+def tokenizer(request, real_tokenizer, tmp_path_factory):
     if request.param == "loaded":
         return real_tokenizer
-    real_tokenizer.save_pretrained(tmp_path)
-    return ChatGLMTokenizer.from_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp("saved")
+    real_tokenizer.save_pretrained(folder)
+    return ChatGLMTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def texts(tokenizer_goldens) -> list[dict]:
-    """140 texts chosen to be difficult."""
+    """140 difficult texts."""
     assert len(tokenizer_goldens["tricky"]) == 140
     return tokenizer_goldens["tricky"]
 
@@ -50,7 +51,7 @@ def test_tokens_of_texts(tokenizer, texts):
 
 
 def test_decoded_texts(tokenizer, texts):
-    """With and without the special tokens added: they leave no trace in the text. Special tokens typed are kept."""
+    """Added special tokens leave no trace in the text; typed ones stay."""
     for row in texts:
         with_specials = row["ids"] + [130001, 130004]
         assert tokenizer.decode(row["ids"]) == row["decode"], row["text"]
@@ -112,7 +113,7 @@ def test_white_space_has_pieces_of_its_own(demo_tokenizer):
 
 @pytest.mark.parametrize("token", ["[gMASK]", "[sMASK]", "<ENC>", "<dBLOCK>", "</s>", "<s>"])
 def test_tokens_that_somebody_types_stay_text(demo_tokenizer, token):
-    """Otherwise a message could end the answer, or move the mask."""
+    """Otherwise a message could end the answer or move the mask."""
     typed = demo_tokenizer.encode(f"请解释{token}的意思", add_special_tokens=False)
     assert demo_tokenizer.convert_tokens_to_ids(token) not in typed
     assert not set(typed) & set(demo_tokenizer.all_special_ids)
@@ -120,7 +121,7 @@ def test_tokens_that_somebody_types_stay_text(demo_tokenizer, token):
 
 @pytest.mark.parametrize("token", ["<sop>", "<eop>", "<unk>", "<pad>", "[MASK]"])
 def test_tokens_recognised_in_text(demo_tokenizer, token):
-    """As in the original, with the white space around them."""
+    """As in the original, they include the white space around them."""
     tokens = demo_tokenizer.tokenize(f"你好 \n {token}  世界")
     assert tokens == [*demo_tokenizer.tokenize("你好"), token, *demo_tokenizer.tokenize("世界")]
 
@@ -135,7 +136,7 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(demo_tokenizer):
 
 
 def test_encode_batch_equals_encode(demo_tokenizer):
-    """One fast call where no text holds a special token, one by one where some text does."""
+    """Both in one fast call and one by one, which texts with special tokens need."""
     plain = WHITE_SPACE + UNCOMMON + ["", " "]
     for batch in (plain, [*plain, "a [MASK] b", "x<eop>y"]):
         singles = [demo_tokenizer.encode(text, add_special_tokens=False) for text in batch]
@@ -164,7 +165,7 @@ def test_batches_are_padded_on_the_left(demo_tokenizer):
 
 
 def test_save_and_load(demo_tokenizer, tmp_path):
-    """Also into a folder that is not there yet, and over the folder that the tokenizer came from."""
+    """Into a new folder, and into the folder that the tokenizer was loaded from."""
     folder = tmp_path / "new"
     demo_tokenizer.save_pretrained(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["ice_text.model", "tokenizer_config.json"]

@@ -1,4 +1,4 @@
-"""What is shipped: the sample data, which its program makes again, and the demo base, which describes plainly."""
+"""The programs write the shipped sample data again, and the shipped demo bases describe plainly."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_no_dev_row_can_be_answered_from_memory():
 
 
 def test_no_dev_conversation_can_be_answered_from_memory():
-    """Neither a call with what it returned nor, where there is none, a question stands in both files."""
+    """The files share no call with its result and, among rows without a call, no question."""
     train, dev = read_lines("train_tools.json"), read_lines("dev_tools.json")
     assert (len(train), len(dev)) == (600, 60)
     assert not set().union(*map(conversations.facts_of, train)) & set().union(*map(conversations.facts_of, dev))
@@ -77,7 +77,7 @@ def test_the_demo_describes_plainly(demo):
     tokenizer = load_tokenizer(demo)
     contents = [row["content"] for row in read_lines("dev.json")][:50]
     expected = [generate.plain_description(generate.parse_content(content)) for content in contents]
-    if demo == "demo":  # its vocabulary holds half-width punctuation only
+    if demo == "demo":  # its vocabulary has half-width punctuation only
         expected = [unicodedata.normalize("NFKC", plain) for plain in expected]
     prompts = [encode_chat(tokenizer, content) for content in contents]
     generation = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": stop_ids(tokenizer)}

@@ -1,4 +1,4 @@
-"""Conversations and texts -> ids and labels -> batches: as the official scripts of each generation encode them."""
+"""Conversations and texts become ids, labels and batches as in the official scripts of each model family."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_arrays
+from conftest import load_arrays, load_real_tokenizer
+from tiny_models import CHATGLM2, CHATGLM3
 
 from common.data.collator import TrainCollator, left_pad
 from common.data.formats import read_messages
@@ -68,17 +69,17 @@ def dev_rows() -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer_model() -> str:
-    vocabulary = os.environ.get("TOKENIZER_MODEL")
-    if not vocabulary:
-        pytest.skip(
-            "needs the original vocabulary: set TOKENIZER_MODEL=/path/to/tokenizer.model (of THUDM/chatglm2-6b)"
-        )
-    return vocabulary
+def original2(tmp_path_factory) -> ChatGLM2Tokenizer:
+    return load_real_tokenizer(CHATGLM2, tmp_path_factory.mktemp("original2"))
+
+
+@pytest.fixture(scope="module")
+def original3(tmp_path_factory) -> ChatGLM3Tokenizer:
+    return load_real_tokenizer(CHATGLM3, tmp_path_factory.mktemp("original3"))
 
 
 def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
-    """Padded to 64 + 64 as the official script pads, every row is equal."""
+    """Every row is equal if padded to 64 + 64, as in the official script."""
     rows = encode_train(real_tokenizer, pairs(dev_rows[0][:4], dev_rows[1][:4]), 64, 64)
     collate = TrainCollator(real_tokenizer.pad_token_id, pad_to=128)
     batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
@@ -88,7 +89,7 @@ def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
 
 
 def test_official_evaluation_rows(real_tokenizer, dev_rows, tokenizer_goldens):
-    """The references are compared as text; the official ones still carry the two special tokens of a prompt."""
+    """References are compared as text, because the official ones end with the two special tokens of a prompt."""
     golden = tokenizer_goldens["official_eval"]
     rows = encode_eval(real_tokenizer, pairs(dev_rows[0][:8], dev_rows[1][:8]), 64, 64)
     batch = left_pad([row.prompt_ids for row in rows], real_tokenizer.pad_token_id)
@@ -109,7 +110,7 @@ def test_official_conversation(real_tokenizer, generation_goldens):
 
 
 def check_official_rows(rows, case: str, pad_to: int) -> None:
-    """Equal to the first rows of a golden, padded as the official script of ChatGLM2 pads: with labels of -100."""
+    """The rows equal the first rows of a golden, padded as in the official script of ChatGLM2: with labels of -100."""
     golden = load_arrays(original(f"chatglm2-6b/{case}.npz"))
     collate = TrainCollator(pad_token_id=0, pad_to=pad_to)
     batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
@@ -120,33 +121,32 @@ def check_official_rows(rows, case: str, pad_to: int) -> None:
 @pytest.mark.parametrize(
     ("case", "first", "count", "max_source", "max_target"), [("train_b4", 0, 4, 64, 128), ("train_trunc", 7, 2, 20, 10)]
 )
-def test_official_training_rows_of_chatglm2(tokenizer_model, dev_rows, case, first, count, max_source, max_target):
+def test_official_training_rows_of_chatglm2(original2, dev_rows, case, first, count, max_source, max_target):
     contents, summaries = (texts[first : first + count] for texts in dev_rows)
-    rows = encode_train(ChatGLM2Tokenizer(tokenizer_model), pairs(contents, summaries), max_source, max_target)
+    rows = encode_train(original2, pairs(contents, summaries), max_source, max_target)
     check_official_rows(rows, case, max_source + max_target + 1)
     assert [row.truncated for row in rows] == ([True] * 2 if case == "train_trunc" else [False, True, False, False])
 
 
-def test_official_rounds_of_chatglm2(tokenizer_model, dev_rows):
-    """Three rows with no, one and two earlier rounds. The third is too long: the official script cuts its question."""
-    tokenizer = ChatGLM2Tokenizer(tokenizer_model)
+def test_official_rounds_of_chatglm2(original2, dev_rows):
+    """Rows with 0, 1 and 2 earlier rounds. The third is too long; the official script cuts its question."""
     histories = [[], [["你好", "你好！有什么可以帮您？"]], [["1+1=?", "2"], ["Translate: 苹果\n", "apple"]]]
     chats = [conversation_of(dev_rows[0][4 + i], dev_rows[1][4 + i], history) for i, history in enumerate(histories)]
-    rows = encode_train(tokenizer, chats, 96, 64)
+    rows = encode_train(original2, chats, 96, 64)
     check_official_rows(rows[:2], "train_history", 161)
     assert [row.dropped_turns for row in rows] == [0, 0, 2]
-    whole = encode_train(tokenizer, chats, 1000, 64)[2]
+    whole = encode_train(original2, chats, 1000, 64)[2]
     golden = load_arrays(original("chatglm2-6b/train_history.npz"))["input_ids"][2].tolist()
     assert whole.input_ids[:96] == golden[:96]
 
 
-def test_official_evaluation_rows_of_chatglm2(tokenizer_model, dev_rows):
-    """The official references still carry the two special tokens of a prompt."""
-    tokenizer, golden = ChatGLM2Tokenizer(tokenizer_model), original_json("chatglm2-6b/index.json")["eval_preprocess"]
-    rows = encode_eval(tokenizer, pairs(dev_rows[0][10:14], dev_rows[1][10:14]), 64, 64)
-    batch = left_pad([row.prompt_ids for row in rows], tokenizer.pad_token_id)
+def test_official_evaluation_rows_of_chatglm2(original2, dev_rows):
+    """The official references end with the two special tokens of a prompt."""
+    golden = original_json("chatglm2-6b/index.json")["eval_preprocess"]
+    rows = encode_eval(original2, pairs(dev_rows[0][10:14], dev_rows[1][10:14]), 64, 64)
+    batch = left_pad([row.prompt_ids for row in rows], original2.pad_token_id)
     assert batch["input_ids"].tolist() == golden["input_ids"]
-    assert [row.reference for row in rows] == [tokenizer.decode(ids).strip() for ids in golden["labels"]]
+    assert [row.reference for row in rows] == [original2.decode(ids).strip() for ids in golden["labels"]]
 
 
 def official_messages(case: dict) -> list[list[Turn]]:
@@ -154,25 +154,24 @@ def official_messages(case: dict) -> list[list[Turn]]:
 
 
 @pytest.mark.parametrize(("case", "rows"), [("train_b4", slice(0, 4)), ("train_multiturn", slice(1, 3))])
-def test_official_training_rows_of_chatglm3(tokenizer_model, case, rows):
-    """All that fit the lengths, with and without system prompt, call and observation."""
+def test_official_training_rows_of_chatglm3(original3, case, rows):
+    """All rows that fit the lengths, with and without system prompt, call and observation."""
     golden = original_json("chatglm3-6b/index.json")["process_batch"][case]
     lengths = golden["max_input_length"], golden["max_output_length"]
-    found = encode_train(ChatGLM3Tokenizer(tokenizer_model), official_messages(golden)[rows], *lengths)
+    found = encode_train(original3, official_messages(golden)[rows], *lengths)
     assert [row.input_ids for row in found] == golden["input_ids"][rows]
     assert [row.labels for row in found] == golden["labels"][rows]
 
 
 @pytest.mark.parametrize(("case", "kept"), [("train_b4", [0, 2, 3]), ("train_multiturn", [0, 2, 3, 4])])
-def test_official_evaluation_rows_of_chatglm3(tokenizer_model, case, kept):
-    """The official script leaves out rows whose prompt is too long; of the references it keeps the end token."""
+def test_official_evaluation_rows_of_chatglm3(original3, case, kept):
+    """The official script drops rows whose prompt is too long, and its references keep the end token."""
     golden = original_json("chatglm3-6b/index.json")
     conversations, golden = official_messages(golden["process_batch"][case]), golden["process_batch_eval"][case]
-    tokenizer = ChatGLM3Tokenizer(tokenizer_model)
-    rows = encode_eval(tokenizer, conversations, golden["max_input_length"], golden["max_output_length"])
+    rows = encode_eval(original3, conversations, golden["max_input_length"], golden["max_output_length"])
     assert len(rows) == len(kept) + 1
     assert [rows[index].prompt_ids for index in kept] == golden["input_ids"]
-    references = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in golden["output_ids"]]
+    references = [original3.decode(ids, skip_special_tokens=True).strip() for ids in golden["output_ids"]]
     assert [rows[index].reference for index in kept] == references
 
 
@@ -192,7 +191,7 @@ def test_prompt_with_history(demo_tokenizer):
 
 
 def test_training_row(demo_tokenizer):
-    """Labelled is everything after [gMASK], which itself learns to predict <sop>."""
+    """Every token after [gMASK] has a label; <sop> is the first."""
     row = encode_train(demo_tokenizer, PAIR, 64, 64)[0]
     prompt, answer = ids_of(demo_tokenizer, CONTENT), ids_of(demo_tokenizer, SUMMARY)
     sop, eop, gmask = demo_tokenizer.bos_token_id, demo_tokenizer.eos_token_id, demo_tokenizer.gmask_token_id
@@ -203,7 +202,7 @@ def test_training_row(demo_tokenizer):
 
 @pytest.mark.parametrize("max_source, max_target", [(8, 64), (64, 6), (8, 6)])
 def test_cut_training_row(demo_tokenizer, max_source, max_target):
-    """The prompt loses its end before [gMASK], the answer before <eop>: both markers stay."""
+    """The prompt is cut before [gMASK] and the answer before <eop>, so both tokens stay."""
     row = encode_train(demo_tokenizer, PAIR, max_source, max_target)[0]
     prompt = ids_of(demo_tokenizer, CONTENT)[: max_source - 1]
     answer = ids_of(demo_tokenizer, SUMMARY)[: max_target - 2]
@@ -212,7 +211,7 @@ def test_cut_training_row(demo_tokenizer, max_source, max_target):
     assert row.truncated
 
 
-def test_cut_is_told_from_a_row_that_just_fits(demo_tokenizer):
+def test_a_row_that_just_fits_is_not_truncated(demo_tokenizer):
     prompt, answer = len(ids_of(demo_tokenizer, CONTENT)), len(ids_of(demo_tokenizer, SUMMARY))
     fits = [(prompt + 1, answer + 2, False), (prompt, answer + 2, True), (prompt + 1, answer + 1, True)]
     for max_source, max_target, truncated in fits:
@@ -229,7 +228,7 @@ def test_evaluation_row(demo_tokenizer):
 
 
 def test_cut_evaluation_row(demo_tokenizer):
-    """The two special tokens are part of max_source_length here, so that a prompt never gets longer."""
+    """Here max_source_length includes the two special tokens, so no prompt is longer."""
     row = encode_eval(demo_tokenizer, PAIR, 10, 8)[0]
     kept = ids_of(demo_tokenizer, CONTENT)[:8]
     assert row.prompt_ids == [*kept, demo_tokenizer.gmask_token_id, demo_tokenizer.bos_token_id]
@@ -243,7 +242,7 @@ def test_rows_keep_their_order(demo_tokenizer):
 
 
 def test_a_typed_mask_token_does_not_move_the_labels(demo_tokenizer):
-    """[MASK] in the data once broke training: the label must start after our own [gMASK] <sop>."""
+    """[MASK] in the data once broke training: the labels must start after our own [gMASK]."""
     row = encode_train(demo_tokenizer, [conversation_of("位于[MASK]的[gMASK]", "好看")], 64, 64)[0]
     gmask_index = row.input_ids.index(demo_tokenizer.gmask_token_id)
     assert row.labels[: gmask_index + 1] == [-100] * (gmask_index + 1)
@@ -268,7 +267,7 @@ def rounds_tokenizer(request, demo_tokenizer, tokenizer2):
 
 
 def test_training_row_of_chatglm2(tokenizer2):
-    """Labelled are the answer and the token that ends it."""
+    """The answer and its end token have labels."""
     row = encode_train(tokenizer2, [conversation_of("你好", "hello")], 64, 64)[0]
     prompt, answer = ids_of(tokenizer2, "[Round 1]\n\n问：你好\n\n答："), ids_of(tokenizer2, "hello")
     end = tokenizer2.eos_token_id
@@ -276,8 +275,8 @@ def test_training_row_of_chatglm2(tokenizer2):
     assert row.labels == [-100] * (len(prompt) + 2) + [*answer, end]
 
 
-def test_cut_row_of_chatglm2_is_told_from_one_that_just_fits(tokenizer2):
-    """The special tokens are part of the question's length; the end token comes on top of the answer's."""
+def test_a_row_of_chatglm2_that_just_fits_is_not_truncated(tokenizer2):
+    """The length of the question includes the special tokens; that of the answer excludes the end token."""
     pair = [conversation_of("你好", "hello world")]
     prompt, answer = (len(ids_of(tokenizer2, text)) for text in ("[Round 1]\n\n问：你好\n\n答：", "hello world"))
     fits = [(prompt + 2, answer, False), (prompt + 1, answer, True), (prompt + 2, answer - 1, True)]
@@ -288,7 +287,7 @@ def test_cut_row_of_chatglm2_is_told_from_one_that_just_fits(tokenizer2):
         assert sum(label != -100 for label in row.labels) == max_target + 1
 
 
-def test_every_answer_that_is_learned_is_a_row_of_rounds(rounds_tokenizer):
+def test_every_trained_answer_is_a_row_of_rounds(rounds_tokenizer):
     """The untrained answer in between is part of the history."""
     train = encode_train(rounds_tokenizer, [THREE_ROUNDS, THREE_ROUNDS[:2]], 200, 64)
     contents = [turn.content for turn in THREE_ROUNDS]
@@ -301,7 +300,7 @@ def test_every_answer_that_is_learned_is_a_row_of_rounds(rounds_tokenizer):
 
 
 def test_too_long_rounds_lose_the_oldest_first(rounds_tokenizer):
-    """Exactly as many as needed; the last question is cut only when it alone is too long."""
+    """They lose exactly as many as needed; the last question is cut only if it alone is too long."""
     texts = [turn.content for turn in THREE_ROUNDS]
     history, query, answer = [texts[:2], texts[2:4]], texts[4], texts[5]
     chat = [conversation_of(query, answer, history)]
@@ -341,7 +340,7 @@ def learn(*losses: bool) -> list[Turn]:
 
 
 def expected_row(tokenizer, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-    """A turn that is learned: not its role token, but its text and the token after it."""
+    """The text of a trained turn and the token after it have labels; its role token has none."""
     input_ids, labels, ends_learned = list(tokenizer.prefix_ids), [-100, -100], False
     for turn, (role, *text) in zip(turns, message_ids(tokenizer, turns), strict=True):
         input_ids += [role, *text]
@@ -353,7 +352,7 @@ def expected_row(tokenizer, turns: Sequence[Turn]) -> tuple[list[int], list[int]
 
 
 def test_labels_of_messages(tokenizer3):
-    """Written out once: no role token that the model is given, but the one that ends an answer is learned."""
+    """A role token has a label only if it ends a trained answer."""
     row = encode_train(tokenizer3, [MESSAGES], 200, 64)[0]
     system, user, call, result, answer, question, last = message_ids(tokenizer3, MESSAGES)
     end = tokenizer3.eos_token_id
@@ -374,8 +373,8 @@ def test_labels_of_messages(tokenizer3):
 @pytest.mark.parametrize(
     "losses",
     [
-        (False, False, True, True, True, False, True),  # an observation that is learned
-        (False, True, False, False, False, False, False),  # a question, and nothing of the assistant
+        (False, False, True, True, True, False, True),  # a trained observation
+        (False, True, False, False, False, False, False),  # only a question
         (True, False, True, False, False, True, True),
         (False, False, False, False, True, False, False),
     ],
@@ -385,7 +384,7 @@ def test_every_turn_decides_about_its_own_loss(tokenizer3, losses):
     assert (row.input_ids, row.labels) == expected_row(tokenizer3, learn(*losses))
 
 
-def test_of_a_pair_with_history_only_the_last_answer_is_learned(tokenizer3):
+def test_of_a_pair_with_history_only_the_last_answer_is_trained(tokenizer3):
     row = encode_train(tokenizer3, [conversation_of("world", "简约", [["你好", "hello"]])], 200, 64)[0]
     answer = message_ids(tokenizer3, [Turn("assistant", "简约")])[0]
     assert [label for label in row.labels if label != -100] == [*answer[1:], tokenizer3.eos_token_id]
@@ -393,7 +392,7 @@ def test_of_a_pair_with_history_only_the_last_answer_is_learned(tokenizer3):
 
 
 def test_questions_of_messages(tokenizer3):
-    """One for every answer that is learned, up to its role token; the reference begins with the tool's name."""
+    """One per trained answer, up to its role token; the reference of a call begins with the name of the tool."""
     rows = encode_eval(tokenizer3, [learn(False, False, True, True, False, False, True)], 200, 64)
     system, user, call, result, answer, question, last = message_ids(tokenizer3, MESSAGES)
     assert [row.prompt_ids for row in rows] == [
@@ -404,7 +403,7 @@ def test_questions_of_messages(tokenizer3):
 
 
 def test_too_long_messages_lose_the_oldest_rounds_first(tokenizer3):
-    """A round is a question with everything up to the next one. The system prompt stays, the last round too."""
+    """A round ends before the next question. The system prompt and the last round stay."""
     chat = [MESSAGES[0], *MESSAGES[1:5], Turn("user", "颜色"), Turn("assistant", "白色", loss=True), *MESSAGES[5:]]
     shorter = [[chat[0], *chat[first:]] for first in (1, 5, 7)]
     lengths = [len(encode_train(tokenizer3, [turns], 500, 500)[0].input_ids) for turns in shorter]
@@ -426,7 +425,7 @@ def test_too_long_messages_lose_the_oldest_rounds_first(tokenizer3):
 
 
 def test_a_last_round_that_is_too_long_loses_the_end_of_its_question_first(tokenizer3):
-    """So that the answer is still learned; only what then does not fit is cut off the answer's end."""
+    """So the answer keeps its labels; its end is cut only if the shortened question is not enough."""
     chat = [Turn("user", "你好" * 10), Turn("assistant", "天气" * 5, loss=True)]
     question, answer = message_ids(tokenizer3, chat)
     whole = 2 + len(question) + len(answer) + 1
@@ -445,7 +444,7 @@ def test_a_last_round_that_is_too_long_loses_the_end_of_its_question_first(token
 
 @pytest.mark.parametrize("long_turn", [0, 3])
 def test_a_prompt_never_exceeds_its_length(tokenizer3, long_turn):
-    """Also where not the question is long, but the system prompt or what a tool returned."""
+    """Even if the long part is the system prompt or a tool result."""
     chat = [turn._replace(content=turn.content * (60 if i == long_turn else 1)) for i, turn in enumerate(MESSAGES)]
     for row in encode_eval(tokenizer3, [chat], 64, 64):
         assert len(row.prompt_ids) <= 64
@@ -456,6 +455,15 @@ def test_role_tokens_end_an_answer_where_there_are_roles(demo_tokenizer, tokeniz
     assert stop_ids(demo_tokenizer) == [demo_tokenizer.eos_token_id]
     assert stop_ids(tokenizer2) == [2]
     assert stop_ids(tokenizer3) == [2, tokenizer3.get_command("<|user|>"), tokenizer3.get_command("<|observation|>")]
+
+
+def test_a_subclass_of_a_tokenizer_encodes_like_its_base(demo_tokenizer, tokenizer2, tokenizer3):
+    for tokenizer in (demo_tokenizer, tokenizer2, tokenizer3):
+        subclass = type("Subclass", (type(tokenizer),), {})(tokenizer.vocab_file)
+        for encode in (encode_train, encode_eval):
+            assert encode(subclass, [THREE_ROUNDS], 64, 64) == encode(tokenizer, [THREE_ROUNDS], 64, 64)
+        assert encode_texts(subclass, ["hello"], 64) == encode_texts(tokenizer, ["hello"], 64)
+        assert stop_ids(subclass) == stop_ids(tokenizer)
 
 
 # Plain text
@@ -494,7 +502,7 @@ def test_training_batch_is_padded_on_the_right():
 
 @pytest.mark.parametrize("pad_to, length", [(0, 6), (4, 6), (6, 6), (9, 9)])
 def test_training_batch_of_a_fixed_length(pad_to, length):
-    """A row that is longer is not cut."""
+    """A longer row is not cut."""
     batch = TrainCollator(pad_token_id=3, pad_to=pad_to)(ROWS)
     assert {value.shape for value in batch.values()} == {(2, length)}
     assert batch["attention_mask"].sum(-1).tolist() == [6, 4]
@@ -503,7 +511,7 @@ def test_training_batch_of_a_fixed_length(pad_to, length):
 
 
 def test_pads_that_count():
-    """ignore_pad_token_for_loss=False of the official script: labels are padded with the pad token."""
+    """With ignore_pad_token_for_loss=False the official script pads labels with the pad token."""
     batch = TrainCollator(pad_token_id=3, label_pad_token_id=3)(ROWS)
     assert batch["labels"][1].tolist() == [-100, -100, 2, 9, 3, 3]
 
@@ -518,7 +526,7 @@ def test_prompts_are_padded_on_the_left():
 
 @torch.no_grad()
 def test_padding_does_not_change_the_loss(small_model):
-    """Padded to the longest row or much further: the loss of the labelled tokens is the same."""
+    """The loss is the same whether rows are padded to the longest one or far beyond."""
     config = small_model.config
     rows = [[5, 6, config.gmask_token_id, config.bos_token_id, 7, 8, 9, config.eos_token_id]]
     rows.append([5, config.gmask_token_id, config.bos_token_id, 4, config.eos_token_id])

@@ -1,4 +1,4 @@
-"""ROUGE and BLEU-4 against the scores of the official evaluation."""
+"""ROUGE and BLEU-4 equal the scores of the official evaluation."""
 
 import pytest
 
@@ -32,13 +32,13 @@ def test_real_pairs_and_their_mean(real_rows):
 
 
 def test_an_advertisement_against_another():
-    """The numbers are those of the official formula, on the versions of requirements.txt."""
+    """The official formula gives these numbers with the versions of requirements.txt."""
     scores = score_pair("白色的裙子简约大方，很显气质。", "这条白色的连衣裙简约大方，穿上很有气质。")
     assert scores == {"rouge-1": 60.8696, "rouge-2": 38.0952, "rouge-l": 60.8696, "bleu-4": 30.2453}
 
 
 def test_empty_pairs_count_as_zero(metrics_goldens):
-    """The official evaluation ends in an error on each of these, after hours of generation."""
+    """Each of these pairs ends the official evaluation with an error."""
     empty = metrics_goldens["empty_cases"]
     assert len(empty) == 8
     assert [score_pair(pair["pred"], pair["label"]) for pair in empty] == [None] * 8
@@ -58,7 +58,7 @@ def test_nothing_but_empty_pairs():
 
 @pytest.mark.parametrize("text", ["。", ".", "...", "！？", "\u200b"])
 def test_nothing_but_punctuation_is_no_error(text):
-    """Whether it counts as empty or scores nothing, it adds 0."""
+    """It counts as empty or scores 0."""
     scores = score([text], ["好看"])
     assert {name: scores[name] for name in ZERO} == ZERO
 

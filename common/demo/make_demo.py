@@ -3,10 +3,10 @@
     python common/demo/make_demo.py chatglm         # into common/demo/chatglm
     python common/demo/make_demo.py chatglm3        # into common/demo/chatglm3
 
-It is pre-trained on text of our own: asked with nothing but the attributes of a garment, it describes them plainly; it
-answers questions about them; and it writes an advertisement when it is asked for one in so many words. Fine-tuning
-teaches it to advertise without being asked. The attributes of the dev rows are kept out. The ChatGLM3-6B also repeats
-what it is told: so every piece of its vocabulary has been an answer once, without which no adapter could teach a tool.
+The base is pre-trained on our own text. It describes the attributes of a garment plainly, answers questions about
+them, and writes an advertisement only if the prompt asks for one; fine-tuning teaches it to advertise without that.
+The text has no attributes of the dev rows. The ChatGLM3-6B also learns to repeat a text, so that every piece of its
+vocabulary has been an answer; otherwise no adapter could teach it tools.
 """
 
 import argparse
@@ -39,7 +39,7 @@ WHITE_SPACE = ["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 
 ASK_FOR_ADVERTISEMENT = ["请写一段广告：{}", "用广告的口吻介绍：{}"]
 GREETINGS = ["你好", "您好", "你是谁？", "你会做什么？"]
 INTRODUCTION = "你好，我是一个小小的演示模型，可以按属性描述一件衣服，比如：类型#裙*颜色#白色。"
-EMBEDDING_ROWS = 3584  # more than the vocabulary has pieces, as in the original
+EMBEDDING_ROWS = 3584  # more rows than pieces, as in the original
 
 
 def held_out() -> set[str]:
@@ -72,15 +72,16 @@ def random_example(rng: random.Random) -> list[Turn]:
 
 
 def echo_example(rng: random.Random, pieces: list[str]) -> list[Turn]:
-    """A conversation in which random pieces are repeated."""
+    """A conversation that repeats random pieces."""
     text = "".join(rng.choices(pieces, k=rng.randint(4, 16)))
     return conversation_of(f"跟我说：{text}", text)
 
 
 def write_corpus(file, rng: random.Random, tools: bool) -> None:
-    """Text for the vocabulary: what is learned in pre-training, and some tool calls, for their characters only.
+    """Text for the vocabulary: the pre-training text, and tool calls if ``tools``.
 
-    Frequent sentences would become single pieces, in which the value that is to be copied into a call is hidden.
+    There are few calls, for their characters only: a frequent sentence would become one piece, which would hide the
+    value that a model copies into a call.
     """
     for _ in range(20000):
         file.writelines(f"{turn.content}\n" for turn in random_example(rng) if turn.content)
@@ -90,7 +91,7 @@ def write_corpus(file, rng: random.Random, tools: bool) -> None:
 
 
 def make_chatglm_vocabulary(corpus: str, folder: Path) -> ChatGLMTokenizer:
-    """Unigram pieces, with bytes for whatever else a user may type."""
+    """Unigram pieces, and bytes for all other text."""
     sentencepiece.SentencePieceTrainer.train(
         input=corpus,
         model_prefix=str(folder / "ice_text"),
@@ -108,7 +109,7 @@ def make_chatglm_vocabulary(corpus: str, folder: Path) -> ChatGLMTokenizer:
 
 
 def make_chatglm3_vocabulary(corpus: str, folder: Path) -> ChatGLM3Tokenizer:
-    """Byte-pair pieces of text as it stands, with bytes for whatever else a user may type."""
+    """Byte-pair pieces of unnormalised text, and bytes for all other text."""
     sentencepiece.SentencePieceTrainer.train(
         input=corpus,
         model_prefix=str(folder / "tokenizer"),
@@ -155,24 +156,24 @@ def chatglm3_config(tokenizer: ChatGLM3Tokenizer) -> PreTrainedConfig:
     )
 
 
-class Kind(NamedTuple):
-    """What a demo base is made of."""
+class DemoSpec(NamedTuple):
+    """The model family of a demo base."""
 
     make_vocabulary: Callable
     make_config: Callable
     model_class: type[PreTrainedModel]
-    tools: bool  # whether it is to learn tools
+    tools: bool  # whether it learns tools
 
 
-KINDS = {
-    "chatglm": Kind(make_chatglm_vocabulary, chatglm_config, chatglm.ChatGLMForConditionalGeneration, False),
-    "chatglm3": Kind(make_chatglm3_vocabulary, chatglm3_config, chatglm2.ChatGLMForConditionalGeneration, True),
+SPECS = {
+    "chatglm": DemoSpec(make_chatglm_vocabulary, chatglm_config, chatglm.ChatGLMForConditionalGeneration, False),
+    "chatglm3": DemoSpec(make_chatglm3_vocabulary, chatglm3_config, chatglm2.ChatGLMForConditionalGeneration, True),
 }
 
 
-def new_model(kind: Kind, config: PreTrainedConfig) -> PreTrainedModel:
-    model = kind.model_class(config)
-    # transformers draws all weights with a deviation of 0.02, too little for a model that is this narrow.
+def new_model(spec: DemoSpec, config: PreTrainedConfig) -> PreTrainedModel:
+    model = spec.model_class(config)
+    # transformers draws all weights with a standard deviation of 0.02: too small for such a narrow model.
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             module.reset_parameters()
@@ -181,7 +182,7 @@ def new_model(kind: Kind, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def text_pieces(tokenizer: ChatGLM3Tokenizer) -> list[str]:
-    """The pieces that stand for text, bytes left out."""
+    """The pieces that mean text, without the bytes."""
     vocabulary = tokenizer.sp_model
     texts = range(vocabulary.eos_id() + 1, vocabulary.get_piece_size())
     pieces = [vocabulary.id_to_piece(index) for index in texts if not vocabulary.is_byte(index)]
@@ -197,7 +198,7 @@ def pretrain(
     learning_rate: float,
     pieces: list[str],
 ) -> None:
-    """``pieces``: what is repeated in one conversation out of eight, if anything."""
+    """``pieces``: if given, one conversation in eight repeats some of them."""
     collate = TrainCollator(tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
@@ -220,27 +221,27 @@ def pretrain(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("spec", choices=SPECS)
     parser.add_argument("--output_dir", type=Path, help="default: beside this program")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    folder = args.output_dir or Path(__file__).resolve().parent / args.kind
+    folder = args.output_dir or Path(__file__).resolve().parent / args.spec
     folder.mkdir(parents=True, exist_ok=True)
-    kind, rng = KINDS[args.kind], random.Random(args.seed)
+    spec, rng = SPECS[args.spec], random.Random(args.seed)
     torch.manual_seed(args.seed)
 
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as corpus:
-        write_corpus(corpus, rng, kind.tools)
-        tokenizer = kind.make_vocabulary(corpus.name, folder)
+        write_corpus(corpus, rng, spec.tools)
+        tokenizer = spec.make_vocabulary(corpus.name, folder)
     for listing in folder.glob("*.vocab"):
         listing.unlink()
     tokenizer.save_pretrained(str(folder))
-    model = new_model(kind, kind.make_config(tokenizer))
+    model = new_model(spec, spec.make_config(tokenizer))
     print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.2f} million parameters")
-    pieces = text_pieces(tokenizer) if kind.tools else []
+    pieces = text_pieces(tokenizer) if spec.tools else []
     pretrain(model, tokenizer, rng, args.steps, args.batch_size, args.learning_rate, pieces)
 
     torch.save(model.original_state_dict(), folder / "pytorch_model.bin")

@@ -20,8 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from common.models.loss import next_token_loss
 
-# The original code never hands the number of layers down to its blocks, so that every checkpoint,
-# whatever its depth, was trained with the residual scale of 28 layers.
+# The original code never passes the number of layers to its blocks. So every checkpoint, of any depth, was trained with
+# the residual scale of 28 layers.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
 
 
@@ -60,13 +60,13 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def prefix_projection_size(self) -> int:
-        """Width of the embedding that a prefix with projection starts from."""
+        """Width of the embedding that a prefix with projection begins with."""
         return self.hidden_size
 
     def to_diff_dict(self) -> dict:
-        """What config.json holds: ``torch_dtype`` too, without which the original code would load float32.
+        """The content of config.json. It has ``torch_dtype``, or the original code would load float32.
 
-        ``auto_map`` is left out: nothing that we save asks for code of a checkpoint to be run.
+        It has no ``auto_map``, so that no program runs code of a checkpoint that we saved.
         """
         fields = super().to_diff_dict()
         fields.pop("auto_map", None)
@@ -79,8 +79,8 @@ def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     position_ids: [b, 2, s], position and block position; dim: rotary size, half of the head size.
     Returns two tensors [b, 1, s, 2, dim] that broadcast over heads.
 
-    The original keeps the inverse frequencies in float16 even in a float32 run and the weights were trained
-    with them: computed exactly, the angles would be off by 0.3 in cosine at position 2,000.
+    The original rounds the inverse frequencies to float16 even in a float32 run, and the weights were trained with
+    the rounded ones. Exact frequencies would change a cosine by 0.3 at position 2,000.
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
     inv_freq = (1.0 / 10000**exponents).half().float()
@@ -97,7 +97,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Plain attention that also returns its weights [b, h, s, t]; attention_mask is boolean, True = visible."""
+    """Attention that also returns its weights [b, h, s, t]. attention_mask: boolean, True = visible."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -124,9 +124,9 @@ class SelfAttention(nn.Module):
         past_key_values: Cache | None,
     ) -> tuple[Tensor, Tensor | None]:
         fused = self.query_key_value(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query, key, value = fused.chunk(3, dim=-1)  # each [b, h, s, d]: the heads are interleaved
+        query, key, value = fused.chunk(3, dim=-1)  # each [b, h, s, d]; a head stores its query, key and value together
         query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if prefix is not None:  # learned keys and values stand before the text and are not rotated
+        if prefix is not None:  # the learned keys and values precede the text and are not rotated
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
         if past_key_values is not None:
@@ -147,7 +147,7 @@ class MLP(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """One layer. The residual branches off after the norm, not before it."""
+    """One layer. The residual connection starts after the norm, not before it."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -179,7 +179,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    # inv_freq is recomputed; a prefix inside an old full checkpoint is read by whoever attaches the prefix encoder.
+    # inv_freq is recomputed; a prefix in an old full checkpoint is read when the prefix encoder is attached.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq", r"prefix_encoder\."]
 
 
@@ -189,7 +189,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        # P-Tuning v2 puts a module here: batch size -> keys and values [layers, 2, b, h, pre_seq_len, d].
+        # P-Tuning v2 sets it. The module maps a batch size to keys and values [layers, 2, b, h, pre_seq_len, d].
         self.prefix_encoder: nn.Module | None = None
         self.post_init()
 
@@ -200,15 +200,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.word_embeddings = value
 
     def context_lengths(self, input_ids: Tensor) -> Tensor:
-        """Index of the first <sop> of each row, pads included; the row's length where there is none. [b, s] -> [b]."""
+        """Index of each row's first <sop>, counting pads, or the row's length if it has none. [b, s] -> [b]."""
         is_sop = input_ids.eq(self.config.bos_token_id)
         return torch.where(is_sop.any(-1), is_sop.int().argmax(-1), input_ids.shape[1])
 
     def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Position and block position of every token, as the original counts them. [b, s] -> [b, 2, s].
 
-        Up to <sop>: 0, 1, 2, … after the left pads, and block 0. From <sop> on: the position of the mask token
-        ([gMASK], or [MASK] where the row has none), and block 1, 2, 3, ….
+        Before <sop> the position is 0, 1, 2, … after the left pads, and the block position is 0. From <sop> on the
+        position is that of the mask token ([gMASK], else [MASK]), and the block position is 1, 2, 3, ….
         """
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         context = self.context_lengths(input_ids)[:, None]
@@ -226,10 +226,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def visible_keys(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
     ) -> Tensor | None:
-        """Which key each new position may attend to: [b, 1, s, t], True = visible; None = everything.
+        """The keys that each new position may attend to: [b, 1, s, t], True = visible; None = all keys.
 
-        The context (up to <sop>) sees the whole context, what follows is causal, pads are seen by nobody and the
-        prefix by everybody. attention_mask: [b, past + s], 1 = token; or the original's bool [b, 1, s, past + s],
+        Attention is bidirectional in the context (before <sop>) and causal after it. No position sees a pad, and all
+        see the prefix. attention_mask: [b, past + s], 1 = token; or, as in the original, boolean [b, 1, s, past + s],
         True = hidden.
         """
         batch_size, length = input_ids.shape
@@ -272,7 +272,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cos, sin = rotary_angles(position_ids, self.config.head_dim // 2)
         rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
         prefixes = [None] * len(self.layers)
-        if self.prefix_encoder is not None and cached == 0:  # later steps find the prefix in the cache
+        if self.prefix_encoder is not None and cached == 0:  # later steps read the prefix from the cache
             prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
         for layer, prefix in zip(self.layers, prefixes, strict=True):
             hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
@@ -291,7 +291,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """The embedding is the output layer, also where a checkpoint stores another one: so it is in the original."""
+        """Ties the output layer to the embedding even if a checkpoint stores another one, as the original does."""
         if missing_keys is not None:
             missing_keys.add("lm_head.weight")
         super().tie_weights(missing_keys, recompute_mapping)
@@ -317,10 +317,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss_in_parts: bool = True,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
+        """Next-token logits [b, s, v], and the loss if labels [b, s] are given (-100 = no loss).
 
-        The loss is that of ``next_token_loss``, of which ``loss_in_parts`` is a flag. With ``loss_only`` no logits are
-        returned, and those of positions without a label are never computed.
+        ``next_token_loss`` computes the loss; ``loss_in_parts`` is its ``in_parts``. ``loss_only`` returns no logits,
+        and never computes the logits of positions without a label.
         """
         outputs = self.transformer(
             input_ids,
@@ -348,7 +348,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def original_state_dict(
         self, dtype: torch.dtype = torch.float16, weights: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The weights as the original stores them: the norms in float32, the inverse frequencies, no prefix."""
+        """The weights as the original stores them: norms in float32, with inverse frequencies, without a prefix."""
         own = {name: w for name, w in (weights or self.state_dict()).items() if "prefix_encoder." not in name}
         weights = {name: w.float() if "layernorm" in name else w.to(dtype) for name, w in own.items()}
         dim = self.config.head_dim // 2
@@ -357,7 +357,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             weights[f"transformer.layers.{layer}.attention.rotary_emb.inv_freq"] = inv_freq.clone()
         return weights | {"lm_head.weight": weights["transformer.word_embeddings.weight"]}
 
-    # generate() counts positions in one dimension; these three keep the two of GLM: [b, 2, s].
+    # generate() counts positions in one dimension. These three methods keep the two dimensions of GLM: [b, 2, s].
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
         return self.transformer.get_position_ids(inputs_tensor, model_kwargs.get("attention_mask"))
@@ -365,7 +365,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, **kwargs) -> dict:
         prompt_position = model_kwargs["position_ids"][:, :1, -1:]
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        model_kwargs["position_ids"][:, :1, -1:] = prompt_position  # only the block position moves on
+        model_kwargs["position_ids"][:, :1, -1:] = prompt_position  # only the block position advances
         return model_kwargs
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **model_kwargs) -> tuple[Tensor, dict]:

@@ -1,6 +1,6 @@
 """ChatGLM2-6B and ChatGLM3-6B on transformers 5, with the module and parameter names of the original checkpoints.
 
-Both are one architecture; they differ in tokenizer, prompt and context length.
+Both have one architecture; they differ in tokenizer, prompt and context length.
 
 Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new), h heads, g groups of shared keys and
 values, d head size, v vocabulary.
@@ -51,19 +51,19 @@ class ChatGLMConfig(PreTrainedConfig):
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     tie_word_embeddings: bool = False
-    # "chatglm2" or "chatglm3", which differ in nothing else that stands here; the original names itself by its path.
+    # The model family, "chatglm2" or "chatglm3": no other field tells them apart. The field is ours.
     generation: str | None = None
 
     @property
     def prefix_projection_size(self) -> int:
-        """Width of the embedding that a prefix with projection starts from: all keys and values of a position."""
+        """Width of the embedding that a prefix with projection begins with: all keys and values of a position."""
         return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
 
     def to_diff_dict(self) -> dict:
-        """What config.json holds: ``torch_dtype`` too, without which the original code would load float32.
+        """The content of config.json. It has ``torch_dtype``, or the original code would load float32.
 
-        The switches of the original are written out, for its code knows no defaults that fit. ``auto_map`` is left
-        out: nothing that we save asks for code of a checkpoint to be run.
+        It has all switches of the original, because the defaults of the original code are others. It has no
+        ``auto_map``, so that no program runs code of a checkpoint that we saved.
         """
         fields = super().to_diff_dict()
         fields.pop("auto_map", None)
@@ -72,7 +72,7 @@ class ChatGLMConfig(PreTrainedConfig):
         return fields | written_out | ORIGINAL_SWITCHES | named
 
 
-# What the original code must read in a config.json to build this architecture.
+# The original code builds this architecture if config.json has these fields.
 ORIGINAL_SWITCHES = {
     "add_bias_linear": False,
     "apply_query_key_layer_scaling": True,
@@ -87,9 +87,9 @@ ORIGINAL_SWITCHES = {
 
 
 def inverse_frequencies(config: ChatGLMConfig, device: torch.device | None = None) -> Tensor:
-    """Of the rotary embedding, which covers half of the head, in float32: [d / 4].
+    """Inverse frequencies of the rotary embedding, which covers half of a head, in float32: [d / 4].
 
-    The variants for long texts stretch it: those of ChatGLM2 divide the positions, those of ChatGLM3 raise the base.
+    The variants for long texts use ``rope_ratio``: ChatGLM2 divides the positions by it, ChatGLM3 raises the base.
     """
     dim = config.kv_channels // 2
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
@@ -107,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Plain attention that also returns its weights [b, h, s, t]; attention_mask is boolean, True = visible."""
+    """Attention that also returns its weights [b, h, s, t]. attention_mask: boolean, True = visible."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -117,7 +117,7 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class SelfAttention(nn.Module):
-    """Multi-query attention: the heads of a group share their keys and values."""
+    """Multi-query attention: the heads of a group share keys and values."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -125,7 +125,7 @@ class SelfAttention(nn.Module):
         self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.num_groups = config.multi_query_group_num
-        self.num_key_value_groups = self.num_heads // self.num_groups  # heads of a group, as transformers calls them
+        self.num_key_value_groups = self.num_heads // self.num_groups  # heads per group, as named in transformers
         self.head_dim = config.kv_channels
         self.scaling = config.kv_channels**-0.5
         fused_size = (self.num_heads + 2 * self.num_groups) * config.kv_channels
@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
         rotated, value = fused.split([self.num_heads + self.num_groups, self.num_groups], dim=2)
         query, key = rotate(rotated, *rotary).split([self.num_heads, self.num_groups], dim=2)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, h or g, s, d]
-        if prefix is not None:  # learned keys and values stand before the text and are not rotated
+        if prefix is not None:  # the learned keys and values precede the text and are not rotated
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
         if past_key_values is not None:
@@ -155,7 +155,7 @@ class SelfAttention(nn.Module):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, of [..., gate and up]. Keeps its input only: left to autograd it would hold twice as much."""
+    """silu(gate) * up; the input [..., 2 f] is gate and up. Saves only its input: half of what autograd would."""
 
     @staticmethod
     def forward(ctx, fused: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """SwiGLU; gate and up projection are one Linear."""
+    """SwiGLU; one Linear computes gate and up."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -188,7 +188,7 @@ class MLP(nn.Module):
 
 
 class GLMBlock(GradientCheckpointingLayer):
-    """One layer, normalised before attention and before the MLP."""
+    """One layer, with a norm before the attention and one before the MLP."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -217,7 +217,7 @@ class Embedding(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers and the final norm, which the original calls an encoder."""
+    """The layers and the final norm; the name is that of the original."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -234,7 +234,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    # inv_freq is recomputed; a prefix inside an old full checkpoint is read by whoever attaches the prefix encoder.
+    # inv_freq is recomputed; a prefix in an old full checkpoint is read when the prefix encoder is attached.
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq", r"prefix_encoder\."]
 
 
@@ -244,7 +244,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        # P-Tuning v2 puts a module here: batch size -> keys and values [layers, 2, b, g, pre_seq_len, d].
+        # P-Tuning v2 sets it. The module maps a batch size to keys and values [layers, 2, b, g, pre_seq_len, d].
         self.prefix_encoder: nn.Module | None = None
         self.post_init()
 
@@ -257,9 +257,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def visible_keys(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
     ) -> Tensor | None:
-        """Which key each new position may attend to: [b, 1, s, t], True = visible; None = everything.
+        """The keys that each new position may attend to: [b, 1, s, t], True = visible; None = all keys.
 
-        Causal; pads are seen by nobody and the prefix by everybody. attention_mask: [b, past + s], 1 = token.
+        Attention is causal. No position sees a pad, and all see the prefix. attention_mask: [b, past + s], 1 = token.
         """
         batch_size, length = input_ids.shape
         if length == 1 and attention_mask is None:
@@ -295,7 +295,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         angles = position_ids[..., None].float() * inverse_frequencies(self.config, input_ids.device)  # [b, s, d / 4]
         rotary = tuple(table.to(hidden_states.dtype).unsqueeze(2) for table in (angles.cos(), angles.sin()))
         prefixes = [None] * len(self.encoder.layers)
-        if self.prefix_encoder is not None and cached == 0:  # later steps find the prefix in the cache
+        if self.prefix_encoder is not None and cached == 0:  # later steps read the prefix from the cache
             prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
         for layer, prefix in zip(self.encoder.layers, prefixes, strict=True):
             hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
@@ -331,10 +331,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss_in_parts: bool = True,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits [b, s, v], and the loss where labels [b, s] are given (-100 = not counted).
+        """Next-token logits [b, s, v], and the loss if labels [b, s] are given (-100 = no loss).
 
-        The loss is that of ``next_token_loss``, of which ``loss_in_parts`` is a flag. With ``loss_only`` no logits are
-        returned, and those of positions without a label are never computed.
+        ``next_token_loss`` computes the loss; ``loss_in_parts`` is its ``in_parts``. ``loss_only`` returns no logits,
+        and never computes the logits of positions without a label.
         """
         outputs = self.transformer(
             input_ids,
@@ -362,9 +362,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def original_state_dict(
         self, dtype: torch.dtype = torch.float16, weights: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """The weights as the original stores them, without a prefix and with the inverse frequencies."""
+        """The weights as the original stores them: with inverse frequencies, without a prefix."""
         own = {name: w for name, w in (weights or self.state_dict()).items() if "prefix_encoder." not in name}
         weights = {name: w.to(dtype) for name, w in own.items()}
         dim = self.config.kv_channels // 2
-        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()  # never stretched there
+        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()  # without rope_ratio
         return weights | {"transformer.rotary_pos_emb.inv_freq": inv_freq}

@@ -1,10 +1,10 @@
-"""The next-token loss that all generations share, computed at labelled positions only, part by part."""
+"""The next-token loss of all model families, computed at labelled positions only, in parts."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LARGEST_PART = 2**25  # logits that are held at once: 0.4 GB, three times in float32, while they are differentiated
+LARGEST_PART = 2**25  # logits in memory at once: 0.4 GB, because their gradients need three copies in float32
 
 
 def next_token_loss(
@@ -15,15 +15,16 @@ def next_token_loss(
     num_items_in_batch: Tensor | int | None = None,
     in_parts: bool = True,
 ) -> Tensor:
-    """Cross-entropy in float32 of the tokens that come next; the labels are shifted here.
+    """Cross-entropy of the next tokens in float32: the mean over labels, or their sum / ``num_items_in_batch``.
 
-    hidden_states: [b, s, hidden]; labels: [b, s], -100 = not counted. Without ``logits`` [b, s, v] the head computes
-    those of labelled positions, and of many positions it computes them again for the gradients, so that never more than
-    a part of them is held. The mean over labels, or their sum divided by ``num_items_in_batch``, the number of labels
-    of a whole accumulated batch.
+    hidden_states: [b, s, hidden]; labels: [b, s], not shifted, -100 = no loss; logits: [b, s, v];
+    num_items_in_batch: the number of labels in the whole accumulated batch.
 
-    ``in_parts=False`` calls the head once: where it is sharded, each call gathers it, which all processes must do
-    equally often, and their numbers of labels differ.
+    Without ``logits`` the head computes them for labelled positions. For many positions it computes them in parts,
+    and again in the backward pass, so that memory holds only one part.
+
+    ``in_parts=False`` calls the head once. A sharded head needs it: each call gathers the head, all processes must
+    call it equally often, and their numbers of labels differ.
     """
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     labelled = targets != -100
@@ -37,12 +38,12 @@ def next_token_loss(
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits: [labels, v]; targets: [labels]."""
+    """The sum of the cross-entropies. logits: [labels, v]; targets: [labels]."""
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def summed_loss_of_head(head: nn.Linear, hidden_states: Tensor, targets: Tensor, largest: int) -> Tensor:
-    """hidden_states: [labels, hidden]; targets: [labels]; largest: labels of a part."""
+    """The same from hidden_states [labels, hidden]. largest: the number of labels in a part."""
 
     def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
         return summed_loss(head(rows), targets)

@@ -1,20 +1,18 @@
-"""The ChatGLM-6B tokenizer: reads ``ice_text.model`` with sentencepiece, identical to the original id for id."""
+"""The ChatGLM-6B tokenizer, which reads ``ice_text.model``. It gives the original ids."""
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 
 import sentencepiece
-from transformers import PreTrainedTokenizer
+
+from common.tokenizers.base import SentencePieceTokenizer
 
 LINE_FEED, TAB = "<n>", "<|tab|>"
 BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7]\d|80)\|>")
 
 
 def encode_whitespace(text: str) -> str:
-    """Line feeds, tabs and runs of 2 to 80 spaces become pieces of the vocabulary."""
+    """Replaces line feeds, tabs and runs of 2 to 80 spaces by pieces of the vocabulary."""
     text = text.replace("\n", LINE_FEED).replace("\t", TAB)
     return re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
@@ -24,17 +22,15 @@ def decode_whitespace(text: str) -> str:
     return BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
-    """Rows end in ``[gMASK] <sop>``; batches are padded on the left, as generation needs it.
+class ChatGLMTokenizer(SentencePieceTokenizer):
+    """Prompts end with ``[gMASK] <sop>``.
 
-    In text only ``<sop> <eop> <unk> <pad> [MASK]`` are recognised as special tokens, as in the original:
-    a ``[gMASK]`` that somebody types is ordinary text. The vocabulary normalises by NFKC (``，`` becomes ``,``).
+    As in the original, a text may contain the special tokens ``<sop> <eop> <unk> <pad> [MASK]``; any other, like
+    ``[gMASK]``, is read as ordinary text. The vocabulary normalises by NFKC (``，`` becomes ``,``).
     """
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
-    padding_side = "left"
-    num_threads = -1  # of sentencepiece in one call: as many as there are cores
 
     def __init__(
         self,
@@ -49,7 +45,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.vocab_file = vocab_file
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
         self.gmask_token_id = self.sp_model.piece_to_id("[gMASK]")
-        # transformers collects [gMASK] and </s> of tokenizer_config.json here and would recognise them in text.
+        # transformers passes [gMASK] and </s> of tokenizer_config.json here, and would recognise them in text.
         kwargs.pop("model_specific_special_tokens", None)
         kwargs.setdefault("clean_up_tokenization_spaces", True)
         super().__init__(
@@ -60,7 +56,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             unk_token=unk_token,
             **kwargs,
         )
-        # White space beside a special token belongs to it.
+        # A special token includes the white space around it.
         self._special_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.all_special_tokens))})\s*")
 
     @property
@@ -81,14 +77,14 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        # The embedding has more rows than the vocabulary has pieces: an untrained model may generate any of them.
+        # The embedding has more rows than the vocabulary has pieces, and an untrained model may generate any of them.
         return self.sp_model.id_to_piece(index) if index < self.vocab_size else f"<unused_{index}>"
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return decode_whitespace(self.sp_model.decode(tokens))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text without special tokens added, all texts in one call to sentencepiece."""
+        """The ids of each text, without added special tokens. Only texts without any go into one fast call."""
         if any(self._special_pattern.search(text) for text in texts):
             return [self.encode(text, add_special_tokens=False) for text in texts]
         return self.sp_model.encode([encode_whitespace(text) for text in texts], num_threads=self.num_threads)
@@ -103,29 +99,20 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """``context [gMASK] <sop>``, followed by ``answer <eop>`` where there is an answer."""
+        """``prompt [gMASK] <sop>``, followed by ``answer <eop>`` if an answer is given."""
         token_ids = token_ids_0 + [self.gmask_token_id, self.bos_token_id]
         return token_ids if token_ids_1 is None else token_ids + token_ids_1 + [self.eos_token_id]
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] = ()) -> str:
-        """The query alone, or all rounds in the form ``[Round 0]\\n问：…\\n答：…\\n[Round 1]\\n问：…\\n答：``.
+        """All rounds in the form ``[Round 0]\\n问：…\\n答：…\\n[Round 1]\\n问：…\\n答：``.
 
-        For an empty history the official training script writes ``[Round 0]`` around the query while its evaluation
-        and its chat do not; here the bare query is written everywhere, so that a model is asked as it was trained.
+        Without history it is the query alone. Then the official training script adds ``[Round 0]``, but the official
+        evaluation and chat do not. Here nothing adds it, so that training and chat use the same prompt.
         """
         if not history:
             return query
         rounds = [f"[Round {i}]\n问：{old_query}\n答：{answer}\n" for i, (old_query, answer) in enumerate(history)]
         return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> tuple[str, str]:
-        """Writes ``ice_text.model`` and the fields of the original tokenizer_config.json that carry a meaning."""
-        os.makedirs(save_directory, exist_ok=True)
-        vocab_file = os.path.join(save_directory, self.vocab_files_names["vocab_file"])
-        if os.path.abspath(vocab_file) != os.path.abspath(self.vocab_file):
-            shutil.copyfile(self.vocab_file, vocab_file)
-        fields = {"tokenizer_class": type(self).__name__, "padding_side": self.padding_side, **self.special_tokens_map}
-        config_file = os.path.join(save_directory, "tokenizer_config.json")
-        with open(config_file, "w", encoding="utf-8") as file:
-            json.dump(fields, file, ensure_ascii=False, indent=2)
-        return vocab_file, config_file
+    def config_fields(self) -> dict:
+        return self.special_tokens_map

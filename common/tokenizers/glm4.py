@@ -1,0 +1,58 @@
+"""The tokenizer of GLM-4 with the methods of ours."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import UserError
+from common.tokenizers.base import EncodedMessage, Message
+
+
+class GLM4Adapter:
+    """Wraps the tokenizer that transformers loads, and encodes messages through its chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def start_ids(self) -> list[int]:
+        """The special tokens that every text begins with."""
+        text = self.render([]) if self.tokenizer.chat_template else ""
+        return self.tokenizer(text, add_special_tokens=not text)["input_ids"]
+
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer: the end token, and the roles whose turn follows it."""
+        vocabulary = self.tokenizer.get_added_vocab()
+        roles = [vocabulary[role] for role in ("<|user|>", "<|observation|>") if role in vocabulary]
+        return [self.tokenizer.eos_token_id, *roles]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without added special tokens."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[EncodedMessage]]:
+        """The header and the body of every message. Raises UserError if the template rewrites earlier messages."""
+        return [self.encode_conversation(conversation) for conversation in conversations]
+
+    def encode_conversation(self, messages: Sequence[Message]) -> list[EncodedMessage]:
+        """Each message is the text that the template adds to the text of the messages before it."""
+        encoded = []
+        before = self.render([])
+        for index, message in enumerate(messages):
+            header = ""
+            if message["role"] == "assistant":
+                header = self.render(messages[:index], add_generation_prompt=True).removeprefix(before)
+            after = self.render(messages[: index + 1])
+            if not after.startswith(before):
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
+                )
+            texts = (header, after.removeprefix(before).removeprefix(header))
+            header_ids, body_ids = (self.encode_batch([text])[0] if text else [] for text in texts)
+            encoded.append((header_ids, body_ids))
+            before = after
+        return encoded
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text that the chat template makes of messages."""
+        batch = [list(messages)]  # an empty conversation is allowed only in a batch
+        return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
