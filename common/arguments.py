@@ -32,11 +32,13 @@ class ModelArguments:
     model_name_or_path: str = flag("demo, demo3, a folder with a checkpoint, or a hub id", "demo")
     config_name: str | None = flag("Folder or hub id of the config, where it is not the model's own")
     tokenizer_name: str | None = flag("Folder or hub id of the tokenizer, where it is not the model's own")
+    checkpoint: str | None = flag("Evaluates a training, or the newest in a folder, with the settings that it recorded")
     cache_dir: str | None = flag("Where models from the hub are stored")
     model_revision: str = flag("Branch, tag or commit of the model on the hub", "main")
-    quantization_bit: int | None = flag("4 or 8: the bits that the frozen base model is loaded in")
+    quantization_bit: int | None = flag("4 or 8: the bits that the frozen base model is loaded in; 0: not quantized")
 
     def __post_init__(self):
+        self.quantization_bit = self.quantization_bit or None
         if self.quantization_bit not in (None, 4, 8):
             raise ValueError(f"--quantization_bit {self.quantization_bit}: only 4 and 8 exist")
 

@@ -88,7 +88,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
-                start_run(output_dir, settings, method.files, args.overwrite_output_dir and checkpoint is None)
+                start_run(
+                    output_dir, settings, data_args, method.files, args.overwrite_output_dir and checkpoint is None
+                )
             train(trainer, data["train"], tokenizer, checkpoint, memory.plan.total)
         if args.do_eval:
             evaluate(method, trainer, data_args)

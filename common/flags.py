@@ -3,8 +3,10 @@
 A flag that transformers 5 renamed works under its old name too, with one line of advice.
 """
 
+import argparse
 import difflib
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -12,6 +14,7 @@ from transformers import HfArgumentParser
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.errors import UserError, say
+from common.trained import evaluation_defaults
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
     "evaluation_strategy": ("eval_strategy", None),
@@ -64,18 +67,36 @@ class FlagParser(HfArgumentParser):
         raise UserError(f"{message} (--help lists all flags).")
 
 
-def parse_arguments(method_arguments: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+def parse_arguments(
+    method_arguments: type, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> tuple[Any, ...]:
     """(model, method, data, training) arguments of the command line; ``method_arguments`` is a method's dataclass.
 
+    ``defaults`` of flags: a file's, or, with --checkpoint, those that a training recorded.
     Raises UserError for an unknown flag, naming the nearest known one, or for a bad value. Starts nothing.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--checkpoint")
+    first.add_argument("--model_name_or_path")
+    given = first.parse_known_args(argv)[0]
+    if given.checkpoint and not {"-h", "--help"} & set(argv):
+        own = {field.name for field in fields(method_arguments)}
+        defaults = evaluation_defaults(given.checkpoint, own, given.model_name_or_path)
     usage = "main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]"
-    return parse_dataclasses((ModelArguments, method_arguments, DataArguments, TrainingArguments), usage, argv)
+    kinds = (ModelArguments, method_arguments, DataArguments, TrainingArguments)
+    return parse_dataclasses(kinds, usage, argv, defaults)
 
 
-def parse_dataclasses(kinds: tuple[type, ...], usage: str, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """One object of each dataclass, filled from the command line. Raises UserError as ``parse_arguments`` does."""
+def parse_dataclasses(
+    kinds: tuple[type, ...],
+    usage: str,
+    argv: list[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """One object of each dataclass, filled from the command line. Raises UserError like ``parse_arguments``."""
     parser = FlagParser(kinds, usage=usage, allow_abbrev=False)
+    parser.set_defaults(**defaults or {})
     argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

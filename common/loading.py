@@ -8,11 +8,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import LoraArguments, PrefixArguments
 from common.errors import UserError
-from common.files import read_json
 from common.methods import Method
 from common.methods.prefix import PTuning, holds_prefix, holds_prefix_only
-from common.models.registry import ModelFolder, base_of, fetch_weights, open_model
+from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
+from common.trained import base_of
 
 
 def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
@@ -76,12 +76,9 @@ def find_trained(path: str, base: str | None = None) -> tuple[str, dict[str, Any
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():
-        from common.methods.lora import adapter_config
-
-        return base_of(path, adapter_config(folder).get("base_model_name_or_path"), base), {"adapter": path}
+        return base_of(folder, base), {"adapter": path}
     if holds_prefix_only(folder):
-        named = (read_json(folder / "config.json") or {}).get("_name_or_path")
-        return base_of(path, named, base), {"ptuning_checkpoint": path}
+        return base_of(folder, base), {"ptuning_checkpoint": path}
     if base:
         raise UserError(f"{path} holds neither adapter nor prefix alone: leave --model_name_or_path out.")
     return path, {}

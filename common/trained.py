@@ -1,4 +1,4 @@
-"""A trained folder: which one is meant, and the settings that its training recorded."""
+"""A trained folder: which one is meant, its base model, and the settings that its training recorded."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -6,34 +6,19 @@ from typing import Any
 
 from common.errors import UserError, say
 from common.files import read_json
+from common.models.registry import is_model_name
 
 SETTINGS_FILE = "run_settings.json"
 RESULTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
+    *("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    *("model.safetensors", "model.safetensors.index.json"),
 )
+COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column", "source_prefix")
 # Recorded settings that hold for the evaluation of a training too.
-SHARED = (
-    "model_name_or_path",
-    "quantization_bit",
-    "test_file",
-    "validation_file",
-    "prompt_column",
-    "response_column",
-    "history_column",
-    "conversation_column",
-    "text_column",
-    "source_prefix",
-    "max_source_length",
-    "max_target_length",
-)
+SHARED = ("quantization_bit", "test_file", "validation_file", *COLUMNS, "max_source_length", "max_target_length")
 
 
-def find_training(path: str) -> Path:
+def find_training(path: str | Path) -> Path:
     """The trained folder itself, or the newest one in a folder of trainings. Raises UserError if there is none."""
     folder = Path(path)
     if any((folder / name).is_file() for name in RESULTS):
@@ -51,23 +36,31 @@ def recorded(folder: Path) -> dict[str, Any]:
     return read_json(folder / SETTINGS_FILE) or read_json(folder.parent / SETTINGS_FILE) or {}
 
 
-def named_base(folder: Path) -> str | None:
-    """The base model that a trained folder names."""
-    if (folder / "adapter_config.json").is_file():
-        return (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-    config = read_json(folder / "config.json") or {}
-    return config.get("base_model_name_or_path") or config.get("_name_or_path")
+def base_of(folder: Path, given: str | None = None, named: str | None = None) -> str:
+    """The base model of a trained folder: ``given`` by the user, ``named`` by the caller, or named in the folder.
+
+    Raises UserError if there is no such model.
+    """
+    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json") or {}
+    names = ("base_model_name_or_path",) if adapter is not None else ("base_model_name_or_path", "_name_or_path")
+    base = given or named or next((value for name in names if (value := (adapter or config).get(name))), None)
+    if base and is_model_name(base):
+        return base
+    problem = f"was trained on {base}, which does not exist any more" if base else "does not name its base model"
+    raise UserError(f"{folder} {problem}: set MODEL (--model_name_or_path) to the base model.")
 
 
-def evaluation_defaults(checkpoint: str, flags: Collection[str]) -> dict[str, Any]:
-    """Defaults of ``flags`` for the evaluation of a trained folder; a flag that the user gives still wins.
+def evaluation_defaults(checkpoint: str, flags: Collection[str], base: str | None) -> dict[str, Any]:
+    """Defaults of ``flags`` for the evaluation of a trained folder; ``base``: the base model if the user gives it.
 
-    Raises UserError like ``find_training``.
+    Raises UserError like ``find_training`` and ``base_of``.
     """
     folder = find_training(checkpoint)
     settings = recorded(folder)
     defaults = {name: settings[name] for name in SHARED if name in settings}
-    defaults.setdefault("model_name_or_path", named_base(folder))
-    own = next((flag for flag in ("lora_checkpoint", "ptuning_checkpoint") if flag in flags), "model_name_or_path")
     text = bool(defaults.get("text_column"))
-    return defaults | {own: str(folder), "output_dir": str(folder), "do_eval": text, "do_predict": not text}
+    defaults |= {"output_dir": str(folder), "do_eval": text, "do_predict": not text}
+    own = next((flag for flag in ("lora_checkpoint", "ptuning_checkpoint") if flag in flags), None)
+    if own is None:
+        return defaults | {"model_name_or_path": str(folder)}
+    return defaults | {own: str(folder), "model_name_or_path": base_of(folder, base)}

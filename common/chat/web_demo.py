@@ -34,7 +34,7 @@ from common.loading import load_model
 from common.locking import take_port
 from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
-from common.models.registry import base_of, open_model
+from common.trained import base_of
 
 USER = "chatglm"  # who may enter where there is a password
 REFRESH = 0.03  # seconds between two looks at a growing answer
@@ -135,7 +135,7 @@ def base_context(args: argparse.Namespace) -> Callable[[PreTrainedModel], Abstra
 
 def base_of_full(checkpoint: str) -> str:
     """The model that a fully trained one began as. Raises UserError where it does not say so, or it is gone."""
-    return base_of(checkpoint, vars(open_model(checkpoint).config).get("base_model_name_or_path"))
+    return base_of(Path(checkpoint))
 
 
 def warm_up(chat: Chat) -> None:

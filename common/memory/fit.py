@@ -20,6 +20,7 @@ from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
 from common.methods import Method
 from common.models.precision import base_dtype
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
+from common.trained import SETTINGS_FILE
 
 LARGEST_BATCH = 256
 MARGIN = 0.9  # share of the free memory that a chosen batch may take
@@ -160,7 +161,7 @@ def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
 
 def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArguments, available: int) -> Case:
     """Sets the largest power of two that fits in every process; a continued training keeps its own."""
-    earlier = read_json(Path(args.output_dir) / "run_settings.json") or {}
+    earlier = read_json(Path(args.output_dir) / SETTINGS_FILE) or {}
     others = args.gradient_accumulation_steps * args.processes
     size = earlier.get("rows_per_step", 0) // others if not args.overwrite_output_dir else 0
     if size:

@@ -14,8 +14,9 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from common.methods import Method
 from common.methods.prefix import holds_prefix
-from common.models.registry import ModelFolder, base_of, open_model
+from common.models.registry import ModelFolder, open_model
 from common.models.weights import load_base, read_weights
+from common.trained import base_of
 
 
 class Full(Method):
@@ -52,8 +53,8 @@ class Full(Method):
     def base(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         """The base that the model's config names, loaded beside the model."""
         named = vars(model.config).get("base_model_name_or_path")
-        folder = open_model(base_of(model.name_or_path, named))
-        yield load_base(folder, model.dtype, device=model.device)
+        base = open_model(base_of(Path(model.name_or_path), named=named))
+        yield load_base(base, model.dtype, device=model.device)
 
 
 def check_without_prefix(folder: ModelFolder) -> None:

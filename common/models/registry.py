@@ -149,18 +149,6 @@ def lasting_name(name: str) -> str:
     return hub_id(name) if is_hub_name(name) else name
 
 
-def base_of(trained: str | Path, named: str | None, given: str | None = None) -> str:
-    """The base model of a trained folder: ``given`` by the user, else ``named`` by the folder.
-
-    Raises UserError if there is no such model.
-    """
-    base = given or named
-    if base and is_model_name(base):
-        return base
-    problem = f"was trained on {base}, which does not exist any more" if base else "does not name its base model"
-    raise UserError(f"{trained} {problem}: set MODEL (--model_name_or_path) to the base model.")
-
-
 def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: shapes only; no file is read."""
     make = spec.model.from_config if spec.model is AutoModelForCausalLM else spec.model

@@ -15,21 +15,12 @@ from common.files import indexed_files, is_complete, read_json, write_json
 from common.locking import hold
 from common.methods import Method
 from common.models.registry import ModelFolder
+from common.trained import COLUMNS, SETTINGS_FILE
 
-SETTINGS_FILE = "run_settings.json"
 # What decides where a training leads. The number of steps is not among them: a training may be prolonged.
 DATA_SETTINGS = (
-    "dataset_name",
-    "prompt_column",
-    "response_column",
-    "history_column",
-    "conversation_column",
-    "text_column",
-    "source_prefix",
-    "max_source_length",
-    "max_target_length",
-    "max_train_samples",
-    "ignore_pad_token_for_loss",
+    *("dataset_name", *COLUMNS),
+    *("max_source_length", "max_target_length", "max_train_samples", "ignore_pad_token_for_loss"),
 )
 
 
@@ -39,7 +30,7 @@ def settings_of(
     """The settings that a continued training must share with its beginning."""
     settings: dict[str, object] = {"model": str(folder.path.resolve()), "method": method.name}
     settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
-    settings["train_file"] = [str(file.resolve()) for file in find_files(data_args.train_file or "")]
+    settings["train_file"] = full_paths(data_args.train_file)
     settings["train_datasets"] = data_args.train_datasets and str(Path(data_args.train_datasets).resolve())
     settings |= {name: vars(data_args)[name] for name in DATA_SETTINGS}
     return settings | {
@@ -49,6 +40,10 @@ def settings_of(
         "seed": args.seed,
         "rows_per_step": args.rows_per_step,
     }
+
+
+def full_paths(patterns: str | None) -> list[str]:
+    return [str(file.resolve()) for file in find_files(patterns or "")]
 
 
 def check_writable(folder: Path) -> None:
@@ -174,14 +169,15 @@ def is_finished(state: dict, args: TrainingArguments) -> bool:
     return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
 
 
-def start_run(folder: Path, settings: dict, files: Iterable[str], start_over: bool) -> None:
-    """Writes the settings down; what an earlier training left goes where starting over was asked for."""
+def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Iterable[str], start_over: bool) -> None:
+    """Records the settings, and the files for an evaluation; removes the earlier training when starting over."""
     for checkpoint in checkpoint_folders(folder) if start_over else ():
         print(f"starting over: {checkpoint} is deleted", flush=True)
         shutil.rmtree(checkpoint)
     for file in [path for name in files for path in parts_of(folder / name)] if start_over else ():
         file.unlink()
-    write_json(folder / SETTINGS_FILE, settings)
+    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in ("test_file", "validation_file")}
+    write_json(folder / SETTINGS_FILE, settings | evaluated)
 
 
 def parts_of(file: Path) -> list[Path]:
