@@ -24,6 +24,7 @@ for _name in ("no_proxy", "NO_PROXY"):
     os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "localhost,127.0.0.1")))
 
 import gradio as gr
+import psutil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
@@ -331,7 +332,10 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
         threading.Event().wait()
     except KeyboardInterrupt:
         say("stopped")
-    page.close(verbose=False)
+    for child in psutil.Process().children():
+        child.terminate()  # the tunnel of the public link
+    # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.
+    os._exit(0)
 
 
 def find_port(host: str, first: int) -> int:
