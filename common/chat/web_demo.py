@@ -158,7 +158,7 @@ def main() -> None:
     args = web_parser().parse_args()
     port = find_port(args.host, args.port)
     chat = load(args)
-    warm_up(chat)
+    list(chat.reply([], "你好", "", generation_settings(2, 0, 1)))  # the first answer of a model is the slowest
     serve(build_page(chat, args), port, args)
 
 
@@ -205,13 +205,6 @@ def base_of(checkpoint: str) -> str:
             f"--compare true: the base of {checkpoint} does not exist: {base or 'its config.json names none'}."
         )
     return base
-
-
-def warm_up(chat: Chat) -> None:
-    """Lets every model answer once, because the first answer is the slowest."""
-    for speaker in chat.speakers:
-        with speaker.model() as model:
-            list(stream_chat(model, chat.tokenizer, "你好", **generation_settings(2, 0, 1)))
 
 
 def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
