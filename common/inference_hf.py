@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from common.chat.chat import generation_settings, stream_chat
-from common.errors import exit_on_user_error
+from common.errors import UserError, exit_on_user_error
 from common.loading import find_trained, load_model, load_tokenizer
 from common.models.precision import compute_dtype, this_device
 
@@ -28,6 +28,8 @@ def main() -> None:
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
 
     base, trained = find_trained(args.checkpoint, args.model_name_or_path)
+    if args.model_name_or_path and not trained:
+        raise UserError(f"{base} holds neither adapter nor prefix alone: leave --model_name_or_path out.")
     device = this_device()
     tokenizer = load_tokenizer(base)
     model = load_model(base, compute_dtype(device), device=device, **trained)

@@ -79,6 +79,4 @@ def find_trained(path: str, base: str | None = None) -> tuple[str, dict[str, Any
         return base_of(folder, base), {"adapter": path}
     if holds_prefix_only(folder):
         return base_of(folder, base), {"ptuning_checkpoint": path}
-    if base:
-        raise UserError(f"{path} holds neither adapter nor prefix alone: leave --model_name_or_path out.")
     return path, {}

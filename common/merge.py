@@ -18,6 +18,7 @@ from common.errors import UserError, exit_on_user_error
 from common.loading import find_trained, load_model, load_tokenizer
 from common.methods.lora import adapter_config
 from common.models.registry import fetch_weights, open_model
+from common.trained import find_training
 from common.training.checkpoints import check_space, check_writable
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -27,23 +28,27 @@ TOLERANCE = 1e-3  # of logits in float32, where adding up in another order chang
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter")
+    parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter, or of several: the newest")
     parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the adapter names")
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder for the merged checkpoint")
+    parser.add_argument(
+        "--output_dir", type=Path, help="a new folder for the merged checkpoint; default: merged, in it"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the merged weights")
     parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
     args = parser.parse_args()
 
-    adapter_config(args.lora_checkpoint)
-    base, adapter = find_trained(args.lora_checkpoint, args.model_name_or_path)
+    checkpoint = find_training(args.lora_checkpoint)
+    adapter_config(checkpoint)
+    base, adapter = find_trained(str(checkpoint), args.model_name_or_path)
+    output_dir = args.output_dir or checkpoint / "merged"
     folder = fetch_weights(open_model(base))
     if vars(folder.config).get("quantization_config") or folder.bits:
         raise UserError(
             f"{folder.path} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise UserError(f"{args.output_dir} is not empty: choose another --output_dir.")
-    partial = args.output_dir.with_name(f"{args.output_dir.name}.partial")  # until everything is written
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} is not empty: choose another --output_dir.")
+    partial = output_dir.with_name(f"{output_dir.name}.partial")  # until everything is written
     check_writable(partial)
     check_space(partial, sum(file.stat().st_size for file in folder.weights) * (2 if args.dtype == "float32" else 1))
 
@@ -58,8 +63,8 @@ def main() -> None:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
     save(model, partial, DTYPES[args.dtype], args.max_shard_size)
     tokenizer.save_pretrained(str(partial))
-    os.replace(partial, args.output_dir)
-    print(f"merged {args.lora_checkpoint} into {base} (logits within {difference:.1g}): {args.output_dir}")
+    os.replace(partial, output_dir)
+    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
 
 
 def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:

@@ -1,4 +1,4 @@
-"""The chat in the browser: the real script, looked at with a real browser; and what is behind the page."""
+"""The chat in the browser: the real script in a real browser, and the code behind the page."""
 
 import os
 import shutil
@@ -10,6 +10,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from argparse import Namespace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ CHROMIUM = shutil.which("chromium")
 QUESTION = "类型#裙*颜色#白色*风格#甜美"
 GREEDY = generation_settings(200, 0, 1)
 PASSWORD = "芝麻开门"
-# What the last answer of the first column was, each time that the page changed.
+# Records the last answer of the first column whenever the page changes.
 WATCH = """() => {
     window.seen = [];
     new MutationObserver(() => {
@@ -52,7 +54,7 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> Path:
-    """A prefix with which the demo talks at length, and quite unlike its base."""
+    """A prefix with which the demo gives long answers that differ from those of its base."""
     folder = tmp_path_factory.mktemp("prefix")
     model = load_model("demo", pre_seq_len=16)
     torch.manual_seed(0)
@@ -75,6 +77,8 @@ def server(prefix, tmp_path_factory):
             stderr=stderr,
             text=True,
             start_new_session=True,
+            # A shell that runs the tests in the background lets every program that they start ignore Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         ready = process.stdout.readline()
         assert "ready: http://127.0.0.1:" in ready, (folder / "stderr").read_text()
@@ -95,32 +99,46 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(server, browser):
-    """The page after the login. Nothing may go wrong in it, nor ask another machine for anything."""
+@pytest.fixture(scope="module")
+def context(server, browser):
+    """A browser that has logged in."""
     context = browser.new_context()
     page = context.new_page()
-    errors, foreign = [], []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on(
-        "request",
-        lambda request: None if request.url.startswith((server.url, "data:", "blob:")) else foreign.append(request.url),
-    )
     page.goto(server.url)
-    log_in(page)
-    page.evaluate(WATCH)
-    yield page
-    context.close()
-    assert errors == []
-    assert foreign == []
-
-
-def log_in(page) -> None:
     page.get_by_label("username").fill(web_demo.USER)
     page.get_by_label("password").fill(PASSWORD)
     page.get_by_role("button", name="Login").click()
     page.locator(".chat").first.wait_for()
+    page.close()
+    yield context
+    context.close()
+
+
+def open_page(context, server):
+    page = context.new_page()
+    page.goto(server.url)
+    page.locator(".chat").first.wait_for()
+    page.evaluate(WATCH)
+    return page
+
+
+@pytest.fixture
+def page(server, context):
+    """A new page, in which nothing may go wrong and which may ask no other host for anything."""
+    errors, foreign = [], []
+
+    def note_foreign(request) -> None:
+        if not request.url.startswith((server.url, "data:", "blob:")):
+            foreign.append(request.url)
+
+    context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    context.on("request", note_foreign)
+    page = open_page(context, server)
+    yield page
+    page.close()
+    assert errors == []
+    assert foreign == []
 
 
 def ask(page, question: str) -> None:
@@ -135,10 +153,20 @@ def answer_of(page, column: int) -> str:
     return answers.last.get_attribute("aria-label").removeprefix("bot's message: ") if answers.count() else ""
 
 
+def settled_answer(page, column: int) -> str:
+    """The answer once it has not changed for a second."""
+    seen, since = "", time.monotonic()
+    while time.monotonic() < since + 1:
+        if (now := answer_of(page, column)) != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.05)
+    return seen
+
+
 def wait_for(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "the condition never came true"
         time.sleep(0.05)
 
 
@@ -154,14 +182,16 @@ def test_the_password_is_asked_for(server):
         urllib.request.urlopen(f"{server.url}config")
 
 
-def test_the_answers_of_tuned_and_base_grow_side_by_side(page, prefix, demo_tokenizer):
-    expected = [
-        list(stream_chat(load_model("demo", ptuning_checkpoint=checkpoint), demo_tokenizer, QUESTION, **GREEDY))[-1]
-        for checkpoint in (prefix, None)
-    ]
+@pytest.fixture(scope="module")
+def expected(prefix, demo_tokenizer) -> list[str]:
+    """The answers of the tuned model and of its base, without the page."""
+    models = [load_model("demo", ptuning_checkpoint=checkpoint) for checkpoint in (prefix, None)]
+    return [list(stream_chat(model, demo_tokenizer, QUESTION, **GREEDY))[-1] for model in models]
+
+
+def test_the_answers_of_tuned_and_base_grow_side_by_side(page, expected):
     ask(page, QUESTION)
-    wait_for(lambda: answer_of(page, 1) == expected[1])
-    assert answer_of(page, 0) == expected[0]
+    wait_for(lambda: [answer_of(page, column) for column in (0, 1)] == expected)
     seen = page.evaluate("window.seen")
     assert len(seen) > 3
     assert [len(text) for text in seen] == sorted(len(text) for text in seen)
@@ -169,29 +199,38 @@ def test_the_answers_of_tuned_and_base_grow_side_by_side(page, prefix, demo_toke
     assert [text.strip() for text in shown] == [QUESTION, QUESTION]  # its * and # are no Markdown
 
 
-def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, prefix, demo_tokenizer):
+def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
+    ask(page, "  ")  # no question: nothing happens
     ask(page, QUESTION)
     wait_for(lambda: answer_of(page, 0))
     page.get_by_role("button", name="stop").click()
-    time.sleep(0.3)
-    stopped = answer_of(page, 0)
-    time.sleep(0.7)
-    assert answer_of(page, 0) == stopped
+    stopped = settled_answer(page, 0)
+    assert len(stopped) < len(expected[0])
     assert answer_of(page, 1) == ""
     page.get_by_role("button", name="undo").click()
     wait_for(lambda: page.locator("textarea").first.input_value() == QUESTION)
     assert page.locator("[data-testid=user]").count() == 0
     page.locator("textarea").first.press("Enter")
-    wait_for(lambda: answer_of(page, 1))  # the base is asked after the tuned model has finished
-    assert len(answer_of(page, 0)) > len(stopped)
+    wait_for(lambda: answer_of(page, 1))  # the base answers after the tuned model
+    assert answer_of(page, 0) == expected[0]
+    wait_for(lambda: answer_of(page, 1) == expected[1])
+    seen = page.evaluate("window.seen.length")
+    page.get_by_role("button", name="retry").click()
+    wait_for(lambda: page.evaluate("window.seen.length") > seen and answer_of(page, 1) == expected[1])
+    assert page.locator("[data-testid=user]").count() == 2  # one per column
     page.get_by_role("button", name="new").click()
     wait_for(lambda: page.locator("[data-testid=user]").count() == 0)
 
 
-def test_the_browser_loads_nothing_from_elsewhere(server, browser):
-    page = browser.new_page()
-    page.goto(server.url)
-    log_in(page)
+def test_a_question_that_is_too_long_stays_in_its_field(page):
+    ask(page, QUESTION * 40)
+    page.get_by_text("the question is too long").wait_for()
+    assert page.locator("textarea").first.input_value() == QUESTION * 40
+    assert page.locator("[data-testid=user]").count() == 0
+
+
+def test_the_browser_loads_nothing_from_elsewhere(server, context):
+    page = open_page(context, server)
     refused = """() => new Promise(resolve => {
         document.addEventListener("securitypolicyviolation", event => resolve(event.blockedURI));
         new Image().src = "http://localhost:1/image.png";
@@ -201,35 +240,31 @@ def test_the_browser_loads_nothing_from_elsewhere(server, browser):
     page.close()
 
 
-def test_ctrl_c_ends_the_page_amid_an_answer(server, browser):
-    page = browser.new_page()
-    page.goto(server.url)
-    log_in(page)
+def test_ctrl_c_ends_the_page_amid_an_answer(server, context):
+    """At once: the bound only leaves time to a machine that does other things too."""
+    page = open_page(context, server)
     ask(page, QUESTION)
     wait_for(lambda: answer_of(page, 0))
     os.killpg(server.process.pid, signal.SIGINT)
-    assert server.process.wait(timeout=20) == 0
-    said = server.stderr.read_text()
-    assert said.endswith("stopped\n")
-    assert "Traceback" not in said
+    assert server.process.wait(timeout=10) == 0
+    stderr = server.stderr.read_text()
+    assert stderr.endswith("stopped\n")
+    assert "Traceback" not in stderr
     page.close()
 
 
-# What is behind the page
+# The code behind the page
 
 
-def load(*flags: str) -> web_demo.Chat:
-    return web_demo.load(web_demo.web_parser().parse_args(list(flags)))
-
-
-def answers_of(conversation: web_demo.Conversation) -> list[str | None]:
-    return [rounds[-1].answer for rounds in conversation]
+@cache
+def load(*flags: str) -> tuple[web_demo.Chat, Namespace]:
+    args = web_demo.web_parser().parse_args(list(flags))
+    return web_demo.load(args), args
 
 
 @pytest.mark.parametrize(("model", "known"), [("demo", False), ("demo3", True)])
 def test_only_models_with_roles_have_a_system_prompt(model, known):
-    args = web_demo.web_parser().parse_args(["--model_name_or_path", model])
-    page = web_demo.build_page(web_demo.load(args), args)
+    page = web_demo.build_page(*load("--model_name_or_path", model))
     texts = [block for block in page.blocks.values() if isinstance(block, gradio.Textbox)]
     field = next(text for text in texts if "system prompt" in (text.label or ""))
     assert field.interactive is known
@@ -237,15 +272,15 @@ def test_only_models_with_roles_have_a_system_prompt(model, known):
 
 
 def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
-    chat = load("--ptuning_checkpoint", str(prefix))
-    settings = generation_settings(24, 0, 1)
+    chat, _ = load("--ptuning_checkpoint", str(prefix))
+    settings = generation_settings(16, 0, 1)
 
     def converse(question: str, conversation: web_demo.Conversation) -> None:
-        for _ in web_demo.reply(chat, conversation, question, "", settings):
+        for _ in chat.reply(conversation, question, "", settings):
             pass
 
     questions = (QUESTION, "类型#裤*风格#潮流", "类型#上衣*颜色#黑色")
-    alone, together = ([[[], []] for _ in questions] for _ in range(2))
+    alone, together = ([[] for _ in questions] for _ in range(2))
     for question, conversation in zip(questions, alone, strict=True):
         converse(question, conversation)
     visitors = [threading.Thread(target=converse, args=pair) for pair in zip(questions, together, strict=True)]
@@ -253,50 +288,50 @@ def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
         visitor.start()
     for visitor in visitors:
         visitor.join()
-    assert list(map(answers_of, together)) == list(map(answers_of, alone))
-    assert all(tuned != base for tuned, base in map(answers_of, alone))
+    assert together == alone
+    assert all(tuned != base for [round] in alone for tuned, base in [round.answers])
 
 
 def test_an_abandoned_answer_gives_the_model_back(prefix):
-    """As it is: with its prefix, and free for the next visitor."""
-    chat = load("--ptuning_checkpoint", str(prefix))
-    conversation: web_demo.Conversation = [[], []]
-    answering = web_demo.reply(chat, conversation, QUESTION, "", generation_settings(24, 0, 1))
-    while conversation[1][-1].answer is None if conversation[1] else True:
+    """The model has its prefix again and is free for the next visitor."""
+    chat, _ = load("--ptuning_checkpoint", str(prefix))
+    conversation: web_demo.Conversation = []
+    answering = chat.reply(conversation, QUESTION, "", generation_settings(24, 0, 1))
+    next(answering)
+    while conversation[0].answers[1] is None:
         next(answering)
     answering.close()
     with chat.speakers[0].model() as model:
         assert model.base_model.prefix_encoder is not None
-    assert chat.turn.acquire(blocking=False)
+    assert not chat.turn.locked()
 
 
 def test_rounds_that_no_longer_fit_are_forgotten_and_the_page_says_so():
-    chat = load("--model_name_or_path", "demo3")
-    long = [web_demo.Round("类型#裙" * 40, "这条裙子。" * 40) for _ in range(6)]
-    conversation = [[*long, web_demo.Round("never answered"), web_demo.Round("last", "好")]]
-    list(web_demo.reply(chat, conversation, QUESTION, "你是客服。", generation_settings(16, 0, 1)))
-    forgotten = conversation[0][-1].forgotten
+    chat, _ = load("--model_name_or_path", "demo3")
+    settings = generation_settings(16, 0, 1)
+    long = [web_demo.Round("类型#裙" * 40, ["这条裙子。" * 40], [0]) for _ in range(6)]
+    unanswered, last = web_demo.Round("never answered", [None], [0]), web_demo.Round("last", ["好"], [0])
+    conversation = [*long, unanswered, last]
+    list(chat.reply(conversation, QUESTION, "你是客服。", settings))
+    [answer], [forgotten] = conversation[-1].answers, conversation[-1].forgotten
     assert 0 < forgotten < 6
-    remembered = [[old.query, old.answer] for old in conversation[0][forgotten:-1] if old.answer]
+    remembered = [[old.query, *old.answers] for old in (*long[forgotten:], last)]
     prompt = encode_chat(chat.tokenizer, QUESTION, remembered, "你是客服。")
-    longer = encode_chat(chat.tokenizer, QUESTION, [[long[0].query, long[0].answer], *remembered], "你是客服。")
+    longer = encode_chat(chat.tokenizer, QUESTION, [[long[0].query, *long[0].answers], *remembered], "你是客服。")
     assert len(prompt) + 16 <= chat.context < len(longer) + 16
-    expected = chat.speakers[0].model()
-    with expected as model:
-        *_, answer = stream_chat(
-            model, chat.tokenizer, QUESTION, remembered, "你是客服。", **generation_settings(16, 0, 1)
-        )
-    assert answers_of(conversation) == [answer]
-    notes = [message["content"][0]["text"] for message in web_demo.messages(conversation[0])]
-    assert notes[-2] == f"*（最早的 {forgotten} 轮放不进上下文，已忘记 / oldest rounds forgotten: {forgotten}）*"
+    with chat.speakers[0].model() as model:
+        *_, alone = stream_chat(model, chat.tokenizer, QUESTION, remembered, "你是客服。", **settings)
+    assert answer == alone
+    notes = [message["content"][0]["text"] for message in web_demo.messages(conversation, 0)]
+    assert notes[-2] == f"*（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）*"
 
 
 def test_a_question_that_does_not_fit_changes_nothing():
-    chat = load("--model_name_or_path", "demo")
-    conversation: web_demo.Conversation = [[]]
+    chat, _ = load("--model_name_or_path", "demo")
+    conversation: web_demo.Conversation = []
     with pytest.raises(UserError, match="the question is too long: it has .* room for 12"):
-        next(web_demo.reply(chat, conversation, "类型#裙" * 40, "", generation_settings(500, 0, 1)))
-    assert conversation == [[]]
+        next(chat.reply(conversation, "类型#裙" * 40, "", generation_settings(500, 0, 1)))
+    assert conversation == []
 
 
 def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path):
@@ -304,18 +339,21 @@ def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path)
     torch.nn.init.zeros_(trained.lm_head.weight)
     Full(FullArguments()).save(trained, tmp_path)
     load_tokenizer("demo").save_pretrained(str(tmp_path))
-    chat = load("--model_name_or_path", str(tmp_path), "--compare", "true")
+    chat, _ = load("--model_name_or_path", str(tmp_path), "--compare", "true")
     weights = []
     for speaker in chat.speakers:
         with speaker.model() as model:
             weights.append(model.lm_head.weight)
     assert weights[0].count_nonzero() == 0
-    assert torch.equal(weights[1], load_model("demo").lm_head.weight)
-    assert [speaker.title for speaker in load("--model_name_or_path", str(tmp_path)).speakers] == ["ChatGLM"]
+    base, _ = load("--model_name_or_path", "demo")
+    with base.speakers[0].model() as model:
+        assert torch.equal(weights[1], model.lm_head.weight)
+    alone, _ = load("--model_name_or_path", str(tmp_path))
+    assert [speaker.title for speaker in alone.speakers] == ["ChatGLM"]
 
 
 def test_what_names_no_base_can_not_be_compared():
-    with pytest.raises(UserError, match="--compare true: the base of demo is not at any place that it names"):
+    with pytest.raises(UserError, match="--compare true: the base of demo does not exist: its config.json names none"):
         load("--compare", "true")
 
 

@@ -1,4 +1,4 @@
-"""One path for every chat: its flags, its model; a conversation and a question in, the answer out piece by piece."""
+"""What all chats share: their flags, the loading of the model, and an answer that grows token by token."""
 
 import argparse
 import re
@@ -21,11 +21,12 @@ from transformers import (
 from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
 from common.errors import UserError
-from common.loading import load_model, load_tokenizer
+from common.loading import find_trained, load_model, load_tokenizer
 from common.models.precision import compute_dtype, this_device
 from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.trained import find_training, recorded
 
-# The vocabulary of ChatGLM-6B holds half-width punctuation only; people read the full-width form between Chinese words.
+# The vocabulary of ChatGLM-6B has half-width punctuation only; beside Chinese characters people read the full width.
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 CHINESE = "[\u4e00-\u9fff]"
 MAX_NEW_TOKENS = 512
@@ -34,44 +35,46 @@ MAX_NEW_TOKENS = 512
 def chat_parser(description: str) -> argparse.ArgumentParser:
     """The flags that all chats share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model_name_or_path", default="demo", help="demo, demo3, a folder, or a hub id")
-    parser.add_argument("--ptuning_checkpoint", help="folder of a trained prefix")
-    parser.add_argument("--lora_checkpoint", help="folder of a trained adapter")
-    parser.add_argument("--quantization_bit", type=int, choices=(4, 8), help="load the base model in so many bits")
-    parser.add_argument("--system_prompt", default="", help="what ChatGLM3 and GLM-4 are told before the conversation")
-    half = f"default: {MAX_NEW_TOKENS}, or half of the model's context where that is less"
-    parser.add_argument("--max_new_tokens", type=int, help=f"longest answer; {half}")
-    parser.add_argument("--top_p", type=float, default=0.7, help="share of probability to draw from (0.7)")
-    parser.add_argument("--temperature", type=float, default=0.95, help="0 always takes the likeliest token (0.95)")
+    parser.add_argument("--checkpoint", help="folder of a training, or of several: the newest; default: a base model")
+    parser.add_argument("--model_name_or_path", help="base model: demo, demo3, a folder, or a hub id")
+    bits = "bits of the base model; 0: not quantized; default: as it was trained"
+    parser.add_argument("--quantization_bit", type=int, choices=(0, 4, 8), help=bits)
+    parser.add_argument("--system_prompt", default="", help="instructions before the conversation (ChatGLM3, GLM-4)")
+    half = f"default: {MAX_NEW_TOKENS}, or half of the model's context if that is less"
+    parser.add_argument("--max_new_tokens", type=int, help=f"tokens of the longest answer; {half}")
+    parser.add_argument("--top_p", type=float, default=0.7, help="share of the probability to sample from (0.7)")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token (0.95)")
     return parser
 
 
-def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer; sets the default of ``max_new_tokens``. Raises UserError for flags that can't work."""
+def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
+    """Model, tokenizer, and the flag of ``find_trained``. Completes ``args``: folder, bits, ``max_new_tokens``.
+
+    Raises UserError for flags that can't work.
+    """
     generation_settings(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    base, trained = args.model_name_or_path or "demo", dict[str, str]()
+    if args.checkpoint:
+        args.checkpoint = find_training(args.checkpoint)
+        base, trained = find_trained(str(args.checkpoint), args.model_name_or_path)
+        if args.quantization_bit is None:
+            args.quantization_bit = recorded(args.checkpoint).get("quantization_bit")
+    tokenizer = load_tokenizer(base)
     check_system(tokenizer, args.system_prompt)
     device = this_device()
-    model = load_model(
-        args.model_name_or_path,
-        compute_dtype(device),
-        args.quantization_bit,
-        ptuning_checkpoint=args.ptuning_checkpoint,
-        adapter=args.lora_checkpoint,
-        device=device,
-    )
+    model = load_model(base, compute_dtype(device), args.quantization_bit or None, device=device, **trained)
     if args.max_new_tokens is None:
         args.max_new_tokens = min(MAX_NEW_TOKENS, context_length(model) // 2)
-    return model, tokenizer
+    return model, tokenizer, trained
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """How many tokens the model was made for: prompt and answer together."""
+    """The longest prompt and answer together, in tokens."""
     return model.config.max_position_embeddings
 
 
 def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The answer as the original code shows it: of ChatGLM-6B, full-width punctuation beside Chinese characters."""
+    """The answer as the original code shows it: ChatGLM-6B gets full-width punctuation beside Chinese characters."""
     text = text.strip().replace("[[训练时间]]", "2023年")
     if not isinstance(tokenizer, ChatGLMTokenizer):
         return text
@@ -81,9 +84,9 @@ def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    """What ``model.generate`` is told; temperature 0 always takes the likeliest token.
+    """The arguments of ``model.generate``; temperature 0 means greedy search.
 
-    Raises UserError for values that are no sampling.
+    Raises UserError if a value is out of range.
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
@@ -93,9 +96,9 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
 
 
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
-    """How many of the oldest rounds must be left out for the prompt to have at most ``room`` tokens.
+    """How many of the oldest rounds must go so that the prompt has at most ``room`` tokens.
 
-    Raises UserError where the question alone has more.
+    Raises UserError if the question alone has more.
     """
 
     def fits(forgotten: int) -> bool:
@@ -112,7 +115,7 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
 
 
 class StopOnEvent(StoppingCriteria):
-    """Ends a generation when an event is set: nobody listens to it any more."""
+    """Ends a generation when an event is set."""
 
     def __init__(self, event: Event):
         self.event = event
@@ -129,9 +132,9 @@ def stream_chat(
     system: str = "",
     **generation,
 ) -> Iterator[str]:
-    """The answer so far, longer with every token. ``generation`` goes to ``model.generate``.
+    """Yields the answer so far, longer with every token. ``generation`` goes to ``model.generate``.
 
-    Generates in a thread, which ends when this iterator does; an error there is raised here.
+    A thread generates; it ends when this iterator ends, and its errors are raised here.
     """
     prompt_ids = encode_chat(tokenizer, query, history, system)
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
@@ -141,14 +144,8 @@ def stream_chat(
     stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
     with ThreadPoolExecutor(1) as thread:
         answer = ""
-        written = thread.submit(
-            model.generate,
-            **inputs,
-            streamer=streamer,
-            stopping_criteria=stopping,
-            **generation,
-        )
-        written.add_done_callback(lambda _: streamer.end())  # after an error too: nobody waits for ever
+        written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)
+        written.add_done_callback(lambda _: streamer.end())  # after an error too, so that the loop below ends
         try:
             for piece in streamer:
                 answer += piece

@@ -1,4 +1,4 @@
-"""Chat in the terminal with a model and, if there is one, its trained prefix or adapter.
+"""Chat in the terminal with a model, or with a model and its trained prefix or adapter.
 
 python common/chat/cli_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
 """
@@ -11,18 +11,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
 
-WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (clear: forget the conversation, stop: leave)"
+WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)"
 
 
 def main() -> None:
     args = chat_parser(__doc__.splitlines()[0]).parse_args()
-    model, tokenizer = load_chat(args)
+    model, tokenizer, _ = load_chat(args)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
     chat(model, tokenizer, args.system_prompt, generation)
 
 
 def chat(model, tokenizer, system: str, generation: dict) -> None:
-    """Reads questions until stop or the end of input; Ctrl-C breaks off an answer."""
+    """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
     print(WELCOME)
     history: list[list[str]] = []
     while True:
@@ -45,12 +45,12 @@ def chat(model, tokenizer, system: str, generation: dict) -> None:
                 continue
             if forgotten:
                 del history[:forgotten]
-                print(f"(最早的 {forgotten} 轮对话已放不下 / the oldest rounds were forgotten: {forgotten})")
+                print(f"（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）")
             history.append([query, say_answer(model, tokenizer, query, history, system, generation)])
 
 
 def say_answer(model, tokenizer, query: str, history: list[list[str]], system: str, generation: dict) -> str:
-    """Prints the answer as it grows. Text that a later token changed is printed anew on the next line."""
+    """Prints the answer as it grows and returns it. If a token changes earlier text, all is printed again."""
     print("\nChatGLM：", end="", flush=True)
     shown = ""
     try:

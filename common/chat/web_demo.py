@@ -1,4 +1,4 @@
-"""Chat in the browser with a model and, side by side, the base that it was tuned from.
+"""Chat in the browser with a model and, beside it, the base that it was tuned from.
 
 python common/chat/web_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
 """
@@ -11,19 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# Gradio would report that it is used, and look for its own page behind the proxy that a user may have set.
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-for _name in ("no_proxy", "NO_PROXY"):
-    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "localhost,127.0.0.1")))
-
 import gradio as gr
+import psutil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import LoraArguments, PrefixArguments
@@ -36,12 +31,12 @@ from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
 from common.trained import base_of
 
-USER = "chatglm"  # who may enter where there is a password
-REFRESH = 0.03  # seconds between two looks at a growing answer
-PORTS = 100  # how many are tried from --port on
+USER = "chatglm"  # the user name where there is a password
+REFRESH = 0.03  # seconds between two views of a growing answer
+PORTS = 100  # how many ports are tried, from --port on
 
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
-# The browser itself refuses to load anything from elsewhere, such as an image that an answer names.
+# The browser loads nothing from other hosts, such as an image that an answer names.
 ONLY_FROM_HERE = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
@@ -60,137 +55,155 @@ CSS = """
 
 
 class Speaker(NamedTuple):
-    """One column of the page."""
+    """One column of the page. ``model`` opens a context in which the model is ready to answer."""
 
     title: str
-    model: Callable[[], AbstractContextManager[PreTrainedModel]]  # the model, as it is while it answers
+    model: Callable[[], AbstractContextManager[PreTrainedModel]]
+
+
+class Round(NamedTuple):
+    """A question and, per speaker, its answer (None: not begun) and how many oldest rounds its prompt left out."""
+
+    query: str
+    answers: list[str | None]
+    forgotten: list[int]
+
+
+Conversation = list[Round]
 
 
 class Chat(NamedTuple):
-    """What all visitors share."""
+    """What all visitors share; its methods from ``ask`` on are what the page calls.
+
+    A conversation is changed in place, so an answer that was cancelled changes only its own round.
+    """
 
     speakers: list[Speaker]
     tokenizer: PreTrainedTokenizerBase
-    context: int  # tokens of prompt and answer
+    context: int  # tokens of prompt and answer together
     turn: threading.Lock  # a prefix or an adapter is on or off for one visitor at a time
 
+    def reply(self, conversation: Conversation, query: str, system: str, generation: dict) -> Iterator[None]:
+        """Lets the speakers answer one after the other. Yields whenever the conversation has grown.
 
-@dataclass
-class Round:
-    query: str
-    answer: str | None = None  # None: not begun
-    forgotten: int = 0  # oldest rounds that were not in its prompt
+        Raises UserError if the question is too long; then the conversation is unchanged.
+        """
+        room = self.context - generation["max_new_tokens"]
+        columns = range(len(self.speakers))
+        histories = [[[old.query, answer] for old in conversation if (answer := old.answers[i])] for i in columns]
+        forgotten = [count_forgotten(self.tokenizer, query, history, system, room) for history in histories]
+        answers: list[str | None] = [None] * len(self.speakers)
+        conversation.append(Round(query, answers, forgotten))
+        yield
+        with self.turn:
+            for column, speaker in enumerate(self.speakers):
+                remembered = histories[column][forgotten[column] :]
+                answer, shown = "", 0.0
+                with speaker.model() as model:
+                    for answer in stream_chat(model, self.tokenizer, query, remembered, system, **generation):
+                        if answer and time.monotonic() - shown > REFRESH:
+                            answers[column] = answer
+                            yield
+                            shown = time.monotonic()
+                answers[column] = answer
+                yield
+
+    def show(self, conversation: Conversation) -> list[list[dict[str, Any]]]:
+        """The messages of every column."""
+        return [messages(conversation, column) for column in range(len(self.speakers))]
+
+    def ask(self, query: str, conversation: Conversation, system: str, length: float, *sampling) -> Iterator[list]:
+        """Yields the text of the question's field, then the messages of every column."""
+        if not query.strip():
+            return
+        field: Any = ""  # emptied once: the next question may be typed during the answer
+        try:
+            generation = generation_settings(int(length), *sampling)
+            for _ in self.reply(conversation, query.strip(), system, generation):
+                yield [field, *self.show(conversation)]
+                field = gr.skip()
+        except UserError as error:  # the question stays in its field
+            gr.Warning(str(error), title="提示 / note")
+
+    def ask_again(self, conversation: Conversation, *settings) -> Iterator[list]:
+        before = list(conversation)
+        for _, *columns in self.ask(take_back(conversation), conversation, *settings):
+            yield [gr.skip(), *columns]
+        if len(conversation) < len(before):  # the question was refused
+            conversation[:] = before
+
+    def undo(self, conversation: Conversation) -> list:
+        return [take_back(conversation), *self.show(conversation)]
 
 
-Conversation = list[list[Round]]  # of every speaker its own
+def take_back(conversation: Conversation) -> str:
+    """Removes the last round and returns its question."""
+    return conversation.pop().query if conversation else ""
+
+
+def messages(conversation: Conversation, column: int) -> list[dict[str, Any]]:
+    """A column as Gradio's Chatbot takes it. Questions are shown as they were typed, answers as Markdown."""
+    shown = []
+    for query, answers, forgotten in conversation:
+        shown.append(("user", re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", query)))
+        if forgotten[column]:
+            note = f"上下文已满，忘记了最早的 {forgotten[column]} 轮 / oldest rounds forgotten: {forgotten[column]}"
+            shown.append(("assistant", f"*（{note}）*"))
+        answer = answers[column]
+        if answer is not None:
+            shown.append(("assistant", answer or "*（空 / empty）*"))
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in shown]
 
 
 def main() -> None:
     args = web_parser().parse_args()
     port = find_port(args.host, args.port)
     chat = load(args)
-    warm_up(chat)
+    list(chat.reply([], "你好", "", generation_settings(2, 0, 1)))  # the first answer of a model is the slowest
     serve(build_page(chat, args), port, args)
 
 
 def web_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
-    parser.add_argument(
-        "--compare",
-        choices=("auto", "true", "false"),
-        default="auto",
-        help="whether the base answers beside the tuned model; auto: where that takes no second model in memory",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="where it is taken, the next free one (7860)")
-    parser.add_argument(
-        "--share", choices=("true", "false"), default="false", help="also open a public link through Gradio's servers"
-    )
-    parser.epilog = f"With PASSWORD in the environment, visitors must log in as {USER}."
+    compare = "whether the base answers too; auto: if that needs no second model in memory"
+    parser.add_argument("--compare", choices=("auto", "true", "false"), default="auto", help=compare)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7860, help="port; if it is taken, the next free one (7860)")
+    share = "also open a public link through Gradio's servers"
+    parser.add_argument("--share", choices=("true", "false"), default="false", help=share)
+    parser.epilog = f"If PASSWORD is set in the environment, visitors must log in as {USER}."
     return parser
 
 
 def load(args: argparse.Namespace) -> Chat:
-    """Everything that answers, the tuned model first: visitors wait for it."""
-    trained = args.ptuning_checkpoint or args.lora_checkpoint
-    second = base_of_full(args.model_name_or_path) if args.compare == "true" and not trained else None
-    model, tokenizer = load_chat(args)
-    speakers = [Speaker("微调后 / tuned" if trained or second else "ChatGLM", partial(nullcontext, model))]
+    """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
+    model, tokenizer, trained = load_chat(args)
+    tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
+    speakers = [tuned]
     if trained and args.compare != "false":
-        speakers.append(Speaker("基座 / base", partial(base_context(args), model)))
-    elif second:
-        base = load_model(second, compute_dtype(model.device), args.quantization_bit, device=model.device)
+        speakers.append(Speaker("基座 / base", partial(base_context(trained), model)))
+    elif args.checkpoint and args.compare == "true":
+        name = base_of(args.checkpoint, args.model_name_or_path)
+        base = load_model(name, compute_dtype(model.device), args.quantization_bit, device=model.device)
         speakers.append(Speaker("基座 / base", partial(nullcontext, base)))
     return Chat(speakers, tokenizer, context_length(model), threading.Lock())
 
 
-def base_context(args: argparse.Namespace) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
-    """What makes a model its base for a while, in the same memory."""
-    if args.ptuning_checkpoint:
+def base_context(trained: dict[str, str]) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
+    """The context manager in which a tuned model is its base, in the same memory."""
+    if "ptuning_checkpoint" in trained:
         return PTuning(PrefixArguments()).base
-    from common.methods.lora import Lora  # with PEFT, which takes two seconds to import
+    from common.methods.lora import Lora  # PEFT takes two seconds to import
 
     return Lora(LoraArguments()).base
 
 
-def base_of_full(checkpoint: str) -> str:
-    """The model that a fully trained one began as. Raises UserError where it does not say so, or it is gone."""
-    return base_of(Path(checkpoint))
-
-
-def warm_up(chat: Chat) -> None:
-    """The first answer of a model is slower than all others."""
-    for speaker in chat.speakers:
-        with speaker.model() as model:
-            list(stream_chat(model, chat.tokenizer, "你好", **generation_settings(2, 0, 1)))
-
-
-def reply(
-    chat: Chat, conversation: Conversation, query: str, system: str, generation: dict[str, Any]
-) -> Iterator[None]:
-    """Lets all speakers answer, one after the other. Yields whenever the conversation has grown.
-
-    Raises UserError where the question is too long.
-    """
-    room = chat.context - generation["max_new_tokens"]
-    histories = [[[old.query, old.answer] for old in rounds if old.answer] for rounds in conversation]
-    new = [Round(query, None, count_forgotten(chat.tokenizer, query, history, system, room)) for history in histories]
-    for rounds, this in zip(conversation, new, strict=True):
-        rounds.append(this)
-    yield
-    with chat.turn:
-        for speaker, history, this in zip(chat.speakers, histories, new, strict=True):
-            answer, shown = "", 0.0
-            with speaker.model() as model:
-                remembered = history[this.forgotten :]
-                for answer in stream_chat(model, chat.tokenizer, query, remembered, system, **generation):
-                    if answer and time.monotonic() - shown > REFRESH:
-                        this.answer = answer
-                        yield
-                        shown = time.monotonic()
-            this.answer = answer
-            yield
-
-
-def messages(rounds: list[Round]) -> list[dict[str, Any]]:
-    """A conversation as Gradio's Chatbot takes it. Questions are shown as they were typed, answers as Markdown."""
-    shown = []
-    for this in rounds:
-        shown.append(("user", re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", this.query)))
-        if this.forgotten:
-            note = f"最早的 {this.forgotten} 轮放不进上下文，已忘记 / oldest rounds forgotten: {this.forgotten}"
-            shown.append(("assistant", f"*（{note}）*"))
-        if this.answer is not None:
-            shown.append(("assistant", this.answer or "*（空 / empty）*"))
-    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in shown]
-
-
 def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
-    """The page: a column a speaker, the question, buttons, settings."""
-    trained = args.ptuning_checkpoint or args.lora_checkpoint
-    with gr.Blocks(title=f"ChatGLM · {Path(args.model_name_or_path).name}") as page:
-        gr.Markdown(f"### ChatGLM · {args.model_name_or_path}" + (f" + {Path(trained).name}" if trained else ""))
-        conversation = gr.State([[] for _ in chat.speakers])
+    """The page: one column per speaker, the question, buttons, settings."""
+    name = " + ".join(str(part) for part in (args.model_name_or_path, args.checkpoint) if part) or "demo"
+    with gr.Blocks(title=f"ChatGLM · {name}", analytics_enabled=False) as page:
+        gr.Markdown(f"### ChatGLM · {name}")
+        conversation = gr.State([])
         with gr.Row():
             columns = [
                 gr.Chatbot(
@@ -203,26 +216,19 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
                 )
                 for speaker in chat.speakers
             ]
-        box = gr.Textbox(
-            show_label=False,
-            placeholder="回车发送 / Enter sends",
-            max_lines=8,
-            submit_btn="发送 / send",
-            autofocus=True,
-        )
+        enter = "回车发送 / Enter sends"
+        box = gr.Textbox(show_label=False, placeholder=enter, max_lines=8, submit_btn="发送 / send", autofocus=True)
         with gr.Row():
-            stop, retry, undo, clear = (
-                gr.Button(label, size="sm", min_width=130)
-                for label in ("停止 / stop", "重新回答 / retry", "撤回 / undo", "新对话 / new")
-            )
+            labels = ("停止 / stop", "重新回答 / retry", "撤回 / undo", "新对话 / new")
+            buttons = [gr.Button(label, size="sm", min_width=130) for label in labels]
         with gr.Accordion("设置 / settings", open=False):
             settings = build_settings(chat, args)
-        connect(chat, conversation, columns, box, settings, stop, retry, undo, clear)
+        connect(chat, conversation, box, columns, settings, buttons)
     return page
 
 
 def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.Component]:
-    """The fields of the system prompt and of sampling, in the order in which ``ask`` takes them."""
+    """The fields of the system prompt and of sampling, in the order of the parameters of ``Chat.ask``."""
     known = has_roles(chat.tokenizer)
     system = gr.Textbox(
         args.system_prompt,
@@ -231,78 +237,42 @@ def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.C
         interactive=known,
         lines=2 if known else 1,
     )
+    longest = max(args.max_new_tokens, chat.context // 2)
     with gr.Row():
-        longest = max(args.max_new_tokens, chat.context // 2)
-        max_new_tokens = gr.Slider(
-            1, longest, args.max_new_tokens, step=1, label="最大生成长度 / max new tokens", min_width=220
-        )
-        temperature = gr.Slider(
-            0, 2, args.temperature, step=0.01, label="温度 / temperature (0: 贪心 greedy)", min_width=220
-        )
-        top_p = gr.Slider(0.01, 1, args.top_p, step=0.01, label="top_p", min_width=220)
-    return [system, max_new_tokens, temperature, top_p]
+        sliders = [
+            gr.Slider(least, most, value, step=step, label=label, min_width=220)
+            for least, most, value, step, label in (
+                (1, longest, args.max_new_tokens, 1, "最大生成长度 / max new tokens"),
+                (0, 2, args.temperature, 0.01, "温度 / temperature (0: 贪心 greedy)"),
+                (0.01, 1, args.top_p, 0.01, "top_p"),
+            )
+        ]
+    return [system, *sliders]
 
 
-def connect(chat: Chat, conversation, columns, box, settings, stop, retry, undo, clear) -> None:
-    """What the buttons do. The conversation is changed in place: a generation that was left changes only its own."""
-
-    def show(conversation: Conversation) -> list:
-        return [messages(rounds) for rounds in conversation]
-
-    def ask(query: str, conversation: Conversation, system: str, max_new_tokens: int, temperature: float, top_p: float):
-        if not query.strip():
-            yield [gr.skip()] * (1 + len(columns))
-            return
-        try:
-            generation = generation_settings(int(max_new_tokens), temperature, top_p)
-            field: Any = ""  # emptied once: the next question may be typed while this one is answered
-            for _ in reply(chat, conversation, query.strip(), system, generation):
-                yield [field, *show(conversation)]
-                field = gr.skip()
-        except UserError as error:
-            gr.Warning(str(error), title="提示 / note")  # the question stays in its field
-            yield [gr.skip()] * (1 + len(columns))
-
-    def take_back(conversation: Conversation) -> str:
-        return [rounds.pop().query for rounds in conversation if rounds][0] if conversation[0] else ""
-
-    def ask_again(conversation: Conversation, *settings):
-        before = [list(rounds) for rounds in conversation]
-        for _, *shown in ask(take_back(conversation), conversation, *settings):
-            yield [gr.skip(), *shown]
-        if len(conversation[0]) < len(before[0]):  # it was refused
-            conversation[:] = before
-
-    def undo_last(conversation: Conversation) -> list:
-        return [take_back(conversation), *show(conversation)]
-
-    def start_anew() -> list:
-        return [[[] for _ in chat.speakers], *([] for _ in columns)]
-
+def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
+    """Says which method of ``chat`` answers which event of the page."""
+    stop, retry, undo, clear = buttons
     outputs = [box, *columns]
-    one_by_one = {"concurrency_limit": 1, "concurrency_id": "generation", "show_progress_on": columns[0]}
+    generating = {"concurrency_limit": 1, "concurrency_id": "generation", "show_progress_on": columns[0]}
     hidden = {"api_visibility": "private"}
-    sent = box.submit(ask, [box, conversation, *settings], outputs, **one_by_one, **hidden)
-    again = retry.click(ask_again, [conversation, *settings], outputs, cancels=[sent], **one_by_one, **hidden)
-    running = [sent, again]
-    stop.click(None, cancels=running, **hidden)
-    undo.click(undo_last, conversation, outputs, cancels=running, show_progress="hidden", **hidden)
-    gr.on(
-        [clear.click, *(column.clear for column in columns)],
-        start_anew,
-        None,
-        [conversation, *columns],
-        cancels=running,
-        show_progress="hidden",
-        **hidden,
-    )
+    sent = box.submit(chat.ask, [box, conversation, *settings], outputs, **generating, **hidden)
+    again = retry.click(chat.ask_again, [conversation, *settings], outputs, cancels=[sent], **generating, **hidden)
+    at_once = {"cancels": [sent, again], "show_progress": "hidden", **hidden}
+    stop.click(None, **at_once)
+    undo.click(chat.undo, conversation, outputs, **at_once)
+    emptied = [conversation, *columns]
+    for event in (clear.click, *(column.clear for column in columns)):
+        event(lambda: [[] for _ in emptied], None, emptied, **at_once)
 
 
 def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C."""
     password = os.environ.get("PASSWORD")
     if not password and (args.share == "true" or args.host not in ("127.0.0.1", "localhost")):
-        say("warning: everybody who can reach this page may use it: set PASSWORD to ask for one.")
+        say("warning: everybody who can reach this page may use it; set PASSWORD to ask for a password.")
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page whether it is up, and must not ask a proxy
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1")))
     try:
         _, url, _ = page.launch(
             server_name=args.host,
@@ -329,11 +299,14 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
         threading.Event().wait()
     except KeyboardInterrupt:
         say("stopped")
-    page.close(verbose=False)
+    for child in psutil.Process().children():
+        child.terminate()  # the tunnel of the public link
+    # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.
+    os._exit(0)
 
 
 def find_port(host: str, first: int) -> int:
-    """The first free port from ``first`` on. Raises UserError where there is none, and for a host that is not ours."""
+    """The first free port from ``first`` on. Raises UserError if none is free or the host is not of this machine."""
     for port in range(first, min(first + PORTS, 65536)):
         try:
             taken = take_port(host, port)

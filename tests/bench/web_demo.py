@@ -2,8 +2,8 @@
 
     bash ptuning/train.sh && python tests/bench/web_demo.py
 
-Starts ptuning/web_demo.sh with tuned model and base side by side. Beside it stands what the model itself takes to its
-first text in this process, which the page can't go below. Needs Chromium (Debian's package `chromium`).
+Starts ptuning/web_demo.sh with tuned model and base side by side. The first row is the time of the model alone, in this
+process: the least that the page can reach. Needs Chromium (Debian's package `chromium`).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from common.training.report import console
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["类型#裙*颜色#白色*风格#甜美", "类型#裤*裤型#阔腿裤*风格#潮流", "类型#上衣*颜色#黑色*图案#碎花"]
 LIMIT = 300  # milliseconds
-# Resolves with the milliseconds until the first column shows one answer more.
+# Resolves with the milliseconds until the first column shows one more answer.
 FIRST_TEXT = """before => new Promise(resolve => {
     const start = performance.now();
     const look = () => {
@@ -42,7 +42,7 @@ FIRST_TEXT = """before => new Promise(resolve => {
 
 
 def ask(page: Page, question: str) -> float:
-    """Milliseconds; returns when both columns have answered."""
+    """Milliseconds to the first text; returns when both columns have answered."""
     answers = page.locator(".chat").first.locator("[data-testid=bot]")
     box = page.locator("textarea").first
     box.fill(question)
@@ -89,7 +89,7 @@ def main() -> None:
                 warm += others
                 page.close()
     finally:
-        os.killpg(server.pid, signal.SIGINT)
+        os.killpg(server.pid, signal.SIGTERM)
         server.wait()
     alone = in_this_process(args.checkpoint)
     table = Table(title="milliseconds to the first text", title_justify="left")
