@@ -47,13 +47,13 @@ def chat_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
+def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """Model, tokenizer, and the flag of ``find_trained``. Completes ``args``: folder, bits, ``max_new_tokens``.
 
     Raises UserError for flags that can't work.
     """
     generation_settings(args.max_new_tokens or MAX_NEW_TOKENS, args.temperature, args.top_p)
-    base, trained = args.model_name_or_path or "demo", dict[str, str]()
+    base, trained = args.model_name_or_path or "demo", dict[str, Any]()
     if args.checkpoint:
         args.checkpoint = find_training(args.checkpoint)
         base, trained = find_trained(str(args.checkpoint), args.model_name_or_path)
