@@ -9,9 +9,8 @@ those of main.py and win over the file.
 
 import argparse
 import difflib
-import json
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,22 @@ from common.arguments import (
 )
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
-from common.flags import REMOVED, RENAMED, parse_arguments
+from common.flags import REMOVED, RENAMED, current_flag, parse_arguments
+from common.methods import Method
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
 from common.training.checkpoints import complete_checkpoints
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
-DATA_FILES = {"train_file": "train_file", "val_file": "validation_file", "test_file": "test_file"}
+DATA_FILES = {  # key -> flag of the file, flag of the job
+    "train_file": ("train_file", "do_train"),
+    "val_file": ("validation_file", "do_eval"),
+    "test_file": ("test_file", "do_predict"),
+}
 SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
-# keys of a peft_config -> flags; None: it says what is so anyway
+# keys of a peft_config -> flags; None: accepted and ignored
 LORA = {
     "r": "lora_rank",
     "lora_alpha": "lora_alpha",
@@ -63,7 +67,7 @@ PREFIX = {
     "task_type": None,
     "inference_mode": None,
 }
-METHODS: dict[str | None, tuple[type, dict, Callable]] = {  # peft_type -> its flags, its keys, the method
+METHODS: dict[str | None, tuple[type, dict, Any]] = {  # peft_type -> its flags, its keys, the method
     "LORA": (LoraArguments, LORA, Lora),
     "PREFIX_TUNING": (PrefixArguments, PREFIX, PTuning),
     None: (FullArguments, {}, Full),
@@ -99,64 +103,75 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
             raise UserError(f"{file}: unknown key {section}{key}: {hint}")
 
 
-def flag(name: str, value: Any) -> list[str]:
-    """A value of the file as it is written on a command line; nothing for null."""
-    if value is None:
-        return []
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
-    return [f"--{name}", json.dumps(value) if isinstance(value, (bool, dict)) else str(value)]
-
-
-def data_flags(file: Path, config: dict[str, Any], data_dir: Path) -> list[str]:
+def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
+    """The flags of the data. A file is made evaluated or trained on by being named."""
     data = dict(config["data_config"])
     known = {*DATA_FILES, "num_proc", *DataArguments.__dataclass_fields__} - SET_ELSEWHERE
     check_keys(file, "data_config.", data, known)
     data.pop("num_proc", None)  # sentencepiece uses all cores by itself
-    flags = []
-    for key, name in DATA_FILES.items():
-        value = data.pop(key, None) or []
-        names = value if isinstance(value, list) else str(value).split(",")
-        flags += flag(name, [str(data_dir / part.strip()) for part in names] or None)
     if not {"prompt_column", "conversation_column", "text_column"} & data.keys():
         data["conversation_column"] = "conversations"
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
-    lengths = {
-        "max_source_length": config.get("max_input_length"),
-        "max_target_length": config.get("max_output_length"),
-    }
-    return flags + [word for name, value in (data | lengths).items() for word in flag(name, value)]
+    for key, (name, job) in DATA_FILES.items():
+        value = data.pop(key, None)
+        names = value if isinstance(value, list) else str(value or "").split(",")
+        data[name] = ",".join(str(data_dir / part.strip()) for part in names if part) or None
+        data[job] = bool(value) or job == "do_train" and bool(data.get("train_datasets"))
+    lengths = {"max_source_length": "max_input_length", "max_target_length": "max_output_length"}
+    return data | {name: config.get(key) for name, key in lengths.items()}
 
 
-def training_flags(file: Path, config: dict[str, Any]) -> list[str]:
+def training_defaults(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     training = dict(config["training_args"])
     known = [*TrainingArguments.__dataclass_fields__, *RENAMED, *REMOVED]
     check_keys(file, "training_args.", training, known)
     generation = training.pop("generation_config", None) or {}
     check_keys(file, "training_args.generation_config.", generation, GENERATION)
-    deepspeed = training.get("deepspeed")
+    training = dict(filter(None, (current_flag(name, value) for name, value in training.items())))
     if not config["data_config"].get("val_file"):
-        training |= {"eval_strategy": "no"}
-        training.pop("evaluation_strategy", None)
+        training["eval_strategy"] = "no"
+    deepspeed = training.get("deepspeed")
     if deepspeed and not isinstance(deepspeed, str):
         raise UserError(f"{file}: training_args.deepspeed must name a file.")
-    if deepspeed:  # a file, relative to where the user is, or to this one
+    if deepspeed:  # relative to the working directory, or to this file
         found = [place for place in (Path(deepspeed), file.parent / deepspeed) if place.is_file()]
         if not found:
             raise UserError(f"{file}: training_args.deepspeed: no file {deepspeed}.")
         training["deepspeed"] = str(found[0])
-    return [word for name, value in (training | generation).items() for word in flag(name, value)]
+    return training | generation
 
 
-def method_flags(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) -> list[str]:
+def method_defaults(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) -> dict[str, Any]:
     check_keys(file, "peft_config.", peft, keys)
     if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
-    return [word for key, value in peft.items() if (name := keys[key]) for word in flag(name, value)]
+    flags = {name: value for key, value in peft.items() if (name := keys[key])}
+    if isinstance(flags.get("lora_target"), list):
+        flags["lora_target"] = ",".join(flags["lora_target"])
+    return flags
+
+
+def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tuple[Method, tuple[Any, ...]]:
+    """The method, and (model, data, training) arguments of a configuration file; ``flags`` win over the file.
+
+    Raises UserError for a broken file, and for unknown or bad keys.
+    """
+    config = read_yaml(file)
+    peft = config["peft_config"]
+    kind = peft.get("peft_type")
+    if kind not in list(METHODS) or peft and kind is None:
+        raise UserError(f"{file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
+    method_arguments, keys, method_class = METHODS[kind]
+    defaults = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
+    defaults |= data_defaults(file, config, data_dir) | training_defaults(file, config)
+    defaults |= method_defaults(file, peft, keys)
+    given = {name: value for name, value in defaults.items() if value is not None}
+    model_args, method_args, *others = parse_arguments(method_arguments, flags, given)
+    return method_class(method_args), (model_args, *others)
 
 
 def resume(choice: str, args: TrainingArguments) -> None:
-    """Sets what the last argument asks for. Raises UserError for a checkpoint that does not exist."""
+    """Sets the flags that the last argument asks for. Raises UserError for a checkpoint that does not exist."""
     output_dir = Path(args.output_dir)
     existing = {path.name.rpartition("-")[2]: path for path in complete_checkpoints(output_dir)}
     if choice.lower() == "no":
@@ -182,25 +197,9 @@ def main() -> None:
     end = next((i for i, word in enumerate(words) if word.startswith("--") and word != "--help"), len(words))
     args, further = parser.parse_args(words[:end]), words[end:]
 
-    config = read_yaml(args.config_file)
-    kind = config["peft_config"].get("peft_type")
-    if kind not in list(METHODS) or config["peft_config"] and kind is None:
-        raise UserError(f"{args.config_file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
-    method_arguments, keys, make_method = METHODS[kind]
-    wanted = [
-        ("do_train", "train_file"),
-        ("do_train", "train_datasets"),
-        ("do_eval", "val_file"),
-        ("do_predict", "test_file"),
-    ]
-    flags = ["--model_name_or_path", args.model_dir, *flag("quantization_bit", config.get("quantization_bit"))]
-    flags += [f"--{name}" for name, file in wanted if config["data_config"].get(file)]
-    flags += data_flags(args.config_file, config, args.data_dir)
-    flags += training_flags(args.config_file, config)
-    flags += method_flags(args.config_file, config["peft_config"], keys)
-    model_args, chosen, data_args, training_args = parse_arguments(method_arguments, flags + further)
-    resume(args.auto_resume_from_checkpoint, training_args)
-    run(make_method(chosen), model_args, data_args, training_args)
+    method, parsed = parse_config(args.config_file, args.data_dir, args.model_dir, further)
+    resume(args.auto_resume_from_checkpoint, parsed[-1])
+    run(method, *parsed)
 
 
 if __name__ == "__main__":

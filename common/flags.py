@@ -111,7 +111,7 @@ def parse_dataclasses(
 
 
 def translate_old_flags(argv: list[str]) -> list[str]:
-    """Official spellings -> those of transformers 5, with one line of advice each on stderr."""
+    """Translates the flags that transformers 5 renamed or removed; see ``current_flag``."""
     translated, tokens = [], iter(argv)
     pending = next(tokens, None)
     while (token := pending) is not None:
@@ -122,13 +122,20 @@ def translate_old_flags(argv: list[str]) -> list[str]:
             continue
         if not equals and pending is not None and not pending.startswith("--"):
             value, pending = pending, next(tokens, None)
-        if name in REMOVED:
-            say(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
-            continue
-        new_name, new_value = RENAMED[name]
-        if new_value and value.lower() == "false":
-            continue
-        value = new_value or value
-        translated += [f"--{new_name}", *([value] if value else [])]
-        say(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
+        if current := current_flag(name, value):
+            translated += [f"--{current[0]}", *([current[1]] if current[1] else [])]
     return translated
+
+
+def current_flag(name: str, value: Any) -> tuple[str, Any] | None:
+    """The flag and its value as transformers 5 knows them, with one line of advice; None: the flag has no effect."""
+    if name in REMOVED:
+        say(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
+        return None
+    if name not in RENAMED:
+        return name, value
+    new_name, new_value = RENAMED[name]
+    if new_value and str(value).lower() == "false":
+        return None
+    say(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
+    return new_name, new_value or value

@@ -10,8 +10,7 @@ import yaml
 
 from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
-from common.finetune_hf import METHODS, data_flags, method_flags, read_yaml, resume, training_flags
-from common.flags import parse_arguments
+from common.finetune_hf import parse_config, resume
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [ROOT / "lora" / "lora.yaml", ROOT / "ptuning" / "ptuning_v2.yaml", ROOT / "full" / "sft.yaml"]
@@ -63,10 +62,8 @@ def write_official(folder: Path, kind: str, **changes: str) -> Path:
 
 
 def flags_of(file: Path, data_dir: Path) -> tuple:
-    config = read_yaml(file)
-    arguments, keys, _ = METHODS[config["peft_config"].get("peft_type")]
-    flags = [*data_flags(file, config, data_dir), *training_flags(file, config)]
-    return parse_arguments(arguments, [*flags, *method_flags(file, config["peft_config"], keys)])
+    method, (model_args, data_args, training_args) = parse_config(file, data_dir, "demo3", [])
+    return model_args, method.args, data_args, training_args
 
 
 @pytest.mark.parametrize(
