@@ -1,14 +1,14 @@
-# Sourced by every script: the environment, and the start of a program on all devices.
+# Every script sources this: the environment, and the start of a program on all devices.
 # shellcheck shell=bash
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# EXTRA_REQUIREMENTS: one more file, for a script that needs more than all do.
+# EXTRA_REQUIREMENTS: one more requirements file, for a script that needs more packages than the others.
 PYTHON=$(python3 "$ROOT/common/launch/environment.py" requirements.txt ${EXTRA_REQUIREMENTS:+"$EXTRA_REQUIREMENTS"})
 
-# launch PROGRAM FLAGS...: one process a device, NUM_GPUS of them (default: all that are visible); on CPUs NUM_PROCESSES
-# (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT; see launcher.py.
-# PRINT_FLAGS=true only prints what would be started, a word a line.
+# launch PROGRAM FLAGS...: starts one process per GPU, NUM_GPUS of them (default: all that are visible); on CPUs
+# NUM_PROCESSES (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT,
+# PEER_TIMEOUT; see launch/launcher.py. With PRINT_FLAGS=true it only prints the command, one word per line.
 launch() {
     if [ -n "${PRINT_FLAGS:-}" ]; then
         printf '%s\n' "$@"
@@ -17,7 +17,7 @@ launch() {
     "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
 }
 
-# need_checkpoint TRAINING FLAGS...: ends a script that wants a CHECKPOINT where nothing was trained yet.
+# need_checkpoint TRAINING FLAGS...: ends a script whose CHECKPOINT does not exist yet; TRAINING would make it.
 need_checkpoint() {
     case " $* " in *" --help "*) return ;; esac
     if [ -n "$CHECKPOINT" ] && [ ! -d "$CHECKPOINT" ]; then
