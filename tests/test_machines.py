@@ -192,9 +192,9 @@ def test_a_stranger_has_the_port_of_machine_0(start, port):
     ("answer", "says"),
     [
         (None, "did not answer within 0.3 s (timed out)"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not a launcher of this program; MAIN_PORT differs?"),
-        (b"\xff\xfe\x00\n", "is not a launcher of this program"),
-        (b"[" * 5000 + b"\n", "is not a launcher of this program"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no launcher of this program; MAIN_PORT differs?"),
+        (b"\xff\xfe\x00\n", "is no launcher of this program"),
+        (b"[" * 5000 + b"\n", "is no launcher of this program"),
     ],
 )
 def test_a_stranger_answers_in_place_of_machine_0(start, port, answer, says):

@@ -132,9 +132,7 @@ class Peers:
             waited = f"{place} did not answer within {self.machines.patience:g} s ({reason})"
             raise UserError(f"{waited}: is MAIN_IP its address, and do as many machines run as NUM_MACHINES says?")
         if "welcome" not in answer:
-            raise UserError(
-                f"{place}: {answer.get('stopped', 'is not a launcher of this program; MAIN_PORT differs?')}"
-            )
+            raise UserError(f"{place}: {answer.get('stopped', 'is no launcher of this program; MAIN_PORT differs?')}")
 
     def wait(self, port: int) -> int:
         """The ``port`` that machine 0 gives, as soon as all machines wait: one may prepare its data for much longer."""
