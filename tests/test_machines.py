@@ -223,7 +223,7 @@ def test_two_machines_with_one_rank(start, port):
     ("odd", "says"),
     [
         ({"count": 2, "processes": 4}, "processes per machine is 1 on machine 0 and 4 on machine 1: give the same"),
-        ({"count": 2, "silence": 5}, "PEER_TIMEOUT is 60 on machine 0 and 5 on machine 1"),
+        ({"count": 2, "silence": 5}, f"PEER_TIMEOUT is {GUARD} on machine 0 and 5 on machine 1"),
         ({"count": 3}, "NUM_MACHINES is 2 on machine 0 and 3 on machine 1"),
     ],
 )
