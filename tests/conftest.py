@@ -30,7 +30,7 @@ from common.tokenizers.chatglm import ChatGLMTokenizer
 
 pytest_plugins = ["conftest_chatglm2"]
 # The longest tests run first, so that no core is idle at the end; in a file those that share a training stand first.
-LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
+LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py", "test_launcher.py")
 
 TINY_WEIGHTS_SHA256 = "976d2252131387032e50b59cb0cf6d9c66d3adbf4610272d8e4e882124160984"
 # The config.json and tokenizer_config.json of the original checkpoints, at the size of the tiny one.
