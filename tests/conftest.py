@@ -33,7 +33,7 @@ from common.tokenizers.chatglm import ChatGLMTokenizer
 
 GOLDENS = CHATGLM.goldens
 # The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
-LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py")
+LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py", "test_launcher.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

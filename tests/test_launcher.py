@@ -21,7 +21,7 @@ from common.launch import processes
 from common.launch.machines import Machines
 from common.locking import free_port
 
-GUARD = 60  # seconds after which a test that hangs fails; none that passes comes near
+GUARD = 120  # seconds after which a test that hangs fails; none that passes comes near
 LAUNCHER = ROOT / "common" / "launch" / "launcher.py"
 MARK = "CHATGLM_TEST_RUN"
 # A program that only prints what it was told: the first process waits to be ended, the second does as the test wants.
@@ -178,7 +178,7 @@ def test_two_machines_finish_together_or_fail_together(launch, write):
     runs[1].send_signal(signal.SIGINT)
     said = [run.communicate(timeout=GUARD) for run in runs]
     assert [run.returncode for run in runs] == [2, 128 + signal.SIGINT], said
-    assert "error: machine 1 stopped with exit code 130" in said[0][1]
+    assert "error: machine 1 stopped with exit code 1;" in said[0][1]
 
 
 def test_a_machine_that_stops_ends_the_check_of_the_others(launch, write, mark):
@@ -187,10 +187,10 @@ def test_a_machine_that_stops_ends_the_check_of_the_others(launch, write, mark):
     run = launch(write(check="time.sleep(600)"), **of_two(0, port))
     settings = {"NUM_MACHINES": 2, "PEER_TIMEOUT": 60, "processes per machine": 1}
     settings["program"] = "/".join(Path(run.args[2]).parts[-2:])
-    while True:
+    other = None
+    while other is None:
         try:
             other = socket.create_connection(("127.0.0.1", port), timeout=GUARD)
-            break
         except ConnectionRefusedError:
             assert run.poll() is None, run.communicate()
             time.sleep(0.05)
@@ -221,7 +221,7 @@ def test_torchrun_and_accelerate_train_the_same(tmp_path):
     found = {}
     for name, command in commands.items():
         folder = tmp_path / name
-        program = command_of("lora", "DDP", folder, "--max_steps", "1", "--dropout", "0")
+        program = command_of("lora", "DDP", folder, "--max_steps", "1")
         run = subprocess.run([*command, *program], env=os.environ | own, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stdout + run.stderr
         found[name] = losses(folder)

@@ -1,4 +1,4 @@
-"""Locks between real processes: what is excluded, what is said while waiting, what is left after a kill."""
+"""Locks between real processes: what they exclude, the messages while waiting, and what a kill leaves."""
 
 import os
 import signal
@@ -26,15 +26,17 @@ with guard(kind, Path(resource)):
     sys.stdin.read()
     open(log, "a").write("released\\n")
 """
-# Adds 1 to a number in a file, many times over: reading and writing apart, so that two at once would lose some.
+# Takes a port, then adds 1 to a number in a file many times: reading and writing apart, so that two would lose some.
 COUNT = """
 import sys
 from pathlib import Path
-from common.locking import guard
+from common.locking import free_port, guard
+print(free_port(), flush=True)
 file = Path(sys.argv[1])
-for _ in range(20):
+for _ in range(10):
     with guard("counter", file):
         file.write_text(str(int(file.read_text()) + 1))
+sys.stdin.read()
 """
 # Makes the folder that it holds, as a training job makes its output folder.
 MAKE = """
@@ -46,17 +48,11 @@ with guard("output", Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
-PORT = """
-import sys
-from common.locking import free_port
-print(free_port(), flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a program of the above; whatever is still running after the test is killed."""
+    """Starts one of the programs above; kills those that still run after the test."""
     processes = []
     # Were a lock broken, a test could wait for a line for ever: this ends it. No test that passes takes so long.
     watchdog = threading.Timer(60, lambda: [process.kill() for process in processes])
@@ -123,10 +119,12 @@ def test_the_second_process_waits_and_says_for_whom(start, hold, tmp_path):
     assert (tmp_path / "log").read_text().split() == ["held", "released", "held", "released"]
 
 
-def test_no_update_is_lost(kind_of_lock, start, tmp_path):
+def test_eight_jobs_at_once_lose_no_update_and_share_no_port(kind_of_lock, start, tmp_path):
     counter = tmp_path / "counter"
     counter.write_text("0")
-    processes = [start(COUNT, counter) for _ in range(4)]
+    processes = [start(COUNT, counter) for _ in range(8)]
+    ports = [int(process.stdout.readline()) for process in processes]
+    assert len(set(ports)) == 8 and all(1024 <= port < 65536 for port in ports)
     for process in processes:
         errors = process.communicate()[1]
         assert process.returncode == 0, errors
@@ -195,7 +193,7 @@ def test_different_resources_do_not_block_each_other(hold, tmp_path):
     assert is_free("model", "THUDM/chatglm-6b")
 
 
-def test_however_a_folder_is_written_it_is_one_lock(hold, tmp_path, monkeypatch):
+def test_every_spelling_of_a_folder_gets_the_same_lock(hold, tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)
@@ -214,12 +212,6 @@ def test_a_folder_that_its_holder_makes_stays_locked(start, tmp_path, monkeypatc
     assert first.stdout.readline() == "held\n", first.stderr.read()
     monkeypatch.chdir(tmp_path)
     assert not is_free("output", Path("folder")) and not is_free("output", tmp_path / "folder")
-
-
-def test_sixteen_jobs_at_once_get_sixteen_ports(kind_of_lock, start):
-    processes = [start(PORT) for _ in range(16)]
-    ports = [int(process.stdout.readline()) for process in processes]
-    assert len(set(ports)) == 16 and all(1024 <= port < 65536 for port in ports)
 
 
 def test_a_port_can_be_bound():

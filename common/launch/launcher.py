@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -20,6 +20,9 @@ from common.errors import UserError, exit_on_user_error
 from common.launch.machines import Machines, read_machines
 from common.launch.meeting import Peers
 from common.launch.processes import count_processes, every_rank, first_gpu, run, set_environment
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 
 def stop_here(number: int, _frame: FrameType | None) -> NoReturn:
@@ -37,25 +40,28 @@ def run_here(program: list[str], environment: dict[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *program], environment)
 
 
+def open_store() -> "TCPStore":
+    """Where the processes of all machines meet, to the end. It has its port before anybody could take that."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def train_together(program: list[str], processes: int, machines: Machines) -> int:
     """Starts the program in all processes of this machine, after a check. Returns the exit code of the first failure.
 
     Raises UserError if another machine does not come, contradicts this one, or stops.
     """
-    from torch.distributed import TCPStore  # before the meeting: a long import stops the signs of life
-
+    store = open_store() if machines.rank == 0 else None  # before the meeting: a long import stops the signs of life
     settings = {"processes per machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
     peers = Peers(machines, settings, on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
     code = 1
     try:
         if machines.count > 1:
             peers.meet()
-        code = run([*program, "--dry_run"], [first_gpu()])
-        if code == 0:
-            # It listens before anybody hears of its port, so nobody can take that; all processes need it to the end.
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if machines.rank == 0 else None
-            port = peers.wait(store.port if store else 0)
-            code = run(program, every_rank(processes, machines, peers.address, port))
+        code = run([*program, "--dry_run"], [first_gpu()]) or run(
+            program, every_rank(processes, machines, peers.address, peers.wait(store.port if store else 0))
+        )
     except BaseException:
         if not peers.stopped:
             raise

@@ -1,14 +1,14 @@
 """The launchers of machines that train together meet at machine 0 before anything starts, and watch each other.
 
-Each keeps a connection to that of machine 0. If a machine never arrives, is switched off or loses its cable, all others
-end with a sentence that names it, where collective operations would wait for very long.
+If one never comes, is switched off or loses its cable, all others end with a sentence that names it.
 
-Also tried between two network namespaces: torchrun's rendezvous, c10d or static, waits forever after a cut cable or a
-killed launcher; c10d trains on when settings differ; other ends are 40 to 100 lines that name no machine. torch's
-TCPStore reports a killed launcher only after PEER_TIMEOUT, and its calls may hang, whatever timeout they are given.
+Also tried, between two network namespaces: torchrun's rendezvous, c10d or static, waits forever after a cut cable or a
+killed launcher, c10d trains on when settings differ, and other ends are 40 to 100 lines that name no machine. torch's
+TCPStore hears of a killed launcher only after PEER_TIMEOUT, and its calls may hang in spite of their timeout.
 """
 
 import json
+import os
 import queue
 import select
 import socket
@@ -77,7 +77,8 @@ class Peers:
         try:
             server = socket.create_server(("", port))
         except OSError as error:
-            raise UserError(f"MAIN_PORT={port}: {error.strerror}; take a free port, the same for all.") from error
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"port {port} can't be used ({reason}): set MAIN_PORT to a free one, for all.") from error
         say(f"waiting for {count - 1} other machines at port {port}")
         with server:
             while missing := sorted(set(range(1, count)) - self.connections.keys()):
@@ -131,8 +132,7 @@ class Peers:
             waited = f"{place} did not answer within {self.machines.patience:g} s ({reason})"
             raise UserError(f"{waited}: is MAIN_IP its address, and do as many machines run as NUM_MACHINES says?")
         if "welcome" not in answer:
-            stranger = "it is not a launcher of this program; is MAIN_PORT the one of machine 0?"
-            raise UserError(f"{place}: {answer.get('stopped', stranger)}")
+            raise UserError(f"{place}: {answer.get('stopped', 'is no launcher of this program; MAIN_PORT differs?')}")
 
     def wait(self, port: int) -> int:
         """The ``port`` that machine 0 gives, as soon as all machines wait: one may prepare its data for much longer."""
@@ -143,7 +143,7 @@ class Peers:
         return port if self.machines.rank == 0 else self.ports.get()
 
     def listen(self, rank: int, connection: Connection) -> None:
-        """Runs in a thread until machine ``rank`` has finished; ends the training here if it stops or falls silent."""
+        """Runs in a thread until machine ``rank`` has finished; ends the training here if it stops or is silent."""
         try:
             while "stopped" not in (message := connection.receive()):
                 if "finished" in message:
