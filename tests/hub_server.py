@@ -1,6 +1,6 @@
-"""A hub of one's own: what huggingface_hub and ModelScope's interface ask for, throttled, counted, and with faults.
+"""A local hub that answers huggingface_hub and requests for ModelScope, throttled, counted, and with faults.
 
-Large files are answered as Hugging Face answers them: a redirect to another host.
+A large file is answered as Hugging Face answers it: by a redirect to another host.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def is_large(path: str) -> bool:
 
 
 class Hub(ThreadingHTTPServer):
-    """``repositories``: {id: {path: content}}. What was asked for stands in ``requests``, what was sent in ``sent``."""
+    """``repositories``: {id: {path: content}}; ``starts``: each request for content; ``sent``: {path: bytes}."""
 
     daemon_threads = True
 
@@ -46,7 +46,6 @@ class Hub(ThreadingHTTPServer):
         self.gate = threading.Event()  # content is sent while it is set
         self.gate.set()
         self.rate = 0.0  # bytes per second and connection; 0: as fast as possible
-        self.requests: list[tuple[str, str]] = []
         self.starts: list[tuple[str, int]] = []  # (path, first byte that was asked for)
         self.sent: Counter = Counter()
         self.tokens: dict[str, set[str | None]] = {"hub": set(), "cdn": set()}  # authorizations that came with requests
@@ -54,14 +53,13 @@ class Hub(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address) -> None:
-        """Silent, because connections of killed programs are what this server is for; tests see what went missing."""
+        """Silent, because programs are killed during requests; tests see what went missing."""
 
-    def asked(self, method: str = "GET") -> list[str]:
-        """Files whose content was asked for, one entry a request."""
-        return [path for kind, path in self.requests if kind == method]
+    def asked(self) -> list[str]:
+        """The path of each request for content."""
+        return [path for path, _ in self.starts]
 
     def forget(self) -> None:
-        self.requests.clear()
         self.starts.clear()
         self.sent.clear()
 
@@ -93,12 +91,9 @@ class Handler(BaseHTTPRequestHandler):
             content = self.server.repositories[repository][path]
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_sha1(content)}"'}
             if is_large(path):
+                other_host = f"http://localhost:{self.server.server_port}/cdn"
                 headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256(content)}"'}
-                self.send(
-                    302,
-                    b"",
-                    headers | {"Location": f"http://localhost:{self.server.server_port}/cdn/{repository}/{path}"},
-                )
+                self.send(302, b"", headers | {"Location": f"{other_host}/{repository}/{path}"})
             else:
                 self.send_file(path, content, headers)
 
@@ -114,12 +109,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         entries = []
         for path, content in self.server.repositories[repository].items():
-            size = self.server.claimed_sizes.get(path, len(content))
+            size, name = self.server.claimed_sizes.get(path, len(content)), git_sha1(content)
+            entry = {"type": "file", "path": path, "rfilename": path, "size": size, "oid": name, "blobId": name}
             lfs = {"sha256": sha256(content), "oid": sha256(content), "size": size, "pointerSize": 134}
-            entries.append({"size": size} | ({"lfs": lfs} if is_large(path) else {}))
-            names = {"rfilename": path, "blobId": git_sha1(content)}
-            tree = {"type": "file", "path": path, "oid": git_sha1(content)}
-            entries[-1] |= tree if kind == "tree" else names
+            entries.append(entry | ({"lfs": lfs} if is_large(path) else {}))
         listing = entries if kind == "tree" else {"id": repository, "sha": COMMIT, "siblings": entries}
         self.send(200, json.dumps(listing).encode())
 
@@ -148,13 +141,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, path: str, content: bytes, headers: dict[str, str] | None = None) -> None:
         hub = self.server
-        if self.command == "GET" and hub.failing[path] > 0:
-            hub.failing[path] -= 1
-            self.send(503, b"")
-            return
-        hub.requests.append((self.command, path))
         if self.command == "HEAD":
             self.send(200, content, headers)
+            return
+        if hub.failing[path] > 0:
+            hub.failing[path] -= 1
+            self.send(503, b"")
             return
         wanted = self.headers["Range"] if hub.ranges else None
         start = int((wanted or "bytes=0-").removeprefix("bytes=").split("-")[0])
@@ -178,10 +170,9 @@ class Handler(BaseHTTPRequestHandler):
                     hub.sent[path] += len(block)
                 if hub.rate:
                     time.sleep(len(block) / hub.rate)
-        except ConnectionError:  # whoever asked was killed
-            self.close_connection = True
-        if end < len(content):
-            self.close_connection = True
+        except ConnectionError:  # the program was killed
+            end = 0
+        self.close_connection = end < len(content)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def record_file(folder: Path, revision: str) -> Path:
 
 
 def read_record(record: Path) -> dict[str, dict]:
-    """{path: {digest, stamp}} of the verified files: all of a model, all but the weights, or none."""
+    """{path: {digest, stamp}} for each verified file: all of a model, all but the weights, or none."""
     return (read_json(record) or {"files": {}})["files"]
 
 
@@ -92,7 +92,7 @@ def write_record(record: Path, folder: Path, digests: dict[str, str]) -> None:
 
 
 def is_verified(folder: Path, record: Path, weights: bool = True) -> bool:
-    """Whether a model, or if asked for all but its weights, is recorded, and its files are still there and right."""
+    """Whether a model is recorded, whole or without its ``weights``, and its files are still there and right."""
     known = read_record(record)
     digests = {path: entry["digest"] for path, entry in known.items() if weights or not is_weight_file(path)}
     whole = any(map(is_weight_file, digests)) if weights else bool(digests)
@@ -183,7 +183,7 @@ def check_disk(repository: str, folder: Path, needed: int) -> None:
 
 
 def fetch_all(repository: str, files: list[HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
-    """Makes all files be there and right; raises UserError for a wrong one that is neither known nor ``ours``."""
+    """Fetches what is missing or wrong. Raises UserError for a wrong file that is neither ``known`` nor ``ours``."""
     folder.mkdir(parents=True, exist_ok=True)
     right = right_files(folder, {file.path: file.digest for file in files}, known)
     missing = [file for file in files if file.path not in right]
@@ -237,10 +237,10 @@ def seems_whole(folder: Path, weights: bool) -> bool:
 def download(
     name: str, revision: str = "main", cache_dir: str | None = None, local_dir: str | None = None, weights: bool = True
 ) -> Path:
-    """The folder of a model, complete and verified, or if asked for without weights. Raises UserError if it fails.
+    """The folder of a model, verified: complete, or with ``weights=False`` all but those. Raises UserError if it fails.
 
     The hub is not asked about a complete model again, so that a training that resumes tomorrow has the same base.
-    If the hub does not answer, what another program left in the cache is taken unverified.
+    If the hub does not answer, a whole model that another program left in the cache is taken unverified.
     """
     repository = hubs.repository_of(name)
     folder = model_folder(name, revision, cache_dir, local_dir)
@@ -255,8 +255,8 @@ def download(
         try:
             files = hubs.checkpoint_files(repository, revision)
         except hubs.NO_ANSWER as error:
-            left = [] if known or local_dir else [folder, snapshot]
-            unverified = [found for found in left if found and seems_whole(found, weights)]
+            candidates = [] if known or local_dir else [folder, snapshot]  # what we know to be incomplete is not taken
+            unverified = [found for found in candidates if found and seems_whole(found, weights)]
             if not unverified or not hubs.is_down(error):
                 raise
             say(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
@@ -275,7 +275,10 @@ def fetch_small_files(name: str, revision: str = "main", cache_dir: str | None =
 
 
 def find_complete(name: str, revision: str = "main", cache_dir: str | None = None) -> Path | None:
-    """The folder of a model if it is complete and verified, without asking the hub; else None."""
+    """The folder of a model if it is complete and verified, else None; does not ask the hub.
+
+    Raises UserError for a name that can't be one of a hub.
+    """
     folder = model_folder(name, revision, cache_dir)
     return folder if is_verified(folder, record_file(folder, revision)) else None
 
