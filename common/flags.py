@@ -104,7 +104,7 @@ def parse_dataclasses(
         raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [f"--{field.name}" for kind in kinds for field in fields(kind)]
+        known = [f"--{field.name}" for kind in kinds for field in fields(kind) if field.init]
         nearest = difflib.get_close_matches(flag, known, n=1)
         raise UserError(f"unknown flag {flag}" + (f": did you mean {nearest[0]}?" if nearest else "."))
     return tuple(parsed)

@@ -43,7 +43,7 @@ OFFICIAL = {
 
 # Answers of five rows in batches of two: one process of two has nothing left to do in the last round.
 ANSWER = ["--do_predict", "--evaluate_base", "--test_file", str(ROOT / "AdvertiseGen" / "dev.json")]
-ANSWER += ["--max_predict_samples", "5", "--per_device_eval_batch_size", "2"]
+ANSWER += ["--max_predict_samples", "5", "--per_device_eval_batch_size", "2", "--max_new_tokens", "8"]
 FURTHER = {"full": [], "lora": ANSWER, "ptuning": []}
 
 
@@ -124,7 +124,7 @@ def test_a_prefix_under_zero_1(one_process, tmp_path):
 def test_a_killed_process_ends_all_of_them(tmp_path):
     """One sentence, nobody is left, and the checkpoint that was there is whole."""
     output = tmp_path / "out"
-    command = command_of("full", "DDP", output, "--max_steps", "100000", "--save_steps", "20")
+    command = command_of("full", "DDP", output, "--max_steps", "100000", "--save_steps", "2")
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "common" / "launch" / "launcher.py"), *command],
         env=os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"},
@@ -133,7 +133,7 @@ def test_a_killed_process_ends_all_of_them(tmp_path):
         text=True,
     )
     try:
-        while not (output / "checkpoint-20" / "trainer_state.json").exists():
+        while not (output / "checkpoint-2" / "trainer_state.json").exists():
             assert job.poll() is None
             time.sleep(0.2)
         family = psutil.Process(job.pid).children(recursive=True)
@@ -146,7 +146,7 @@ def test_a_killed_process_ends_all_of_them(tmp_path):
     assert job.returncode == 1
     assert "was killed by SIGKILL" in said and "Traceback" not in said
     assert not [process for process in family if process.is_running()]
-    assert is_complete_checkpoint(output / "checkpoint-20")
+    assert is_complete_checkpoint(output / "checkpoint-2")
 
 
 def parse(*flags: str, **variables: str) -> TrainingArguments:

@@ -334,8 +334,9 @@ def test_contradicting_flags_are_refused(flags, says, whole_run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
-    """Before it is saved: the last checkpoint is whole, and named."""
+    """Before it is saved, also between two logs: the last checkpoint is whole, and named."""
     flags = FULL.replace("--max_steps 4", "--max_steps 40").replace("1e-3", "1e12")
+    flags = flags.replace("--logging_steps 1", "--logging_steps 30")
     with pytest.raises(UserError, match=r"no longer finite \(nan or inf\) at step \d+: lower --learning_rate") as error:
         finetune_full(flags.replace("--save_steps 2", "--save_steps 1"), tmp_path)
     checkpoints = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
