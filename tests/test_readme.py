@@ -1,72 +1,83 @@
-"""The documents keep to the code: data examples are read, commands name what exists, both languages say the same."""
+"""The documents agree with the code: commands, flags, files and links exist, data examples are read, languages agree.
+
+Every documented command runs under bash with stand-ins for Python, torchrun and the like, which record their arguments.
+"""
 
 import ast
 import inspect
+import io
 import json
 import os
 import re
-import shlex
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import huggingface_hub
 import pytest
 
-from common.arguments import (
-    DataArguments,
-    FullArguments,
-    LoraArguments,
-    ModelArguments,
-    PrefixArguments,
-    TrainingArguments,
-)
+from common.arguments import DataArguments
 from common.data.dataset import prepare_dataset, read_examples
 from common.data.rows import read_rows
 from common.encoding import encode_texts, encode_train
 from common.errors import UserError
-from common.flags import REMOVED, RENAMED, FlagParser
+from common.flags import REMOVED, RENAMED
 from common.loading import load_tokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
-METHODS = {"ptuning": PrefixArguments, "lora": LoraArguments, "full": FullArguments}
-READMES = [ENGLISH, CHINESE, *(ROOT / method / "README.md" for method in METHODS)]
+METHODS = ("ptuning", "lora", "full")
+PAIRS = [(ROOT / folder / "README.md", ROOT / folder / "README_zh.md") for folder in ("", "common")]
+(ENGLISH, CHINESE), (REFERENCE, _) = PAIRS
+METHOD_READMES = [ROOT / method / "README.md" for method in METHODS]
+READMES = [*PAIRS[0], *PAIRS[1], *METHOD_READMES, ROOT / "AdvertiseGen" / "README.md"]
+PROGRAMS = [
+    *(f"{method}/main.py" for method in METHODS),
+    *("common/finetune_hf.py", "common/inference_hf.py", "common/merge.py", "common/preprocess.py"),
+    *("common/hub/download.py", "common/chat/cli_demo.py", "common/chat/web_demo.py"),
+    *("AdvertiseGen/generate.py", "AdvertiseGen/conversations.py"),
+]
+FOLDERS = (*METHODS, "common", "tests", "AdvertiseGen")
+SHIPPED = {str(file.relative_to(ROOT)) for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/*.*")}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-ASSIGNMENT = re.compile(r"([A-Z][A-Z_]*)=(.*)")
 
 
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def each_readme(test):
-    return pytest.mark.parametrize("readme", READMES, ids=name_of)(test)
+each_readme = pytest.mark.parametrize("readme", READMES, ids=name_of)
+each_pair = pytest.mark.parametrize(("english", "chinese"), PAIRS, ids=lambda file: name_of(file))
 
 
-def blocks(readme: Path, language: str) -> list[str]:
-    return [content for kind, content in FENCE.findall(readme.read_text()) if kind == language]
+def blocks(text: str, language: str) -> list[str]:
+    return [content for kind, content in FENCE.findall(text) if kind == language]
 
 
 def prose(readme: Path) -> str:
-    """What stands outside of blocks; of the table that compares, without the column about the official files."""
+    """The text outside of blocks, without the column about the official files in the table that compares."""
     text = FENCE.sub("", readme.read_text())
     table = re.search(r"^\| (there \| here|官方 \| 这里) \|\n(\|.*\n)+", text, re.MULTILINE)
     return text.replace(table[0], re.sub(r"^\|[^|]*\|", "|", table[0], flags=re.MULTILINE)) if table else text
 
 
 def spans(text: str) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", text)
+    """The texts between backquotes, which may go on in the next line."""
+    paragraphs = FENCE.sub("", text).split("\n\n")
+    return [span for part in paragraphs for span in re.findall("`([^`]+)`", re.sub(r"\n *", " ", part))]
+
+
+def sections(readme: Path) -> list[str]:
+    return re.split(r"^## ", readme.read_text(), flags=re.MULTILINE)
 
 
 # Data
 
 
-EXAMPLES = [json.loads(line) for line in blocks(ENGLISH, "json")[0].splitlines()]
-# columns of an example, and what is learned of it by models with rounds, and by ChatGLM3; None: it is refused
+EXAMPLES = [json.loads(line) for line in blocks(ENGLISH.read_text(), "json")[0].splitlines()]
+# columns of an example; the trained text of models with rounds, and of ChatGLM3; None: the example is refused
 PAIR = {"prompt_column": "content", "response_column": "summary"}
 HISTORY = {"prompt_column": "prompt", "response_column": "response", "history_column": "history"}
 CALL = "query_stock\n```python\ntool_call(color='白色')\n```"
@@ -111,148 +122,120 @@ def test_every_data_example_is_read_and_encoded(kind, number, tokenizers, tmp_pa
     assert [plain(tokenizer.decode(ids, skip_special_tokens=True)) for ids in labels] == list(map(plain, expected))
 
 
-def test_there_is_nothing_about_an_example_that_is_not_tested():
+def test_every_data_example_is_tested_and_is_the_same_in_both_languages():
     assert len(EXAMPLES) == len(LEARNED)
-    for readme in READMES:
-        assert blocks(readme, "json") in ([], blocks(ENGLISH, "json")), readme
+    assert blocks(ENGLISH.read_text(), "json") == blocks(CHINESE.read_text(), "json")
 
 
-def test_a_missing_column_is_said_as_the_readme_says_it(tmp_path, tokenizers):
+def test_the_message_about_a_missing_column_is_that_of_the_documents(tmp_path, tokenizers):
     file = tmp_path / "rows.json"
     file.write_text('{"question": "a", "answer": "b"}')
-    with pytest.raises(UserError) as said:
+    with pytest.raises(UserError) as error:
         list(read_examples(DataArguments(**PAIR), read_rows(file), tokenizers["chatglm"]))
-    for readme in (ENGLISH, CHINESE):
-        assert str(said.value).replace(str(file), "…") in spans(prose(readme))
+    for readme in PAIRS[1]:
+        assert str(error.value).replace(str(file), "…") in spans(readme.read_text())
 
 
 # Commands
 
 
-class Command(NamedTuple):
-    """A call of one of our scripts or programs."""
-
-    variables: dict[str, str]
-    file: Path
-    arguments: list[str]
-
-
-def lines_of(readme: Path) -> list[list[str]]:
-    """The words of every command line in its blocks, without comments."""
-    lines = "".join(blocks(readme, "bash")).replace("\\\n", "").splitlines()
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+RECORD = """#!/bin/bash
+case "$1" in
+    */environment.py) echo "$0" ;;
+    *) printf '%s\\0' "$PWD" "${PASSWORD:-}" "$@" $'\\n' >> "$CALLS" ;;
+esac
+"""
+SRUN = """#!/bin/bash
+until [ "$1" = bash ]; do shift; done
+exec "$@"
+"""
 
 
-def commands_of(readme: Path) -> list[Command]:
-    commands = []
-    for line in lines_of(readme):
-        folder = ROOT
-        for part in " ".join(map(shlex.quote, line)).split(" '&&' "):
-            words = shlex.split(part)
-            if words[0] == "cd":
-                folder = folder / words[1]
-                continue
-            start = next(i for i, word in enumerate(words) if word in ("bash", "python", "python3"))
-            variables = dict(found.groups() for word in words[:start] if (found := ASSIGNMENT.fullmatch(word)))
-            commands.append(Command(variables, folder / words[start + 1], words[start + 2 :]))
-    return commands
+@pytest.fixture(scope="module")
+def calls_of(tmp_path_factory):
+    """A function: (command line, variables) -> [working directory, PASSWORD, program, flag, …] of each start."""
+    stand_ins, record = tmp_path_factory.mktemp("stand_ins"), tmp_path_factory.mktemp("calls") / "calls"
+    for name in ("python", "python3", "torchrun", "accelerate", "deepspeed", "srun"):
+        (stand_ins / name).write_text(SRUN if name == "srun" else RECORD)
+        (stand_ins / name).chmod(0o755)
+    own = {"PATH": f"{stand_ins}:{os.environ['PATH']}", "CALLS": str(record), "HOME": os.environ["HOME"]}
+
+    def calls_of(line: str, **variables: str) -> list[list[str]]:
+        record.write_text("")
+        subprocess.run(["bash", "-c", line], cwd=ROOT, env=own | variables, check=True, stdout=subprocess.DEVNULL)
+        return [call.split("\0") for call in record.read_text().split("\0\n\0")[:-1]]
+
+    return calls_of
 
 
-@cache
-def chain(script: Path) -> list[Path]:
-    """A shell script and those that it starts or sources."""
-    named = re.findall(r'(?:bash|source) ".*?(\$ROOT)?/([\w./]+\.sh)"', script.read_text())
-    started = [(ROOT if root else script.parent) / name for root, name in named]
-    return [script, *(further for file in started for further in chain(file.resolve()))]
+def program_of(call: list[str]) -> tuple[str, list[str]]:
+    """(program relative to the repository, its arguments); a launcher may stand before it."""
+    folder, _, *words = call
+    start = next(i for i, word in enumerate(words) if word.endswith(".py") and not word.endswith("launcher.py"))
+    return os.path.relpath(os.path.join(folder, words[start]), ROOT), words[start + 1 :]
 
 
-def programs_of(file: Path) -> list[Path]:
-    """The Python programs behind a script."""
-    if file.suffix == ".py":
-        return [file]
-    found = [name for script in chain(file) for name in re.findall(r'"\$ROOT/([\w/]+\.py)"', script.read_text())]
-    return [ROOT / name for name in found]
+def lines_of(text: str) -> list[str]:
+    """Every command line in the blocks of a text, without its comment."""
+    lines = "".join(blocks(text, "bash")).replace("\\\n", "").splitlines()
+    return [command for line in lines if (command := re.sub(r"(^|\s)# .*", "", line).strip())]
 
 
 @cache
-def flags_of(program: Path) -> set[str]:
-    """The flags that a program knows, old spellings included."""
-    kinds = [METHODS[program.parent.name]] if program.name == "main.py" else list(METHODS.values())
-    text = program.read_text()
-    flags = set(re.findall(r'add_argument\(\s*"--(\w+)"', text))
-    if "chat_parser" in text:
-        flags |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "common" / "chat" / "chat.py").read_text()))
-    if program.name in ("main.py", "finetune_hf.py"):
-        for kind in kinds:
-            parser = FlagParser((ModelArguments, kind, DataArguments, TrainingArguments), allow_abbrev=False)
-            flags |= {option[2:] for action in parser._actions for option in action.option_strings}
-        flags |= RENAMED.keys() | REMOVED.keys()
-    if program.name == "preprocess.py":
-        flags |= {*ModelArguments.__dataclass_fields__, *DataArguments.__dataclass_fields__}
-        flags |= set(re.findall(r"^    (\w+): .* = told\(", text, re.MULTILINE))
-    return flags | {"help"}
+def flags_of(program: str) -> set[str]:
+    """The flags in a program's own --help."""
+    text = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(text), suppress(SystemExit):
+        patch.setattr(sys, "argv", [program, "--help"])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setenv("COLUMNS", "200")
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    return set(re.findall(r"--\w+", text.getvalue()))
 
 
-def read_by(files: list[Path]) -> set[str]:
-    """The variables that scripts take from the environment, and those that every start reads."""
-    own = {name for file in files for name in re.findall(r"\$\{([A-Z_]+)[:-]", file.read_text())}
-    return own | read_by_python()
+def shared_variables() -> list[str]:
+    """The variables that all scripts read, by the table of common/README.md."""
+    section = next(section for section in sections(REFERENCE) if section.startswith("Variables\n"))
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return [name for row in rows for name in spans(row)]
 
 
-@cache
-def read_by_python() -> set[str]:
-    texts = [file.read_text() for file in (ROOT / "common").glob("*.py")]
-    hub = Path(huggingface_hub.__file__).parent
-    texts += [(hub / name).read_text() for name in ("constants.py", "utils/_auth.py")]
-    return {name for text in texts for name in re.findall(r'"([A-Z][A-Z_]+)"', text)}
+@pytest.mark.parametrize("readme", [ENGLISH, REFERENCE, *METHOD_READMES, READMES[-1]], ids=name_of)
+def test_commands_start_programs_with_flags_and_variables_that_exist(readme, calls_of):
+    shared = shared_variables()
+    for line in lines_of(readme.read_text()):
+        calls = calls_of(line)
+        for program, words in map(program_of, calls if line != "bash tests/run.sh" else []):
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert program in PROGRAMS and not flags - flags_of(program), line
+        for name, value in re.findall(r"\b([A-Z_]+)=(\S*) ", line):
+            assert name in shared or calls != calls_of(line.replace(f"{name}={value} ", "", 1)), (name, line)
 
 
-def shipped() -> set[str]:
-    """The files of the repository, as git knows them where this is a checkout."""
-    if (ROOT / ".git").exists():
-        return set(subprocess.run(["git", "ls-files"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.split())
-    return {
-        name_of(file)
-        for folder in (*METHODS, "common", "tests", "AdvertiseGen")
-        for file in ROOT.glob(f"{folder}/**/*")
-    }
-
-
-SHIPPED = shipped()
+def test_the_code_reads_the_shared_variables():
+    code = "".join(file.read_text() for file in (ROOT / "common").glob("**/*.py"))
+    for name in shared_variables():
+        assert name.startswith("HF_") or f'"{name}"' in code, name
 
 
 @each_readme
-def test_every_command_names_what_exists(readme):
-    """Scripts, the variables that they read, the flags that their programs know."""
-    commands = [command for command in commands_of(readme) if command.file.name != "run.sh"]
-    assert len(commands) >= 6
-    for command in commands:
-        assert name_of(command.file) in SHIPPED, command
-        programs = programs_of(command.file)
-        known = read_by(chain(command.file)) if command.file.suffix == ".sh" else read_by_python()
-        assert not command.variables.keys() - known, command
-        for flag in (word[2:].partition("=")[0] for word in command.arguments if word.startswith("--")):
-            assert any(flag in flags_of(program) for program in programs), (flag, command)
-
-
-@each_readme
-def test_what_the_text_names_exists(readme):
-    """Files, variables and flags between backquotes."""
-    scripts = [ROOT / name for name in SHIPPED if re.fullmatch(r"(ptuning|lora|full|common|tests)/\w+\.sh", name)]
-    variables = read_by(scripts)
-    flags = {flag for program in map(ROOT.joinpath, SHIPPED) if is_program(program) for flag in flags_of(program)}
+def test_the_text_names_files_variables_and_flags_that_exist(readme):
+    scripts = "".join((ROOT / name).read_text() for name in SHIPPED if name.endswith(".sh"))
+    variables = {*shared_variables(), *re.findall(r"\b[A-Z][A-Z_]+\b", scripts)}
+    flags = {flag for program in PROGRAMS for flag in flags_of(program)} | {f"--{name}" for name in RENAMED | REMOVED}
     for span in spans(prose(readme)):
         for word in span.split():
-            if assignment := re.fullmatch(r"([A-Z][A-Z_]{1,})(=.*)?", word):
-                assert assignment[1] in variables, span
-            if re.fullmatch(r"(ptuning|lora|full|common|tests|AdvertiseGen)/[\w/.]+\.(py|sh|yaml|json)", word):
+            if variable := re.fullmatch(r"([A-Z][A-Z_]+)=.*|([A-Z]+_[A-Z_]+)", word):
+                assert (variable[1] or variable[2]) in variables, span
+            if word.split("/")[0] in FOLDERS and re.search(r"\.(py|sh|yaml|json|md)$", word):
                 assert word in SHIPPED, span
         if span.startswith("--"):
-            assert span[2:].split()[0] in flags, span
+            assert span.split()[0] in flags, span
 
 
-def is_program(file: Path) -> bool:
-    return file.name == "main.py" or file.parent == ROOT / "common" and file.suffix == ".py"
+def test_the_measurements_name_programs_that_exist():
+    named = re.findall(r"\b(?:common|tests)/[\w/]+\.(?:py|sh)\b", (ROOT / "tests" / "bench" / "RESULTS.md").read_text())
+    assert named and not set(named) - SHIPPED
 
 
 def anchor_of(heading: str) -> str:
@@ -271,88 +254,105 @@ def test_links_lead_somewhere(readme):
             assert anchor in map(anchor_of, headings), target
 
 
-@each_readme
-def test_python_blocks_call_what_there_is(readme):
-    for block in blocks(readme, "python"):
-        names: dict = {}
-        tree = ast.parse(block)
-        exec("\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom)), names)
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
-            inspect.signature(names[ast.unparse(call.func)]).bind(*call.args, **keywords)
+def test_the_python_block_calls_functions_that_exist():
+    [block] = blocks(REFERENCE.read_text(), "python")
+    names: dict = {}
+    tree = ast.parse(block)
+    exec("\n".join(ast.unparse(node) for node in tree.body if isinstance(node, ast.ImportFrom)), names)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        keywords = {keyword.arg: None for keyword in call.keywords if keyword.arg}
+        inspect.signature(names[ast.unparse(call.func)]).bind(*call.args, **keywords)
 
 
-# Both languages, and the file tree
+# Both languages
 
 
-def sections(readme: Path) -> list[str]:
-    return re.split(r"^## ", readme.read_text(), flags=re.MULTILINE)
+@each_pair
+def test_both_languages_have_the_same_commands_and_programs(english, chinese):
+    texts = english.read_text(), chinese.read_text()
+    assert lines_of(texts[0]) == lines_of(texts[1])
+    assert blocks(texts[0], "python") == blocks(texts[1], "python")
 
 
-def test_both_languages_have_the_same_commands_and_programs():
-    assert lines_of(ENGLISH) == lines_of(CHINESE)
-    assert blocks(ENGLISH, "python") == blocks(CHINESE, "python")
-    assert lines_of(ENGLISH)[:2] == [["bash", "ptuning/train.sh"], ["bash", "tests/run.sh"]]
+def test_the_readmes_are_short_and_begin_with_the_two_commands():
+    for readme in PAIRS[0]:
+        text = readme.read_text()
+        assert lines_of(text)[:2] == ["bash ptuning/train.sh", "bash tests/run.sh"]
+        assert len(text.splitlines()) <= 330
 
 
-def test_both_languages_name_the_same_things_in_the_same_order():
-    for english, chinese in zip(sections(ENGLISH), sections(CHINESE), strict=True):
-        title = english.splitlines()[0]
-        named, also = (set(spans(FENCE.sub("", text))) for text in (english, chinese))
-        assert named == also, title
-        tables = ["".join(re.findall(r"^\|.*", text, re.MULTILINE)) for text in (english, chinese)]
-        numbers, same = (re.findall(r"\d+(?:[,.]\d+)*", table) for table in tables)
-        assert numbers == same, title
+@each_pair
+def test_both_languages_name_the_same_things_and_numbers_in_every_section(english, chinese):
+    for one, other in zip(sections(english), sections(chinese), strict=True):
+        assert set(spans(one)) == set(spans(other)), one.splitlines()[0]
+        tables = ["".join(re.findall(r"^\|.*", text, re.MULTILINE)) for text in (one, other)]
+        numbers = [re.findall(r"\d+(?:[,.]\d+)*", table) for table in tables]
+        assert numbers[0] == numbers[1], one.splitlines()[0]
 
 
-@pytest.mark.parametrize("readme", [ENGLISH, CHINESE], ids=name_of)
-def test_the_file_tree_names_what_there_is(readme):
-    tree = next(block for block in blocks(readme, "") if "common/launch.sh" in block)
-    first, *rest = tree.splitlines()
-    for method in METHODS:
-        assert all((ROOT / method / name).is_file() for name in re.findall(r"\w+\.(?:py|md)", first))
-    for name in re.findall(r"[A-Za-z_/]+(?:\.(?:py|sh)|/)(?=\W|$)", "\n".join(rest)):
-        assert (ROOT / name).exists() or (ROOT / "common" / name).exists(), name
-    for file in (ROOT / "common").glob("*.*"):
-        assert file.name == "__init__.py" or re.search(rf"(?<!\w){file.name}", tree), file
+@pytest.mark.parametrize("readme", METHOD_READMES, ids=name_of)
+def test_the_chinese_part_of_a_method_names_nothing_that_the_english_part_lacks(readme):
+    english, chinese = readme.read_text().split("## 中文\n")
+    words = [re.findall(r"[\w./-]+", text) for text in (english, " ".join(spans(chinese)))]
+    assert not set(words[1]) - set(words[0])
 
 
-def defaults_of(script: Path) -> dict[str, dict[str, str]]:
-    """The defaults of a script's variables for the demos and for a real model."""
-    text = script.read_text()
-    start, middle, end = (text.index(word) for word in ("    demo | demo3)", "    *)", "esac"))
-    parts = {"demo": text[:start] + text[start:middle] + text[end:], "real": text[:start] + text[middle:]}
-    return {kind: dict(re.findall(r"\b([A-Z_]+)=\$\{\1:?-([^}]*)\}", part)) for kind, part in parts.items()}
+# The file tree, the ways through the code, the defaults
+
+
+@pytest.mark.parametrize("readme", PAIRS[1], ids=name_of)
+def test_the_file_tree_has_one_line_for_each_file(readme):
+    tree = next(block for block in blocks(readme.read_text(), "") if "common/launch.sh" in block)
+    files = [line.split()[0] for line in tree.splitlines()]
+    assert files[:2] == ["lora/train.sh", "lora/main.py"]
+    code = [name for name in SHIPPED if re.fullmatch(r"common/.*\.(py|sh)", name) and name != "common/__init__.py"]
+    assert sorted(files[2:]) == sorted(code)
+
+
+@pytest.mark.parametrize("readme", PAIRS[1], ids=name_of)
+def test_on_each_way_through_the_code_a_file_names_the_next(readme):
+    ways = re.findall(r"`[\w/.]+`(?:\s→\s`[\w/.]+`)+", readme.read_text())
+    assert [len(spans(way)) for way in ways] == [4, 4]
+    for way in ways:
+        files = spans(way)
+        for file, following in zip(files, files[1:], strict=False):
+            text = (ROOT / file).read_text()
+            assert following in text or following.removesuffix(".py").replace("/", ".") in text, (file, following)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_tables_of_the_methods_give_the_defaults_of_their_scripts(method):
-    defaults = defaults_of(ROOT / method / "train.sh")
+def test_the_table_of_a_method_gives_the_variables_and_defaults_of_its_script(method, calls_of):
+    """A variable of the table is read; setting the defaults of the table changes nothing."""
     rows = re.findall(r"^\| (`[A-Z].*) \|$", (ROOT / method / "README.md").read_text(), re.MULTILINE)
     cells = [[cell.strip() for cell in row.split("|")[:3]] for row in rows if row.count("|") == 3]
-    told = [
-        (kind, name, value)
-        for names, *columns in cells
-        for kind, column in zip(("demo", "real"), columns, strict=True)
-        for name, value in zip(spans(names), column.replace("`", "").split(", "), strict=False)
-    ]
-    wrong = [row for row in told if row[2] and defaults[row[0]][row[1]] != row[2]]
-    assert not wrong
-    assert sum(bool(value) for _, _, value in told) > 20
+    line = f"bash {method}/train.sh"
+    for number, model in ((1, "demo"), (2, "chatglm3-6b")):
+        defaults = {
+            name: value
+            for row in cells
+            for name, value in zip(spans(row[0]), row[number].replace("`", "").split(", "), strict=False)
+            if value
+        }
+        assert len(defaults) > 12
+        assert calls_of(line, MODEL=model)[0] == calls_of(line, **{"MODEL": model} | defaults)[0]
+    for name in [name for row in cells for name in spans(row[0])]:
+        assert calls_of(line, **{name: "other"}) != calls_of(line), name
 
 
 # For real
 
 
-def test_own_files_and_columns_as_the_quick_start_has_them(tmp_path):
+def test_the_quick_start_with_files_and_columns_of_ones_own(tmp_path, monkeypatch, calls_of, capsys):
     """With the demo in place of the real model, up to its loading."""
-    command = next(command for command in commands_of(ENGLISH) if "my_train.json" in command.variables.values())
+    line = next(line for line in lines_of(ENGLISH.read_text()) if "my_train.json" in line)
     row = json.dumps({"question": "类型#裙", "answer": "一条裙子。"}, ensure_ascii=False)
     for name, count in (("my_train.json", 3), ("my_dev.json", 2)):
         (tmp_path / name).write_text(f"{row}\n" * count)
-    variables = command.variables | {"MODEL": "demo", "OUTPUT_DIR": str(tmp_path / "out")}
-    variables |= {"VIRTUAL_ENV": sys.prefix, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    program = ["bash", str(command.file), *command.arguments, "--dry_run"]
-    done = subprocess.run(program, env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "train: 3 rows tokenized" in done.stdout and "test: 2 rows tokenized" in done.stdout
+    [call] = calls_of(line.replace("MODEL=/data/chatglm-6b ", "MODEL=demo "), OUTPUT_DIR=str(tmp_path / "out"))
+    program, words = program_of(call)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *words, "--dry_run"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    runpy.run_path(str(ROOT / program), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "train: 3 rows tokenized" in printed and "test: 2 rows tokenized" in printed
