@@ -1,6 +1,6 @@
 """Chat in the terminal with a model, or with a model and its trained prefix or adapter.
 
-python common/chat/cli_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
+python common/chat/cli_demo.py --checkpoint FOLDER
 """
 
 import sys

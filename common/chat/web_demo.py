@@ -1,6 +1,6 @@
 """Chat in the browser with a model and, beside it, the base that it was tuned from.
 
-python common/chat/web_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
+python common/chat/web_demo.py --checkpoint FOLDER
 """
 
 import argparse
