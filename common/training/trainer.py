@@ -47,12 +47,11 @@ class FinetuneTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    predicted_memory = 0  # bytes
 
-    def __init__(
-        self, method: Method, score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None, **kwargs
-    ):
+    def __init__(self, method: Method, **kwargs):
         self.method = method
-        self.score_answers = score_answers
         super().__init__(callbacks=[FiniteLoss()], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
