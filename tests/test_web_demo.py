@@ -199,7 +199,6 @@ def test_the_answers_of_tuned_and_base_grow_side_by_side(page, expected):
 
 
 def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
-    ask(page, "  ")  # no question: nothing happens
     ask(page, QUESTION)
     wait_for(lambda: answer_of(page, 0))
     page.get_by_role("button", name="stop").click()
