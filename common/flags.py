@@ -89,10 +89,7 @@ def parse_arguments(
 
 
 def parse_dataclasses(
-    kinds: tuple[type, ...],
-    usage: str,
-    argv: list[str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    kinds: tuple[type, ...], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
     """One object of each dataclass, filled from the command line. Raises UserError like ``parse_arguments``."""
     parser = FlagParser(kinds, usage=usage, allow_abbrev=False)

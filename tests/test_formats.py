@@ -25,11 +25,7 @@ TOOL_TURN = {
     "parameters": {"city": "北京", "days": 2},
     "observation": {"temp": 21},
 }
-CHAT = [
-    {"role": "user", "content": "北京天气怎么样"},
-    TOOL_TURN,
-    {"role": "assistant", "content": "21度。"},
-]
+CHAT = [{"role": "user", "content": "北京天气怎么样"}, TOOL_TURN, {"role": "assistant", "content": "21度。"}]
 OPENAI_CHAT = [
     CHAT[0],
     {

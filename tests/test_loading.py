@@ -13,13 +13,7 @@ from hub_server import running_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Glm4Config,
-    Glm4ForCausalLM,
-    GlmConfig,
-    GlmForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common.arguments import DataArguments
 from common.data.dataset import mask_pads
@@ -27,14 +21,7 @@ from common.encoding import Turn, conversation_of, encode_chat, encode_eval, enc
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
 from common.models import chatglm, chatglm2
-from common.models.registry import (
-    is_model_name,
-    lasting_name,
-    make_config,
-    open_model,
-    read_config,
-    spec_of,
-)
+from common.models.registry import is_model_name, lasting_name, make_config, open_model, read_config, spec_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 

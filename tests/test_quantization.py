@@ -82,8 +82,7 @@ def test_the_even_column_is_the_high_half():
 
 
 @pytest.mark.parametrize(
-    ("demo", "bits", "safetensors"),
-    [("demo", 4, False), ("demo", 8, True), ("demo3", 4, True), ("demo3", 8, False)],
+    ("demo", "bits", "safetensors"), [("demo", 4, False), ("demo", 8, True), ("demo3", 4, True), ("demo3", 8, False)]
 )
 def test_a_packed_checkpoint_is_the_model_that_was_packed(demo, bits, safetensors, tmp_path):
     """Unpacked it computes what plain weights of these values compute; loaded as it is, it is quantized again."""
