@@ -144,6 +144,11 @@ class Engine:
         """DeepSpeed's section zero_optimization."""
         return self.config.get("zero_optimization", {})
 
+    @property
+    def loss_flags(self) -> dict[str, bool]:
+        """The flags that a model's loss is computed with."""
+        return {"loss_only": True, "loss_in_parts": not self.sharded, "use_cache": False}
+
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):

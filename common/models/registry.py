@@ -157,7 +157,7 @@ def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):
-    """AutoConfig finds this class under the name that all models share; it makes the config that fits."""
+    """The class that AutoConfig finds under the name that all models share; it makes the config that fits."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -77,7 +77,7 @@ def print_plan(memory: Forecast) -> None:
     out.print(
         f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
-        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}"
+        f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}"
         + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
     )
     if plan.total <= available:
