@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,15 +13,16 @@ from transformers import GlmConfig, GlmForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import memory as bench
+from shell import flags_of
 
 from common.arguments import LoraArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
-from common.memory import fit as memory
-from common.memory.fit import Case, case_of, flags_of
-from common.methods.full import lora
-from common.models.registry import GENERATIONS
+from common.memory import fit
+from common.memory.fit import Case
+from common.methods.lora import Lora
+from common.models.registry import SPECS, ModelFolder
 
 MEASURED = [  # of 3 layers, with a vocabulary of 8192
     bench.Setting("chatglm", "ptuning", 4, 1, 32, 64, checkpointing=True, accumulation=2),
@@ -32,7 +34,7 @@ MEASURED = [  # of 3 layers, with a vocabulary of 8192
 
 @pytest.mark.parametrize("setting", MEASURED, ids=str)
 def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
-    model = bench.make_model(setting.generation, tmp_path / "model", shape=(128, 3, 4, 352, 8192))
+    model = bench.make_model(setting.kind, tmp_path / "model", shape=(128, 3, 4, 352, 8192))
     predicted, measured = bench.measure(setting, model)
     assert predicted == pytest.approx(measured, rel=bench.ALLOWED)
 
@@ -40,7 +42,10 @@ def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
 @pytest.fixture(scope="module")
 def case() -> Case:
     """LoRA of ChatGLM3-6B with the defaults of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens."""
-    return case_of("lora", flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT=""), gpu=True)[0]
+    flags = flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEVICE_MEMORY", "80")
+        return bench.planned("lora", flags).case
 
 
 def test_the_6b_models_keep_their_limits(case):
@@ -64,13 +69,15 @@ def test_the_6b_models_keep_their_limits(case):
     ],
 )
 def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
-    shallow = case._replace(config=case.generation.config(num_layers=8, padded_vocab_size=8192))
+    config = case.folder.spec.config(num_layers=8, padded_vocab_size=8192)
+    shallow = case._replace(folder=replace(case.folder, config=config))
     assert shallow.changed(**more).plan().total > shallow.changed(**less).plan().total
 
 
 def test_models_of_transformers_are_predicted_too(case):
     config = GlmConfig(num_hidden_layers=2, vocab_size=1024, pad_token_id=0, hidden_size=128, intermediate_size=256)
-    plan = case._replace(generation=GENERATIONS["glm"], config=config).plan()
+    folder = ModelFolder("glm", Path("glm"), SPECS["glm"], config, bits=None, weights=())
+    plan = case._replace(folder=folder).plan()
     with torch.device("meta"):
         parameters = GlmForCausalLM(config).num_parameters()
     assert 2 * parameters <= plan.weights <= 2 * parameters + 1000  # with the frequencies of its rotary embedding
@@ -87,8 +94,8 @@ def train(tmp_path, *flags: str, available: float) -> None:
     argv = [*FLAGS.format(data=data, output=tmp_path / "out").split(), *flags]
     model_args, lora_args, *others = parse_arguments(LoraArguments, argv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "there_is", lambda args: int(available))
-        run(lora(lora_args), model_args, *others)
+        patch.setattr(fit, "free_memory", lambda args: int(available))
+        run(Lora(lora_args), model_args, *others)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
