@@ -1,4 +1,4 @@
-"""The scripts under bash: as a user types them, or up to the program that they start, which then runs in this process."""
+"""The scripts under bash: as a user types them, or up to a program that they start, which then runs in this process."""
 
 import os
 import runpy

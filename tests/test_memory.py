@@ -13,7 +13,9 @@ from transformers import GlmConfig, GlmForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import memory as bench
-from shell import flags_of
+from hub_server import running_hub
+from huggingface_hub import constants
+from shell import bash, flags_of, run_here
 
 from common.arguments import LoraArguments
 from common.errors import UserError, exit_on_user_error
@@ -22,7 +24,7 @@ from common.flags import parse_arguments
 from common.memory import fit
 from common.memory.fit import Case
 from common.methods.lora import Lora
-from common.models.registry import SPECS, ModelFolder
+from common.models.registry import DEMOS, SPECS, ModelFolder
 
 MEASURED = [  # of 3 layers, with a vocabulary of 8192
     bench.Setting("chatglm", "ptuning", 4, 1, 32, 64, checkpointing=True, accumulation=2),
@@ -134,3 +136,43 @@ def test_a_batch_size_is_a_number_or_auto():
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "big"])
     with pytest.raises(UserError, match="auto: under DeepSpeed give a number"):
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "auto", "--deepspeed", "{}"])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one small model, the only one that this process knows."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HUB", "modelscope")
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
+    with running_hub() as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.address)
+        server.repositories["ZhipuAI/chatglm3-6b"] = {file.name: file.read_bytes() for file in DEMOS["demo3"].iterdir()}
+        yield server
+
+
+def test_what_can_not_fit_is_refused_before_its_weights_are_downloaded(hub, tmp_path):
+    with pytest.raises(UserError, match="this needs about .* and 0.0 GB are free"):
+        train(tmp_path, "--model_name_or_path", "chatglm3-6b", available=1e6)
+    assert "config.json" in hub.asked() and "pytorch_model.bin" not in hub.asked()
+    train(tmp_path, "--model_name_or_path", "chatglm3-6b", "--dry_run", available=1e9)
+    assert "pytorch_model.bin" in hub.asked()
+
+
+@pytest.mark.parametrize(("memory", "code"), [("80", 0), ("4", 2)])
+def test_a_plan_says_whether_it_fits_and_downloads_nothing(hub, tmp_path, capsys, memory, code):
+    variables = {"MODEL": "chatglm3-6b", "DEVICE_MEMORY": memory, "OUTPUT_DIR": str(tmp_path / "out")}
+    assert run_here("lora/train.sh", "--plan", check=False, **variables) == code
+    said = capsys.readouterr()
+    assert "ChatGLM3-6B, LoRA: predicted memory" in said.out and "a process on its device" in said.out
+    assert "4 x (256 + 513) tokens, 4 bit, with gradient checkpointing" in said.out
+    assert ("fits into 79.5 GB; " in said.out) == (code == 0)
+    sentence = "and 3.5 GB are free on a card of DEVICE_MEMORY: "
+    assert (sentence in said.err.splitlines()[-1]) == (code == 2)
+    assert hub.requests == [] and not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_cards_that_are_not_here():
+    variables = {"MODEL": "chatglm2-6b", "DEVICE_MEMORY": "80", "NUM_GPUS": "8"}
+    said = bash("full/ds_train_finetune.sh", "--plan", **variables).stdout
+    assert "ChatGLM2-6B, full-parameter training: predicted memory" in said
+    assert "8 processes under DeepSpeed" in said and "fits into 79.5 GB" in said
