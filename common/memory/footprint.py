@@ -161,7 +161,8 @@ def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
         blocks = -(-rows * columns // 64)
         scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(256)]
         second = QuantState(scales[1], code=scales[2], blocksize=256, dtype=torch.float32)
-        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, torch.empty(()), second)
+        offset = torch.zeros((), device="cpu")  # its value is asked for when an adapter is put beside the layer
+        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, offset, second)
         packed = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8)
         layer.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
