@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import TrainCollator
-from common.data.dataset import Encode, Prepared, load_shards, prepare_dataset
-from common.encoding import encode_eval, encode_texts, encode_train
+from common.data.dataset import Prepared, load_shards, prepare_dataset
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -110,12 +109,7 @@ def prepare(
         if split == "train" and data_args.train_datasets:
             prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
         else:
-            encoders: dict[str, Encode] = {}
-            if split != "test":  # for the loss
-                encoders["rows"] = encode_texts if data_args.text_column else encode_train
-            if split != "train" and not data_args.text_column:  # to be answered
-                encoders["questions"] = encode_eval
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
+            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)

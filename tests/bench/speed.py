@@ -169,7 +169,7 @@ def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
         file = Path(folder) / "rows.json"
         file.write_text(data.read_text(encoding="utf-8") * 20, encoding="utf-8")
         start = time.process_time()
-        prepared = prepare_dataset(columns, str(file), tokenizer, "train", {"rows": encode_train})
+        prepared = prepare_dataset(columns, str(file), tokenizer, "train")
         seconds = time.process_time() - start
     os.sched_setaffinity(0, cores)
     console().print(
