@@ -156,9 +156,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     check_memory: bool = flag("Refuse to start if the predicted memory is not free; false: only warn", True)
     output_dir: str = flag("Folder for checkpoints, logs and predictions", "output")
     overwrite_output_dir: bool = flag("Start over although the output folder holds an earlier training", False)
-    precision: str | None = flag(
-        "auto, fp32, bf16, fp16: how to compute; trained weights are kept in fp32 too"
-    )
+    precision: str | None = flag("auto, fp32, bf16, fp16: how to compute; trained weights are kept in fp32 too")
     plan: bool = flag("Predict the memory, print it, and stop before anything is downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
