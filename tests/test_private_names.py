@@ -61,6 +61,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "_fingerprint": "of a Dataset: the cache of --dataset_name does not notice other rows",
     "huggingface_hub.utils.hf_raise_for_status": "gated and missing models are told apart no longer",
     "huggingface_hub.utils.validate_repo_id": "a name that no hub can have is looked up there",
+    "huggingface_hub.utils.build_hf_headers": "private models are asked for without a token",
     "huggingface_hub.utils.tqdm": "HF_HUB_DISABLE_PROGRESS_BARS is not obeyed",
     # the models, as transformers writes its own
     "transformers.cache_utils.Cache": "the models keep no cache",

@@ -374,4 +374,4 @@ def test_a_script_without_a_trained_model_says_what_to_do(method, script, tmp_pa
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert f"train first (bash {method}/train.sh)" in done.stderr
+    assert f"no training in {ROOT / method / 'output'}: run train.sh first, or set CHECKPOINT" in done.stderr
