@@ -133,7 +133,7 @@ def test_a_base_that_is_gone_is_one_sentence_everywhere(training, tmp_path, caps
 
 
 def test_no_training_yet_is_one_sentence_everywhere(tmp_path, capsys):
-    said = f"error: no training in {tmp_path}: train first (bash train.sh), or set CHECKPOINT (--checkpoint) to one."
+    said = f"error: no training in {tmp_path}: run train.sh first, or set CHECKPOINT (--checkpoint) to a training."
     for script in PROGRAMS:
         assert run_here(script, check=False, CHECKPOINT=str(tmp_path)) == 2
         assert error_of(capsys) == said
