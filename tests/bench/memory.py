@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.finetune import run
 from common.flags import parse_arguments
+from common.launch.engines import start_engine
 from common.memory.fit import Forecast, forecast
 from common.methods.full import Full
 from common.methods.lora import Lora
@@ -123,7 +124,7 @@ def write_rows(file: Path, count: int) -> Path:
 
 def training_flags(setting: Setting, model: Path, data: Path, output: Path) -> list[str]:
     flags = ["--do_train", "--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output)]
-    flags += ["--prompt_column", "content", "--response_column", "summary", "--max_steps", "3", "--report_to", "none"]
+    flags += ["--prompt_column", "content", "--response_column", "summary", "--max_steps", "2", "--report_to", "none"]
     flags += ["--max_source_length", str(setting.source), "--max_target_length", str(setting.target)]
     flags += ["--per_device_train_batch_size", str(setting.rows), "--save_strategy", "no", "--disable_tqdm", "true"]
     flags += ["--gradient_accumulation_steps", str(setting.accumulation)]
@@ -135,7 +136,7 @@ def training_flags(setting: Setting, model: Path, data: Path, output: Path) -> l
 def train(setting: Setting, folder: Path, model: Path) -> int:
     """Trains as main.py does. Returns the predicted peak in bytes."""
     make, arguments = METHODS[setting.method]
-    data = write_rows(folder / "rows.json", 3 * setting.rows * setting.accumulation)
+    data = write_rows(folder / "rows.json", 2 * setting.rows * setting.accumulation)
     argv = training_flags(setting, model, data, folder / "out")
     model_args, method_args, data_args, args = parse_arguments(arguments, argv)
     run(make(method_args), model_args, data_args, args)
@@ -169,6 +170,7 @@ def planned(method_name: str, argv: list[str]) -> Forecast:
     """The forecast of --plan for the flags of a method's main.py."""
     make, arguments = METHODS[method_name]
     model_args, method_args, data_args, args = parse_arguments(arguments, [*argv, "--plan"])
+    start_engine(args)
     method = make(method_args)
     folder = check(method, model_args, data_args, args)
     complete(model_args, args, folder)
