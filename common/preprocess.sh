@@ -3,7 +3,7 @@
 #     bash common/preprocess.sh                          the shipped rows for the shipped demo, into train_datasets/
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='data/*.json' OUTPUT_DIR=/data/tokens bash common/preprocess.sh
 #     TEXT_COLUMN=summary bash common/preprocess.sh      plain text, for lora/train_text.sh
-# MODEL: demo, demo3, a folder, or a hub id: its tokenizer is used. TRAIN_FILE: JSON, JSON lines or CSV; files by commas,
+# MODEL: demo, demo3, a folder, or a hub id; its tokenizer is used. TRAIN_FILE: JSON, JSON lines or CSV; files by commas
 # or a glob. HISTORY_COLUMN holds earlier rounds, CONVERSATION_COLUMN whole conversations instead of the other columns.
 # A run that was killed goes on where it was; --overwrite_cache starts over.
 # shellcheck source-path=SCRIPTDIR
