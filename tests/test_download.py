@@ -43,11 +43,8 @@ SHARD = 2**21
 def model_files() -> dict[str, bytes]:
     """A repository like that of ChatGLM3-6B: both formats of weights, Python files, and more that nobody needs."""
     draw = random.Random(0)
-    header = (
-        json.dumps({"weight": {"dtype": "U8", "shape": [SHARD - 100], "data_offsets": [0, SHARD - 100]}})
-        .ljust(92)
-        .encode()
-    )
+    entry = {"dtype": "U8", "shape": [SHARD - 100], "data_offsets": [0, SHARD - 100]}
+    header = json.dumps({"weight": entry}).ljust(92).encode()
     start = len(header).to_bytes(8, "little") + header
     shards = {f"model-0000{number}-of-00003.safetensors": start + draw.randbytes(SHARD - 100) for number in (1, 2, 3)}
     return {
