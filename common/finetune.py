@@ -1,16 +1,12 @@
 """The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
 
 import json
-import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -19,14 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import TrainCollator
-from common.data.dataset import Encode, Prepared, load_shards, prepare_dataset
-from common.encoding import encode_eval, encode_texts, encode_train, stop_ids
+from common.data.dataset import Prepared, load_shards, prepare_dataset
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
-from common.metrics import score
 from common.models.precision import base_dtype
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
@@ -42,13 +36,12 @@ from common.training.checkpoints import (
     start_run,
 )
 from common.training.checks import SPLITS, check, complete
-from common.training.evaluation import generate_answers
+from common.training.evaluation import evaluate, predict, score_rows
 from common.training.report import (
     peak_memory,
     print_first_row,
     print_plan,
     print_prepared,
-    print_scores,
     print_settings,
     print_training_summary,
 )
@@ -56,7 +49,7 @@ from common.training.trainer import FinetuneTrainer
 
 
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
-    """Does what --do_train, --do_eval and --do_predict ask for. Raises UserError for bad input."""
+    """Trains, evaluates and predicts as the flags ask. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     start_engine(args)
     folder = check(method, model_args, data_args, args)
@@ -85,19 +78,19 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if args.process_index == 0:
             print_settings(method.name, model, folder.path, data_args, args, memory.sentence)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
+        trainer.predicted_memory = memory.plan.total
         if args.do_train:
             check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
-                start_run(
-                    output_dir, settings, data_args, method.files, args.overwrite_output_dir and checkpoint is None
-                )
-            train(trainer, data["train"], tokenizer, checkpoint, memory.plan.total)
+                start_over = args.overwrite_output_dir and checkpoint is None
+                start_run(output_dir, settings, data_args, method.files, start_over)
+            train(trainer, data["train"], checkpoint)
         if args.do_eval:
-            evaluate(method, trainer, data_args)
+            evaluate(trainer, data_args)
         if args.do_predict:
-            predict(method, trainer, tokenizer, data["test"], data_args, memory.plan.total)
+            predict(trainer, data["test"], data_args)
     state = PartialState()
-    state.wait_for_everyone()  # who leaves while others still talk to it can take them along
+    state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
 
 
@@ -116,12 +109,7 @@ def prepare(
         if split == "train" and data_args.train_datasets:
             prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
         else:
-            encoders: dict[str, Encode] = {}
-            if split != "test":  # for the loss
-                encoders["rows"] = encode_texts if data_args.text_column else encode_train
-            if split != "train" and not data_args.text_column:  # to be answered
-                encoders["questions"] = encode_eval
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
+            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)
@@ -135,12 +123,12 @@ def build_model(
     """The model with the parameters to train."""
     dtype, device = base_dtype(args, method.trains_base), None if args.engine.sharded else args.device
     model = load_base(folder, dtype, model_args.quantization_bit, device)
-    # The Trainer refuses a quantized base without a PEFT adapter; what trains here stands beside it in float32.
+    # The Trainer refuses a quantized base without a PEFT adapter; here a float32 prefix or adapter trains beside it.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
     model = method.attach(model)
     if args.activation_checkpointing and args.activation_checkpointing_kwargs.get("use_reentrant"):
         model.enable_input_require_grads()  # or no gradient would come through the first layer
-    # DDP would write into frozen weights too when it starts, which all processes of a machine share until then.
+    # DDP would write into the frozen weights when it starts, and end their sharing by all processes of a machine.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     return model
@@ -155,15 +143,9 @@ def build_trainer(
     args: TrainingArguments,
 ) -> FinetuneTrainer:
     validation = data.get("validation")
-    score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None
-    if args.predict_with_generate and validation and len(validation.questions):
-        score_answers = partial(score_rows, tokenizer=tokenizer, data=validation, data_args=data_args, args=args)
-    args.prediction_loss_only = (
-        True  # answers are generated by common.training.evaluation, the Trainer computes the loss
-    )
-    return FinetuneTrainer(
+    args.prediction_loss_only = True  # training/evaluation.py generates answers, the Trainer computes the loss
+    trainer = FinetuneTrainer(
         method=method,
-        score_answers=score_answers,
         model=model,
         args=args,
         train_dataset=data["train"].rows if "train" in data else None,
@@ -175,34 +157,21 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
+    if args.predict_with_generate and validation and len(validation.questions):
+        trainer.score_answers = lambda model: score_rows(trainer, model, validation, data_args)
+    return trainer
 
 
-def train(
-    trainer: FinetuneTrainer,
-    data: Prepared,
-    tokenizer: PreTrainedTokenizerBase,
-    checkpoint: Path | None,
-    predicted_memory: int,
-) -> None:
-    """Trains, from a checkpoint where there is one, and saves what was trained into the output folder."""
+def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint if there is one, and saves the result into the output folder."""
     args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
     if checkpoint:
         start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         if is_finished(start, args):
-            if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
-                raise UserError(
-                    f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}."
-                )
-            best = start.get("best_model_checkpoint") if args.load_best_model_at_end else None
-            if args.engine.name == "DDP":
-                trainer.load_trained(Path(best or checkpoint))
-            if args.should_save and not is_saved(Path(args.output_dir), trainer.method.files):
-                copy_trained(Path(best or checkpoint), Path(args.output_dir))  # it was interrupted after its last step
-            if trainer.is_world_process_zero():
-                print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)
+            finish_again(trainer, checkpoint, start)
             return
     if trainer.is_world_process_zero():
-        print_first_row(data.rows[0], tokenizer)
+        print_first_row(data.rows[0], trainer.processing_class)
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
     if checkpoint and args.engine.name != "DeepSpeed":  # which reads its own shards
@@ -211,109 +180,24 @@ def train(
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
     tokens = trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"]
-    memory = {"predicted_memory": predicted_memory, **peak_memory()}
+    memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
     trainer.save_metrics("train", metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start["global_step"]
-        print_training_summary(
-            trainer.state.log_history,
-            metrics,
-            steps,
-            samples=steps * args.rows_per_step,
-            tokens=tokens,
-            saved_to=Path(args.output_dir),
-        )
+        samples, saved_to = steps * args.rows_per_step, Path(args.output_dir)
+        print_training_summary(trainer.state.log_history, metrics, steps, samples, tokens, saved_to)
 
 
-@contextmanager
-def base_model(method: Method, trainer: FinetuneTrainer) -> Iterator[PreTrainedModel]:
-    """The trainer with the model as it is without what was trained."""
-    tuned = trainer.model
-    with method.base(tuned) as base:
-        trainer.model = base
-        try:
-            yield base
-        finally:
-            trainer.model = tuned
-
-
-def evaluate(method: Method, trainer: FinetuneTrainer, data_args: DataArguments) -> None:
-    """Writes eval_results.json: the loss on the validation set; beside the base's if asked; of text the perplexity."""
-    metrics = {}
-    if data_args.evaluate_base:
-        with base_model(method, trainer):
-            metrics = trainer.evaluate(metric_key_prefix="eval_base")
-    metrics |= trainer.evaluate()
-    if data_args.text_column:
-        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-
-
-def answer_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
-    data_args: DataArguments,
-    args: TrainingArguments,
-    description: str = "generating",
-) -> list[str]:
-    """The model's answers to the rows of a split: greedy, with beams, or sampled, as the flags say."""
-    generation: dict[str, Any] = {
-        "do_sample": False,
-        "num_beams": data_args.num_beams or args.generation_num_beams or 1,
-    }
-    generation["eos_token_id"] = stop_ids(tokenizer)
-    if data_args.do_sample:
-        generation |= {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
-    if args.generation_max_length:  # in transformers this counts the question too
-        generation["max_length"] = args.generation_max_length
-    else:
-        generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
-    prompts, batch_size = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
-    return generate_answers(
-        model, tokenizer, prompts, batch_size, description, in_step=args.engine.sharded, **generation
-    )
-
-
-def score_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
-    data_args: DataArguments,
-    args: TrainingArguments,
-) -> dict[str, float]:
-    """Scores of the model's answers to the rows of a split."""
-    return score(answer_rows(model, tokenizer, data, data_args, args), list(data.questions["reference"]))
-
-
-def predict(
-    method: Method,
-    trainer: FinetuneTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Prepared,
-    data_args: DataArguments,
-    predicted_memory: int,
-) -> None:
-    """Writes generated_predictions.txt, one {"labels", "predict"} a line, and scores it; beside the base if asked."""
-    args, references = trainer.args, list(data.questions["reference"])
-    columns = {}
-    for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
-        if name == "base" and not data_args.evaluate_base:
-            continue
-        with base_model(method, trainer) if name == "base" else nullcontext(trainer.model) as model:
-            answers = answer_rows(model, tokenizer, data, data_args, args, f"{name} model")
-        if trainer.is_world_process_zero():
-            with open(Path(args.output_dir) / file_name, "w", encoding="utf-8") as file:
-                for reference, answer in zip(references, answers, strict=True):
-                    file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
-        columns[name] = score(answers, references)
-    metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
-    metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
-    memory = {"predicted_memory": predicted_memory, **peak_memory()}
-    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
+def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: dict) -> None:
+    """Leaves trainer and output folder as after the training that ended in ``checkpoint``."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
+        raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}.")
+    best = state.get("best_model_checkpoint") if args.load_best_model_at_end else None
+    if args.engine.name == "DDP":
+        trainer.load_trained(Path(best or checkpoint))
+    if args.should_save and not is_saved(output_dir, trainer.method.files):
+        copy_trained(Path(best or checkpoint), output_dir)  # it was interrupted after its last step
     if trainer.is_world_process_zero():
-        print_scores(columns)
-        print(f"predictions: {Path(args.output_dir) / 'generated_predictions.txt'}", flush=True)
+        print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)

@@ -18,13 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from common.arguments import (
-    DataArguments,
-    FullArguments,
-    LoraArguments,
-    PrefixArguments,
-    TrainingArguments,
-)
+from common.arguments import DataArguments, FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import REMOVED, RENAMED, current_flag, parse_arguments

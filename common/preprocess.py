@@ -20,13 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
-from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Source
+from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Split
 from common.data.rows import Rows
-from common.encoding import encode_texts, encode_train
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, write_json
 from common.flags import parse_dataclasses
@@ -55,37 +53,31 @@ class PreprocessArguments:
 class Job:
     """What a worker needs. Each has its own copy, whose ``rows`` it reads once, because its shards come in order."""
 
-    args: DataArguments
-    tokenizer: PreTrainedTokenizerBase
+    split: Split
     rows: Rows
-    position: int  # how many of the rows were read
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
+    position: int = 0  # how many of the rows were read
 
 
 def main(argv: list[str] | None = None) -> None:
     usage = "preprocess.py --train_file FILE --model_name_or_path MODEL --output_dir FOLDER [--flag value ...]"
-    preprocess(*parse_dataclasses((PreprocessArguments, ModelArguments, DataArguments), usage, argv))
-
-
-def preprocess(own_args: PreprocessArguments, model_args: ModelArguments, args: DataArguments) -> None:
-    """Writes the shards that are missing in the output folder. Raises UserError for bad files, rows and settings."""
+    own_args, model_args, args = parse_dataclasses((PreprocessArguments, ModelArguments, DataArguments), usage, argv)
     if not (args.train_file or args.dataset_name):
         raise UserError("nothing to do: give --train_file (or --dataset_name).")
-    source = dataset.open_source(args, args.train_file, "train")
     name = model_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = load_tokenizer(open_model(name, model_args.model_revision, model_args.cache_dir))
-    settings = dataset.fingerprint(args, source, tokenizer, "train") | {"num_shards": own_args.num_shards}
+    split = dataset.open_split(args, args.train_file, tokenizer, "train")
+    settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with hold(folder / ".lock", f"folder {folder}"):
         start_or_continue(folder, settings, args.overwrite_cache)
-        bounds = shard_bounds(sum(1 for _ in source.read()), own_args.num_shards)
+        bounds = shard_bounds(sum(1 for _ in split.read()), own_args.num_shards)
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
-        job = Job(args, tokenizer, source.read(), 0, bounds, files)
-        make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
-        write_manifest(job, settings, source)
+        make_missing(Job(split, split.read(), bounds, files), own_args.num_workers or len(os.sched_getaffinity(0)))
+        write_manifest(split, settings, files)
         print_prepared("train", dataset.load_shards(args, folder, tokenizer))
 
 
@@ -104,7 +96,7 @@ def start_or_continue(folder: Path, settings: dict[str, Any], overwrite: bool) -
             )
         print(f"{folder} was begun with other settings ({differing}): starting over", flush=True)
     if differing or overwrite:
-        for file in (folder / MANIFEST, folder / SETTINGS_FILE, *folder.glob("shard-*-of-*")):
+        for file in (folder / MANIFEST, *folder.glob("shard-*-of-*")):
             file.unlink(missing_ok=True)
         write_json(folder / SETTINGS_FILE, settings)
 
@@ -141,40 +133,34 @@ def make_missing(job: Job, workers: int) -> None:
             for worker in multiprocessing.active_children():  # else they would finish their shards first
                 worker.kill()
             if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a worker was killed, perhaps for lack of memory: start again with fewer --num_workers; "
-                    "finished shards are kept."
-                ) from error
+                reason = "a worker was killed, perhaps for lack of memory"
+                raise UserError(f"{reason}: start again with fewer --num_workers; finished shards are kept.") from error
             raise
 
 
-def write_manifest(job: Job, settings: dict[str, Any], source: Source) -> None:
-    summaries = [read_summary(file) or {} for file in job.files]
-    counts = {name: sum(summary[name] for summary in summaries) for name in dataset.COUNTS}
-    dataset.check_any(counts, job.args, source)
-    first_dropped = next(filter(None, (summary["first_dropped"] for summary in summaries)), "")
-    shards = [
-        {"file": file.name, "size": summary["size"], "rows": summary["rows"]}
-        for file, summary in zip(job.files, summaries, strict=True)
-    ]
-    totals = counts | {"first_dropped": first_dropped, "num_shards": len(shards), "shards": shards}
-    write_json(job.files[0].with_name(MANIFEST), settings | totals)
+def write_manifest(split: Split, settings: dict[str, Any], files: list[Path]) -> None:
+    summaries = {file.name: read_summary(file) or {} for file in files}
+    totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
+    dataset.check_any(totals, split.args, split.source)
+    totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
+    shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
+    write_json(files[0].with_name(MANIFEST), settings | totals | {"num_shards": len(shards), "shards": shards})
 
 
 # In the workers
+
+
+_job: Job
 
 
 def set_up_worker(job: Job) -> None:
     """Leaves Ctrl-C to the parent, and takes one core."""
     global _job
     _job = job
-    job.tokenizer.num_threads = 1
+    job.split.tokenizer.num_threads = 1
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-_job: Job
 
 
 def end_with_parent() -> None:
@@ -186,17 +172,13 @@ def end_with_parent() -> None:
 
 
 def make_shard(index: int) -> None:
-    """Writes a shard, complete or not at all. Raises UserError for a bad row."""
+    """Writes a shard, its summary last. Raises UserError for a bad row."""
     begin, end = _job.bounds[index : index + 2]
     rows = islice(_job.rows, begin - _job.position, end - _job.position)
     _job.position = end
-    examples = dataset.read_examples(_job.args, rows, _job.tokenizer)
-    encode = encode_texts if _job.args.text_column else encode_train
     file = _job.files[index]
-    partial = file.with_suffix(".partial")
-    summary = dataset.write_table(partial, "rows", encode, _job.args, examples, _job.tokenizer, "train")
-    write_json(file.with_suffix(".json"), summary | {"size": partial.stat().st_size})
-    os.replace(partial, file)
+    summary = dataset.write_table(_job.split, "rows", rows, file)
+    write_json(file.with_suffix(".json"), summary | {"size": file.stat().st_size})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
 from common.data.rows import find_files, read_rows
-from common.encoding import encode_batch, encode_eval, encode_texts, encode_train
+from common.encoding import encode_batch
 from common.errors import UserError
 from common.loading import load_tokenizer
 
@@ -30,10 +30,11 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def prepare(args: DataArguments, file: Path | None, tokenizer, split: str = "train") -> Prepared:
-    """With the tables and the functions that a training takes."""
-    rows, questions = {"rows": encode_texts if args.text_column else encode_train}, {"questions": encode_eval}
-    encoders = {"train": rows, "validation": rows | questions, "test": questions}[split]
-    return prepare_dataset(args, file and str(file), tokenizer, split, encoders)
+    return prepare_dataset(args, file and str(file), tokenizer, split)
+
+
+def counts(prepared: Prepared, *names: str) -> list:
+    return [prepared.summary[name] for name in names]
 
 
 def texts(args: DataArguments, file: Path | None, tokenizer) -> list[str]:
@@ -113,7 +114,7 @@ def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, s
         with open(file, "w", encoding="utf-8", newline="") as table:
             csv.writer(table).writerows([["text", "other"], *([text, "x"] for text in lines)])
     prepared = prepare(adgen(text_column="text", max_source_length=16), file, demo_tokenizer)
-    assert (prepared.dropped, prepared.truncated, prepared.unlabelled) == (2, 0, 0)
+    assert counts(prepared, "dropped", "truncated", "unlabelled") == [2, 0, 0]
     assert all(len(ids) <= 16 for ids in prepared.rows["input_ids"])
     together = [token for ids in prepared.rows["input_ids"] for token in ids[2:]]
     ids = encode_batch(demo_tokenizer, [lines[0], lines[2]])
@@ -124,10 +125,10 @@ def test_truncated_and_dropped_rows_are_counted(tmp_path, demo_tokenizer):
     empty = {"content": "类型#裙", "summary": ""}
     file = write_lines(tmp_path / "rows.json", [*ROWS, {"content": "长" * 90, "summary": "短"}, empty, empty])
     train = prepare(adgen(), file, demo_tokenizer)
-    assert (len(train.rows), train.truncated, train.dropped) == (4, 1, 2)
-    assert train.first_dropped.endswith("rows.json, line 5")
+    assert counts(train, "rows", "truncated", "dropped") == [len(train.rows), 1, 2] == [4, 1, 2]
+    assert train.summary["first_dropped"].endswith("rows.json, line 5")
     test = prepare(adgen(), file, demo_tokenizer, "test")
-    assert (len(test.questions), test.truncated, test.dropped) == (4, 1, 2)
+    assert counts(test, "rows", "truncated", "dropped") == [len(test.questions), 1, 2] == [4, 1, 2]
 
 
 # JSON

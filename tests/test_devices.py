@@ -9,7 +9,7 @@ from conftest import ROOT
 HARD_CODED = re.compile(r"""\.cuda\(|\btorch\.cuda\b|["']cuda|["']nccl""")
 ALLOWED = {
     # Of NVIDIA's GPUs alone one can ask whether they compute bfloat16 themselves or emulate it.
-    'emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)',
+    'emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)'
 }
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_data import prepare, write_lines
+from test_data import counts, prepare, write_lines
 
 from common.arguments import DataArguments
 from common.data.formats import read_messages
@@ -25,11 +25,7 @@ TOOL_TURN = {
     "parameters": {"city": "北京", "days": 2},
     "observation": {"temp": 21},
 }
-CHAT = [
-    {"role": "user", "content": "北京天气怎么样"},
-    TOOL_TURN,
-    {"role": "assistant", "content": "21度。"},
-]
+CHAT = [{"role": "user", "content": "北京天气怎么样"}, TOOL_TURN, {"role": "assistant", "content": "21度。"}]
 OPENAI_CHAT = [
     CHAT[0],
     {
@@ -157,7 +153,7 @@ def test_a_table_holds_conversations_as_json(tmp_path, tokenizer3):
 def test_the_shipped_tool_conversations_are_learned_from_the_call_to_the_answer(tokenizer3):
     args = DataArguments(conversation_column="conversations", max_source_length=500, max_target_length=500)
     prepared = prepare(args, ROOT / "AdvertiseGen" / "dev_tools.json", tokenizer3, "validation")
-    assert (len(prepared.rows), prepared.dropped, prepared.truncated, prepared.shortened) == (60, 0, 0, 0)
+    assert [len(prepared.rows), *counts(prepared, "dropped", "truncated", "shortened")] == [60, 0, 0, 0]
     assert sum("query_" in reference for reference in prepared.questions["reference"]) > 20
     for row in prepared.rows:
         learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
@@ -178,9 +174,9 @@ def test_too_long_conversations_are_counted(tmp_path, tokenizer3):
     unlearned = [question, answer | {"loss": False}]
     file = write_lines(tmp_path / "chats.json", [{"messages": row} for row in (whole, rounds, cut, unlearned, lost)])
     prepared = prepare(chat(max_source_length=20, max_target_length=30), file, tokenizer3)
-    assert len(prepared.rows) == prepared.total == 3
-    assert (prepared.truncated, prepared.shortened, prepared.unlabelled) == (2, 1, 1)
-    assert (prepared.dropped, prepared.first_dropped) == (1, f"{file}, line 4")
+    assert len(prepared.rows) == 3
+    assert counts(prepared, "rows", "truncated", "shortened", "unlabelled") == [3, 2, 1, 1]
+    assert counts(prepared, "dropped", "first_dropped") == [1, f"{file}, line 4"]
     assert all(len(ids) <= 51 for ids in prepared.rows["input_ids"])
 
 
@@ -190,7 +186,7 @@ def test_validation_rows_without_a_label_are_counted_too(tmp_path, tokenizer3):
     chats = [[CHAT[0], long, CHAT[2]], [CHAT[0], CHAT[2]]]
     file = write_lines(tmp_path / "chats.json", [{"messages": messages} for messages in chats])
     prepared = prepare(chat(max_source_length=20, max_target_length=30), file, tokenizer3, "validation")
-    assert (len(prepared.rows), len(prepared.questions), prepared.unlabelled) == (1, 2, 1)
+    assert (len(prepared.rows), len(prepared.questions), prepared.summary["unlabelled"]) == (1, 2, 1)
 
 
 def test_nothing_that_fits_is_an_error(tmp_path, tokenizer3):

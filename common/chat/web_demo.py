@@ -114,6 +114,7 @@ class Chat(NamedTuple):
 
     def ask(self, query: str, conversation: Conversation, system: str, length: float, *sampling) -> Iterator[list]:
         """Yields the text of the question's field, then the messages of every column."""
+        yield [gr.skip()] * (1 + len(self.speakers))  # Gradio empties the fields if nothing comes
         if not query.strip():
             return
         field: Any = ""  # emptied once: the next question may be typed during the answer

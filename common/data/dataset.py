@@ -2,7 +2,7 @@
 
 CACHE/datasets/HASH/            one split, written by the first job that needs it; HASH is that of its ``fingerprint``
   rows.arrow, questions.arrow   for the loss, and to be answered; a split has one of them or both
-  summary.json                  the counts
+  summary.json                  the counts, written last: a folder with a summary is complete
 train_datasets/                 training rows, written by common/preprocess.py ahead of all jobs
   shard-00000-of-00008.arrow    the rows in their order
   shard-00000-of-00008.json     the counts of that shard
@@ -12,10 +12,8 @@ train_datasets/                 training rows, written by common/preprocess.py a
 
 import gc
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,13 +27,16 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
 from common.data.rows import Rows, find_files, read_rows, text_of
-from common.encoding import TrainRow, Turn
+from common.encoding import TrainRow, Turn, encode_eval, encode_texts, encode_train
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
+from common.trained import COLUMNS
 
 ENCODING_VERSION = 3  # part of the fingerprint: increase it when the encoding changes
 ROWS_PER_BATCH = 1000
+# Of a summary, beside first_dropped, the place of the first dropped example. An example is dropped if a text, question
+# or answer is empty, shortened if it lost its oldest turns, and unlabelled if no label fits within the lengths.
 COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")
 MANIFEST = "manifest.json"
 
@@ -44,68 +45,57 @@ FEATURES = {
     "rows": Features({"input_ids": IDS, "labels": IDS}),
     "questions": Features({"prompt_ids": IDS, "reference": Value("string")}),
 }
+TABLES = {"train": ("rows",), "validation": ("rows", "questions"), "test": ("questions",)}  # of each split
 
 Examples = Iterator[tuple[str, str | list[Turn]]]
 """(place, example): a text or a conversation; empty where there is nothing to learn."""
 
-Encode = Callable[..., list]
-"""(tokenizer, examples, max_source_length[, max_target_length]) -> TrainRows or EvalRows, as in common/encoding.py."""
-
 
 @dataclass
 class Prepared:
-    """The tokenized rows of a split, with counts."""
+    """The tokenized rows of a split."""
 
     rows: Dataset  # input_ids, labels; empty for predictions
     questions: Dataset  # prompt_ids, reference; empty for training
     files: list[str]
     cached: bool  # whether it was there before
-    total: int  # questions, or rows where there are no questions, before ``limit``
-    dropped: int  # examples with an empty text, question or answer
-    first_dropped: str  # the place of the first of them
-    truncated: int
-    shortened: int  # conversations that lost their oldest turns
-    unlabelled: int  # conversations dropped because no label fits within the lengths
+    summary: Mapping[str, Any]  # before ``limit``; rows: the number of questions where there are some
 
     def limit(self, count: int | None) -> None:
         """Keeps only the first ``count`` rows and questions."""
         if count is not None:
-            self.rows = self.rows.select(range(min(count, len(self.rows))))
-            self.questions = self.questions.select(range(min(count, len(self.questions))))
-
-
-def prepared_of(tables: Mapping[str, Dataset], files: list[str], cached: bool, summary: Mapping[str, Any]) -> Prepared:
-    """The value for tables on disk and their summary (that of a cached split, or a manifest)."""
-    rows, questions = (tables.get(name, Dataset.from_dict({})) for name in FEATURES)
-    counts = {name: summary[name] for name in ("dropped", "first_dropped", "truncated", "shortened", "unlabelled")}
-    return Prepared(rows, questions, files, cached, total=summary["rows"], **counts)
+            self.rows, self.questions = self.rows.take(count), self.questions.take(count)
 
 
 # Reading
 
 
-class Source(NamedTuple):
-    """Files, or a data set by name."""
+class Split(NamedTuple):
+    """The rows of train, validation or test, in files or in a data set by name, and what turns them into tokens."""
 
-    name: str  # as the user wrote it
+    name: str
+    args: DataArguments
+    tokenizer: PreTrainedTokenizerBase
+    source: str  # the files or the data set, as the user wrote it
     files: list[Path]
     named: Dataset | None
 
     def read(self) -> Rows:
         if self.named is None:
             return chain.from_iterable(map(read_rows, self.files))
-        return ((f"{self.name}, row {number}", row) for number, row in enumerate(self.named, 1))
+        return ((f"{self.source}, row {number}", row) for number, row in enumerate(self.named, 1))
 
 
-def open_source(args: DataArguments, patterns: str | None, split: str) -> Source:
+def open_split(args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str) -> Split:
     """The files of ``patterns``, or without them the split of --dataset_name. Raises UserError if it does not exist."""
     if patterns:
-        return Source(patterns, find_files(patterns), None)
-    name = str(args.dataset_name)
+        return Split(name, args, tokenizer, patterns, find_files(patterns), None)
+    source = str(args.dataset_name)
     try:
-        return Source(name, [], load_dataset(name, args.dataset_config_name, split=split))
+        named = load_dataset(source, args.dataset_config_name, split=name)
     except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"--dataset_name {name}, split {split}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--dataset_name {source}, split {name}: {str(error).splitlines()[0]}") from error
+    return Split(name, args, tokenizer, source, [], named)
 
 
 def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -144,58 +134,45 @@ def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: lis
     ]
 
 
-@contextmanager
-def without_gc() -> Iterator[None]:
-    """Stops the garbage collector, which spends half of the time on the many short lists, none of them in a cycle."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def write_table(
-    file: Path,
-    table: str,
-    encode: Encode,
-    args: DataArguments,
-    examples: Examples,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-) -> dict[str, Any]:
-    """Tokenizes all examples into an Arrow file, batch by batch. Returns COUNTS and the place of the first dropped."""
+def write_table(split: Split, table: str, rows: Rows, file: Path) -> dict[str, Any]:
+    """Tokenizes rows of a split into an Arrow file, in batches. Returns the summary. Raises UserError for bad rows."""
+    args, examples = split.args, read_examples(split.args, rows, split.tokenizer)
     summary: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
+    encode: Any = encode_eval if table == "questions" else encode_texts if args.text_column else encode_train
     lengths = [args.max_source_length]
     if not args.text_column:
-        lengths.append(args.max_target_length if split == "train" else args.val_max_target_length)
+        lengths.append(args.max_target_length if split.name == "train" else args.val_max_target_length)
     schema = FEATURES[table].arrow_schema
-    with without_gc(), pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(examples, ROWS_PER_BATCH)):
-            dropped = [place for place, example in batch if not example]
-            rows = encode(tokenizer, [example for _, example in batch if example], *lengths)
-            summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
-            summary["dropped"] += len(dropped)
-            summary["truncated"] += sum(row.truncated for row in rows)
-            summary["shortened"] += sum(row.dropped_turns > 0 for row in rows)
-            if table == "rows":
-                labelled = [row for row in mask_pads(args, tokenizer, rows) if max(row.labels) >= 0]
-                summary["unlabelled"] += len(rows) - len(labelled)
-                rows = labelled
-            summary["rows"] += len(rows)
-            columns = [pyarrow.array([row[i] for row in rows], field.type) for i, field in enumerate(schema)]
-            writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+    gc.disable()  # it takes half of the time for the many short lists, none of them in a cycle
+    try:
+        with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
+            while batch := list(islice(examples, ROWS_PER_BATCH)):
+                dropped = [place for place, example in batch if not example]
+                encoded = encode(split.tokenizer, [example for _, example in batch if example], *lengths)
+                summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
+                summary["dropped"] += len(dropped)
+                summary["truncated"] += sum(row.truncated for row in encoded)
+                summary["shortened"] += sum(row.dropped_turns > 0 for row in encoded)
+                if table == "rows":
+                    labelled = [row for row in mask_pads(args, split.tokenizer, encoded) if max(row.labels) >= 0]
+                    summary["unlabelled"] += len(encoded) - len(labelled)
+                    encoded = labelled
+                summary["rows"] += len(encoded)
+                columns = [pyarrow.array([row[i] for row in encoded], field.type) for i, field in enumerate(schema)]
+                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+    finally:
+        gc.enable()
     return summary
 
 
-def check_any(summary: Mapping[str, Any], args: DataArguments, source: Source) -> None:
+def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> None:
     """Raises UserError, with the reason, if no row is left."""
-    if summary["rows"]:
-        return
     wanted = "text" if args.text_column else "a question and an answer"
     reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
     if summary["unlabelled"]:
         reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
-    raise UserError(f"{source.name}: no row with {wanted}: {reason}.")
+    if not summary["rows"]:
+        raise UserError(f"{source}: no row with {wanted}: {reason}.")
 
 
 # What decides the tokens
@@ -219,17 +196,14 @@ def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, s
     }
 
 
-COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column")
-
-
-def fingerprint(args: DataArguments, source: Source, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
+def fingerprint(split: Split) -> dict[str, Any]:
     """Everything that decides the tokenized rows of a split; values are as JSON reads them back."""
-    stats = [(file.resolve(), file.stat()) for file in source.files]
-    return encoding_settings(args, tokenizer, split) | {
-        "split": split,
-        **{name: vars(args)[name] for name in (*COLUMNS, "source_prefix")},
+    stats = [(file.resolve(), file.stat()) for file in split.files]
+    return encoding_settings(split.args, split.tokenizer, split.name) | {
+        "split": split.name,
+        **{name: vars(split.args)[name] for name in COLUMNS},
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
-        "dataset": None if source.named is None else source.named._fingerprint,
+        "dataset": None if split.named is None else split.named._fingerprint,
     }
 
 
@@ -237,50 +211,40 @@ def fingerprint(args: DataArguments, source: Source, tokenizer: PreTrainedTokeni
 
 
 def prepare_dataset(
-    args: DataArguments,
-    patterns: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    encoders: Mapping[str, Encode],
+    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str
 ) -> Prepared:
     """The tokenized rows of a split (train, validation or test), from the cache or written to it.
 
-    ``encoders`` has the function that encodes each table (rows, questions) that the split needs. Of all running jobs
-    one tokenizes and the others wait. Raises UserError for bad files and rows.
+    Of all running jobs one tokenizes and the others wait. Raises UserError for bad files and rows.
     """
-    source = open_source(args, patterns, split)
-    key = short_hash(json.dumps(fingerprint(args, source, tokenizer, split)).encode())
-    folder = cache_folder() / "datasets" / key
+    split = open_split(args, patterns, tokenizer, name)
+    tables = ("rows",) if args.text_column else TABLES[name]  # text asks nothing
+    folder = cache_folder() / "datasets" / short_hash(json.dumps(fingerprint(split)).encode())
     with guard("data set", folder):
-        cached = folder.exists() and not args.overwrite_cache
-        if not cached:
-            with replaced(folder) as partial:
-                unlabelled = 0  # only rows have labels
-                for table, encode in encoders.items():
-                    examples = read_examples(args, source.read(), tokenizer)
-                    summary = write_table(partial / f"{table}.arrow", table, encode, args, examples, tokenizer, split)
-                    check_any(summary, args, source)
-                    unlabelled += summary["unlabelled"]
-                write_json(partial / "summary.json", summary | {"unlabelled": unlabelled})
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        tables = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in encoders}
-    return prepared_of(tables, list(map(str, source.files)) or [source.name], cached, summary)
+        summary = None if args.overwrite_cache else read_json(folder / "summary.json")
+        cached = summary is not None
+        if summary is None:
+            summary = write_tables(split, tables, folder)
+        found = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in tables}
+    rows, questions = (found.get(table, Dataset.from_dict({})) for table in FEATURES)
+    return Prepared(rows, questions, list(map(str, split.files)) or [split.source], cached, summary)
 
 
-@contextmanager
-def replaced(folder: Path) -> Iterator[Path]:
-    """An empty folder that replaces ``folder`` at the end, unless there is an error. Needs a lock."""
-    folder.parent.mkdir(exist_ok=True)
-    for left_by_killed_job in folder.parent.glob(f"{folder.name}.*"):
-        shutil.rmtree(left_by_killed_job)
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir()
+def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str, Any]:
+    """Writes a new folder of the cache; after an error there is none. Needs a lock. Returns the summary."""
+    shutil.rmtree(folder, ignore_errors=True)  # a killed job may have left a part
+    folder.mkdir(parents=True)
+    unlabelled = 0  # only rows have labels
     try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for table in tables:
+            summary = write_table(split, table, split.read(), folder / f"{table}.arrow")
+            check_any(summary, split.args, split.source)
+            unlabelled = summary["unlabelled"] = unlabelled + summary["unlabelled"]
+        write_json(folder / "summary.json", summary)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return summary
 
 
 # The shards of common/preprocess.py
@@ -316,4 +280,4 @@ def load_shards(args: DataArguments, folder: Path, tokenizer: PreTrainedTokenize
             "common/preprocess.sh."
         )
     rows = concatenate_datasets([Dataset.from_file(str(folder / shard["file"])) for shard in manifest["shards"]])
-    return prepared_of({"rows": rows}, [str(folder)], True, manifest)
+    return Prepared(rows, Dataset.from_dict({}), [str(folder)], True, manifest)

@@ -29,26 +29,25 @@ def find_files(patterns: str) -> list[Path]:
 def read_rows(file: Path) -> Rows:
     """The rows of a JSON, JSON lines or CSV file. Raises UserError for text that is broken or not UTF-8."""
     try:
-        if file.suffix.lower() == ".csv":
-            yield from read_csv(file)
-            return
-        with open(file, encoding="utf-8-sig") as text:
-            is_array = next((line for line in text if line.strip()), "").lstrip().startswith("[")
-            text.seek(0)
-            yield from read_json_array(file, text) if is_array else read_json_lines(file, text)
+        with open(file, encoding="utf-8-sig", newline="") as text:
+            for place, row in (read_csv if file.suffix.lower() == ".csv" else read_json)(file, text):
+                if not isinstance(row, dict):
+                    raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
+                yield place, row
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error.reason}.") from error
 
 
-def read_json_lines(file: Path, lines: TextIO) -> Rows:
-    for number, line in enumerate(lines, 1):
+def read_json(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
+    is_array = next((line for line in text if line.strip()), "").lstrip().startswith("[")
+    text.seek(0)
+    if is_array:
+        for number, row in enumerate(parse_json(file, text.read()), 1):
+            yield f"{file}, row {number}", row
+        return
+    for number, line in enumerate(text, 1):
         if line.strip():
-            yield check_row(f"{file}, line {number}", parse_json(file, line, number))
-
-
-def read_json_array(file: Path, text: TextIO) -> Rows:
-    for number, row in enumerate(parse_json(file, text.read()), 1):
-        yield check_row(f"{file}, row {number}", row)
+            yield f"{file}, line {number}", parse_json(file, line, number)
 
 
 def parse_json(file: Path, text: str, line: int = 0) -> Any:
@@ -63,24 +62,17 @@ def parse_json(file: Path, text: str, line: int = 0) -> Any:
         raise UserError(f"{file}{f', line {line}' if line else ''}: broken JSON: {reason}.") from error
 
 
-def read_csv(file: Path) -> Rows:
+def read_csv(file: Path, text: TextIO) -> Rows:
     csv.field_size_limit(2**31 - 1)
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            for row in reader:
-                place = f"{file}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise UserError(f"{place}: this row has more or fewer fields than the header names.")
-                yield place, row
-        except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
-
-
-def check_row(place: str, row: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(row, dict):
-        raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
-    return place, row
+    reader = csv.DictReader(text, strict=True)
+    try:
+        for row in reader:
+            place = f"{file}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{place}: this row has more or fewer fields than the header names.")
+            yield place, row
+    except csv.Error as error:
+        raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
 
 
 def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:

@@ -25,10 +25,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
-    opened = open_shape if args.plan else open_model
-    folder = opened(
-        model_args.model_name_or_path, model_args.model_revision, model_args.cache_dir, model_args.config_name
-    )
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
     if folder.bits and folder.weights:
         packed_weights(folder)
     check_quantization(method, model_args, args, folder)

@@ -1,6 +1,11 @@
-"""Batched generation of answers to a list of prompts."""
+"""Evaluation: the loss of rows, and answers to questions with their scores; of the base model too."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -8,7 +13,13 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.arguments import DataArguments
 from common.data.collator import left_pad
+from common.data.dataset import Prepared
+from common.encoding import stop_ids
+from common.metrics import score
+from common.training.report import peak_memory, print_scores
+from common.training.trainer import FinetuneTrainer
 
 
 @torch.no_grad()
@@ -47,3 +58,76 @@ def generate_answers(
     bar.close()
     model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]
+
+
+@contextmanager
+def base_model(trainer: FinetuneTrainer) -> Iterator[PreTrainedModel]:
+    """The base model, in the trainer too, for a while."""
+    tuned = trainer.model
+    with trainer.method.base(tuned) as base:
+        trainer.model = base
+        try:
+            yield base
+        finally:
+            trainer.model = tuned
+
+
+def evaluate(trainer: FinetuneTrainer, data_args: DataArguments) -> None:
+    """Writes eval_results.json: the loss on the validation rows, the base's too if asked for; perplexities of text."""
+    metrics = {}
+    if data_args.evaluate_base:
+        with base_model(trainer):
+            metrics = trainer.evaluate(metric_key_prefix="eval_base")
+    metrics |= trainer.evaluate()
+    if data_args.text_column:
+        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def answer_rows(
+    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments, description: str
+) -> list[str]:
+    """The model's answers to the questions of a split: greedy, with beams, or sampled, as the flags ask."""
+    args, tokenizer = trainer.args, trainer.processing_class
+    generation: dict[str, Any] = {"do_sample": False, "eos_token_id": stop_ids(tokenizer)}
+    generation["num_beams"] = data_args.num_beams or args.generation_num_beams or 1
+    if data_args.do_sample:
+        generation |= {"do_sample": True, "top_p": data_args.top_p, "temperature": data_args.temperature}
+    if args.generation_max_length:  # in transformers this counts the question too
+        generation["max_length"] = args.generation_max_length
+    else:
+        generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
+    prompts, rows = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
+    return generate_answers(model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
+
+
+def score_rows(
+    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments
+) -> dict[str, float]:
+    """Scores of the model's answers to the questions of a split."""
+    return score(answer_rows(trainer, model, data, data_args, "generating"), list(data.questions["reference"]))
+
+
+def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> None:
+    """Writes generated_predictions.txt, one {"labels", "predict"} per line, and scores it; the base's too if asked."""
+    output_dir, references = Path(trainer.args.output_dir), list(data.questions["reference"])
+    columns = {}
+    for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
+        if name == "base" and not data_args.evaluate_base:
+            continue
+        with base_model(trainer) if name == "base" else nullcontext(trainer.model) as model:
+            answers = answer_rows(trainer, model, data, data_args, f"{name} model")
+        if trainer.is_world_process_zero():
+            with open(output_dir / file_name, "w", encoding="utf-8") as file:
+                for reference, answer in zip(references, answers, strict=True):
+                    file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
+        columns[name] = score(answers, references)
+    metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
+    metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
+    memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
+    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
+    if trainer.is_world_process_zero():
+        print_scores(columns)
+        print(f"predictions: {output_dir / 'generated_predictions.txt'}", flush=True)

@@ -33,16 +33,16 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 
 def print_prepared(split: str, data: Prepared) -> None:
     """How many rows there are, and what was cut or left out: never in silence."""
-    source = "prepared before" if data.cached else "tokenized"
-    rows = data.questions if len(data.questions) else data.rows
-    count = f"{data.total:,}" if data.total == len(rows) else f"{len(rows):,} of {data.total:,}"
-    notes = [f"{count} rows {source}", f"{data.truncated:,} truncated"]
-    if data.shortened:
-        notes.append(f"{data.shortened:,} without their oldest turns")
-    if data.dropped:
-        notes.append(f"{data.dropped:,} dropped with nothing to learn (an empty text?), first {data.first_dropped}")
-    if data.unlabelled:
-        notes.append(f"{data.unlabelled:,} dropped because nothing of their answers fits the lengths")
+    found, left = data.summary, len(data.questions) or len(data.rows)
+    count = f"{left:,}" if left == found["rows"] else f"{left:,} of {found['rows']:,}"
+    notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{found['truncated']:,} truncated"]
+    if found["shortened"]:
+        notes.append(f"{found['shortened']:,} without their oldest turns")
+    if found["dropped"]:
+        first = f"(an empty text?), first {found['first_dropped']}"
+        notes.append(f"{found['dropped']:,} dropped with nothing to learn {first}")
+    if found["unlabelled"]:
+        notes.append(f"{found['unlabelled']:,} dropped because nothing of their answers fits the lengths")
     console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
 
 
@@ -77,7 +77,7 @@ def print_plan(memory: Forecast) -> None:
     out.print(
         f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
-        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}"
+        f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}"
         + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
     )
     if plan.total <= available:

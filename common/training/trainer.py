@@ -47,12 +47,11 @@ class FinetuneTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    predicted_memory = 0  # bytes
 
-    def __init__(
-        self, method: Method, score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None, **kwargs
-    ):
+    def __init__(self, method: Method, **kwargs):
         self.method = method
-        self.score_answers = score_answers
         super().__init__(callbacks=[FiniteLoss()], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
@@ -61,8 +60,7 @@ class FinetuneTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        flags = {"loss_only": True, "loss_in_parts": not self.args.engine.sharded, "use_cache": False}
-        return super().compute_loss(model, {**inputs, **flags}, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, **self.args.engine.loss_flags}, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

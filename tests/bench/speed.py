@@ -119,13 +119,7 @@ def report(title: str, unit: str, ways: dict[str, tuple[Callable[[int], None], i
         cpu = measure(step, repeats, 1)[0] / (rows if unit == "row" else 1)
         wall = measure(step, repeats, CORES)[1] / rows
         baseline = baseline or (cpu, wall)
-        table.add_row(
-            name,
-            f"{cpu:.3f}",
-            f"{baseline[0] / cpu:.2f}x",
-            f"{1 / wall:.2f}",
-            f"{baseline[1] / wall:.2f}x",
-        )
+        table.add_row(name, f"{cpu:.3f}", f"{baseline[0] / cpu:.2f}x", f"{1 / wall:.2f}", f"{baseline[1] / wall:.2f}x")
     console().print(table)
 
 
@@ -175,7 +169,7 @@ def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
         file = Path(folder) / "rows.json"
         file.write_text(data.read_text(encoding="utf-8") * 20, encoding="utf-8")
         start = time.process_time()
-        prepared = prepare_dataset(columns, str(file), tokenizer, "train", {"rows": encode_train})
+        prepared = prepare_dataset(columns, str(file), tokenizer, "train")
         seconds = time.process_time() - start
     os.sched_setaffinity(0, cores)
     console().print(
