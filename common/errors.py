@@ -16,9 +16,9 @@ LIBRARY_ERRORS = (
     ("RuntimeError", "inline_container", "a checkpoint could not be written: No space left on device"),  # of torch.save
     (
         "Exception",
-        "loss scale already at minimum",
+        "loss scale already",
         "fp16 overflows in every step: use --bf16 or a lower --learning_rate",
-    ),
+    ),  # DeepSpeed
 )
 
 
@@ -40,7 +40,8 @@ def describe(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
-            first, last = ". ".join(text.split(". ")[:2]), text.strip().rpartition("\n")[2].rpartition("] ")[2]
+            first = ". ".join(text.split(". ")[:2])  # sentences
+            last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # line, without its place in the source
             return f"{sentence.format(first=first, last=last)}. What was saved before is complete."
     return None
 

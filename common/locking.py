@@ -40,7 +40,7 @@ def lock_file(kind: str, resource: str | Path) -> Path:
     """The lock file of a resource: a path, of which every spelling gets the same lock, or any other name."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
-    return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{short_hash(name.encode())}.lock"
+    return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{short_hash(name.encode())[:16]}.lock"
 
 
 def make_lock(path: Path) -> BaseFileLock:
@@ -69,7 +69,7 @@ def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
         try:
             lock.acquire(timeout=timeout)
         except Timeout:
-            holder = (read_json(note) or {"process": "another process"})["process"]
+            holder = (read_json(note) or {}).get("process", "another process")
             if not wait:
                 raise UserError(f"{name} is in use by {holder}{hint}.") from None
             say(f"waiting for {name}: held by {holder}{hint}")

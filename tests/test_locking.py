@@ -55,7 +55,7 @@ def start(tmp_path):
     """Starts one of the programs above; kills those that still run after the test."""
     processes = []
     # Were a lock broken, a test could wait for a line for ever: this ends it. No test that passes takes so long.
-    watchdog = threading.Timer(60, lambda: [process.kill() for process in processes])
+    watchdog = threading.Timer(300, lambda: [process.kill() for process in processes])
     watchdog.start()
 
     def start_program(code: str, *arguments: object, cwd: Path = tmp_path) -> subprocess.Popen:

@@ -23,7 +23,7 @@ from common.launch.meeting import Peers
 from common.locking import free_port
 from common.training.checkpoints import is_complete_checkpoint
 
-GUARD = 120  # seconds after which a test that hangs fails; none that passes comes near
+GUARD = 300  # seconds after which a test that hangs fails; none that passes comes near
 
 
 class Machine(Peers):
@@ -169,17 +169,17 @@ def test_a_machine_that_is_early_calls_until_machine_0_is_there(start, port, mon
 
 
 def test_machine_0_says_who_did_not_come(start, port):
-    waiting = start(Machine(0, 4, port, patience=1))
+    waiting = start(Machine(0, 4, port, patience=3))
     other = start(Machine(2, 4, port))
     said = refusal(waiting)
-    assert "2 of 4 machines arrived within 1 s; missing: MACHINE_RANK 1, 3." in said
+    assert "2 of 4 machines arrived within 3 s; missing: MACHINE_RANK 1, 3." in said
     assert f"MAIN_IP=127.0.0.1 MAIN_PORT={port}" in said
     assert f"machine 0 at 127.0.0.1:{port}: {said}" == refusal(other)
 
 
 def test_the_others_say_where_they_looked_for_machine_0(start, port):
-    said = refusal(start(Machine(1, 2, port, patience=0.3)))
-    assert f"machine 0 at 127.0.0.1:{port} did not answer within 0.3 s" in said
+    said = refusal(start(Machine(1, 2, port, patience=1)))
+    assert f"machine 0 at 127.0.0.1:{port} did not answer within 1 s" in said
     assert "refused" in said and "MAIN_IP" in said
 
 
@@ -191,7 +191,7 @@ def test_a_stranger_has_the_port_of_machine_0(start, port):
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        (None, "did not answer within 0.3 s (timed out)"),
+        (None, "did not answer within 1 s (timed out)"),
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is no launcher of this program; MAIN_PORT differs?"),
         (b"\xff\xfe\x00\n", "is no launcher of this program"),
         (b"[" * 5000 + b"\n", "is no launcher of this program"),
@@ -199,10 +199,11 @@ def test_a_stranger_has_the_port_of_machine_0(start, port):
 )
 def test_a_stranger_answers_in_place_of_machine_0(start, port, answer, says):
     with listener(port, answer):
-        assert says in refusal(start(Machine(1, 2, port, patience=0.3 if answer is None else GUARD)))
+        assert says in refusal(start(Machine(1, 2, port, patience=1 if answer is None else GUARD)))
 
 
-def test_strangers_at_machine_0_disturb_nobody(start, port):
+def test_strangers_at_machine_0_disturb_nobody(start, port, monkeypatch):
+    monkeypatch.setattr("common.launch.meeting.GREETED_WITHIN", 0.1)
     meeting = start(main := Machine(0, 2, port))
     nonsense = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b'{"machine": 1}\n', b"[" * 20000]
     strangers = [dial(port) for _ in range(5)]  # the first one is silent
@@ -273,12 +274,12 @@ def test_a_machine_that_was_killed_ends_the_others(start, port):
 
 
 def test_a_silent_machine_ends_the_others(start, port):
-    met = [Machine(rank, 3, port, silence=2) for rank in (0, 2)]
+    met = [Machine(rank, 3, port, silence=3) for rank in (0, 2)]
     meetings = [start(machine) for machine in met]
-    with greet(port, 1, 3, silence=2):
+    with greet(port, 1, 3, silence=3):
         for meeting in meetings:
             meeting.result(GUARD)
-        assert met[0].news() == "machine 1 was not heard of for 2 s"
+        assert met[0].news() == "machine 1 was not heard of for 3 s"
         assert met[1].news() == met[0].news()
 
 
@@ -444,7 +445,7 @@ def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
     runs = []
     for rank, host in enumerate(hosts):
         command = ["ip", "netns", "exec", host, *launcher, *program]
-        where = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": MAIN_IP, "PEER_TIMEOUT": "6"}
+        where = {"NUM_MACHINES": "2", "MACHINE_RANK": str(rank), "MAIN_IP": MAIN_IP, "PEER_TIMEOUT": "8"}
         one = {"NUM_PROCESSES": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         with said[rank].open("w") as output:
             runs.append(subprocess.Popen(command, env=os.environ | where | one, stdout=output, stderr=output))
@@ -455,7 +456,7 @@ def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
     ip(f"-n {hosts[1]} link set eth0 down")
     assert [run.wait(GUARD) for run in runs] == [2, 2]
     for other, file in zip((1, 0), said, strict=True):
-        news = f"machine {other} was not heard of for 6 s"
+        news = f"machine {other} was not heard of for 8 s"
         assert f"error: {news}; this machine was stopped too. Saved checkpoints are whole." in file.read_text()
     assert [ip(f"netns pids {host}") for host in hosts] == ["", ""]
     alone = train_here("full", tmp_path / "one", "--lr_scheduler_type", "constant")

@@ -62,21 +62,21 @@ def has_digest(file: Path, digest: str) -> bool:
     return found.hexdigest() == digest
 
 
-def right_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -> set[str]:
-    """The paths of ``digests`` whose files are there and right; what is ``known`` and unchanged is not read again."""
+def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -> set[str]:
+    """The paths of ``digests`` whose files are missing or wrong; what is ``known`` and unchanged is not read again."""
 
-    def is_right(path: str) -> bool:
+    def is_wrong(path: str) -> bool:
         file, entry = folder / path, known.get(path, {})
         if not file.is_file():
-            return False
-        if entry.get("digest") == digests[path] and (entry["stamp"] == stamp(file) or file.suffix in EDITABLE):
             return True
+        if entry.get("digest") == digests[path] and (entry["stamp"] == stamp(file) or file.suffix in EDITABLE):
+            return False
         if size_of(file) > 1e9:  # which takes seconds
             say(f"comparing {file} with its hash")
-        return has_digest(file, digests[path])
+        return not has_digest(file, digests[path])
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return {path for path, right in zip(digests, pool.map(is_right, digests), strict=True) if right}
+        return {path for path, wrong in zip(digests, pool.map(is_wrong, digests), strict=True) if wrong}
 
 
 def record_file(folder: Path, revision: str) -> Path:
@@ -96,16 +96,22 @@ def write_record(record: Path, folder: Path, digests: dict[str, str]) -> None:
         write_json(record, {"folder": str(folder), "files": files})
 
 
-def is_verified(folder: Path, record: Path, weights: bool = True) -> bool:
-    """Whether a model is recorded, whole or without its ``weights``, and its files are still there and right."""
-    known = read_record(record)
+def find_complete(
+    name: str, revision: str = "main", cache_dir: str | None = None, local_dir: str | None = None, weights: bool = True
+) -> Path | None:
+    """The folder of a model if it is verified, whole or without its ``weights``, else None; does not ask the hub.
+
+    Raises UserError for a name that can't be one of a hub.
+    """
+    folder = model_folder(name, revision, cache_dir, local_dir)
+    known = read_record(record := record_file(folder, revision))
     digests = {path: entry["digest"] for path, entry in known.items() if weights or not is_weight_file(path)}
     whole = any(map(is_weight_file, digests)) if weights else bool(digests)
-    if not whole or right_files(folder, digests, known) != digests.keys():
-        return False
+    if not whole or wrong_files(folder, digests, known):
+        return None
     if weights:
         write_record(record, folder, digests)  # a file with a new time is not read again
-    return True
+    return folder
 
 
 # Fetching
@@ -172,9 +178,22 @@ def fetch_side_by_side(files: list[HubFile], folder: Path, bar: tqdm) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def fetch_missing(repository: str, files: list[HubFile], folder: Path, total: int) -> None:
-    """Fetches files of a model of ``total`` bytes. Raises UserError if they do not fit on the disk."""
-    left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in files)
+def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
+    """Fetches what is missing or wrong.
+
+    Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
+    """
+    wrong = wrong_files(folder, {file.path: file.digest for file in files}, known)
+    for target in sorted(folder / path for path in wrong if (folder / path).is_file()):
+        if not ours and target.name not in known:
+            raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
+        say(f"{target} is not what the hub has: it is fetched again")
+        target.unlink()
+    missing = [file for file in files if file.path in wrong]
+    if not missing:
+        return
+    total = sum(file.size for file in files)
+    left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
     free = shutil.disk_usage(folder).free
     if left > free:
         variable = "CHATGLM_CACHE" if on_modelscope() else "HF_HOME"
@@ -183,10 +202,11 @@ def fetch_missing(repository: str, files: list[HubFile], folder: Path, total: in
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
         )
     there = f", {(total - left) / 1e9:,.2f} GB are there" if left < total else ""
-    say(f"downloading {repository} from {hubs.endpoint()} into {folder}: {total / 1e9:,.2f} GB{there}")
+    source = f"{repository} from {hubs.endpoint()} into {folder}"
+    say(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=repository, mininterval=pace) as bar:
-        fetch_side_by_side(files, folder, bar)
+        fetch_side_by_side(missing, folder, bar)
 
 
 # Models
@@ -216,15 +236,13 @@ def download(
     The hub is not asked about a complete model again, so that a training that resumes tomorrow has the same base.
     If the hub does not answer, a whole model that another program left in the cache is taken unverified.
     """
-    repository = hubs.repository_of(name)
-    folder = model_folder(name, revision, cache_dir, local_dir)
-    record = record_file(folder, revision)
-    if is_verified(folder, record, weights):
-        return folder
+    if complete := find_complete(name, revision, cache_dir, local_dir, weights):
+        return complete
+    repository, folder = hubs.repository_of(name), model_folder(name, revision, cache_dir, local_dir)
     with guard("model", repository), hubs.hub_errors(repository, revision):
-        if is_verified(folder, record, weights):
-            return folder
-        known = read_record(record)
+        if complete := find_complete(name, revision, cache_dir, local_dir, weights):
+            return complete
+        known = read_record(record := record_file(folder, revision))
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         cached = None if local_dir else try_to_load_from_cache(repository, "config.json", cache, revision)
         snapshot = Path(cached).parent if isinstance(cached, str) else None
@@ -238,31 +256,12 @@ def download(
             say(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
         files = [file for file in files if weights or not is_weight_file(file.path)]
-        digests = {file.path: file.digest for file in files}
         folder.mkdir(parents=True, exist_ok=True)
         if snapshot:
             link_cached(files, snapshot, folder)
-        right = right_files(folder, digests, known)
-        missing = [file for file in files if file.path not in right]
-        for target in (folder / file.path for file in missing):
-            if target.is_file():
-                if local_dir and target.name not in known:
-                    raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
-                say(f"{target} is not what the hub has: it is fetched again")
-                target.unlink()
-        if missing:
-            fetch_missing(repository, missing, folder, sum(file.size for file in files))
-        write_record(record, folder, digests)
+        fetch_wrong(repository, files, folder, known, ours=not local_dir)
+        write_record(record, folder, {file.path: file.digest for file in files})
     return folder
-
-
-def find_complete(name: str, revision: str = "main", cache_dir: str | None = None) -> Path | None:
-    """The folder of a model if it is complete and verified, else None; does not ask the hub.
-
-    Raises UserError for a name that can't be one of a hub.
-    """
-    folder = model_folder(name, revision, cache_dir)
-    return folder if is_verified(folder, record_file(folder, revision)) else None
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from common.errors import UserError, say
 from common.launch.machines import Machines
 
 ALIVE_EVERY = 2.0  # seconds between two signs of life
-CALL_EVERY = 1.0  # seconds between two calls of a machine that got no answer, and that a caller has to greet
+CALL_EVERY = 1.0  # seconds between two calls of a machine that got no answer
+GREETED_WITHIN = 5.0  # seconds that a caller has to greet
 
 
 class Connection:
@@ -91,7 +92,7 @@ class Peers:
                         f"missing: MACHINE_RANK {', '.join(map(str, missing))}. Were they started with "
                         f"MAIN_IP={self.machines.main_ip} MAIN_PORT={port}, and can they reach that?"
                     ) from error
-                self.admit(Connection(connected, CALL_EVERY), address[0])
+                self.admit(Connection(connected, GREETED_WITHIN), address[0])
         self.tell(welcome=True)
 
     def admit(self, connection: Connection, address: str) -> None:
