@@ -30,9 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter, or of several: the newest")
     parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the adapter names")
-    parser.add_argument(
-        "--output_dir", type=Path, help="a new folder for the merged checkpoint; default: merged, in it"
-    )
+    parser.add_argument("--output_dir", type=Path, help="a new folder; default: merged, in the adapter's")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the merged weights")
     parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
     args = parser.parse_args()

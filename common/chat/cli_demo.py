@@ -1,6 +1,6 @@
 """Chat in the terminal with a model, or with a model and its trained prefix or adapter.
 
-python common/chat/cli_demo.py --model_name_or_path demo --ptuning_checkpoint FOLDER
+python common/chat/cli_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
+from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
 
 WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)"
@@ -37,7 +37,7 @@ def chat(model, tokenizer, system: str, generation: dict) -> None:
             history = []
             print("(cleared)")
         elif query:
-            room = context_length(model) - generation["max_new_tokens"]
+            room = model.config.max_position_embeddings - generation["max_new_tokens"]
             try:
                 forgotten = count_forgotten(tokenizer, query, history, system, room)
             except UserError as error:

@@ -47,12 +47,8 @@ def print_prepared(split: str, data: Prepared) -> None:
 
 
 LABELS = {
-    "weights": "weights",
     "trained": "trained weights",
-    "gradients": "gradients",
     "optimizer": "the optimizer's states",
-    "activations": "activations",
-    "logits": "logits",
     "workspace": "workspace (dequantized weights, buckets)",
 }
 
@@ -64,24 +60,23 @@ def print_plan(memory: Forecast) -> None:
     table.add_column("at the peak")
     table.add_column("GB", justify="right")
     for name, size in plan.parts().items():
-        table.add_row(LABELS[name], f"{size / 1e9:,.2f}")
+        table.add_row(LABELS.get(name, name), f"{size / 1e9:,.2f}")
     table.add_section()
     table.add_row("a process on its device", f"{plan.total / 1e9:,.2f}")
     if setup.gpu:
         table.add_row("CUDA itself, beside that", f"{CUDA_CONTEXT / 1e9:,.2f}")
     if plan.offloaded:
         table.add_row("a process on the host", f"{plan.offloaded / 1e9:,.2f}")
-    out = console()
-    out.print(table)
-    bits = f"{setup.bits} bit" if setup.bits else str(setup.dtype).removeprefix("torch.")
-    out.print(
-        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
+    console().print(table)
+    answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""
+    console().print(
+        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, "
+        f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
-        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}"
-        + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
+        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}{answers}"
     )
     if plan.total <= available:
-        out.print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
+        console().print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
