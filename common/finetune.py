@@ -187,8 +187,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start["global_step"]
-        samples, saved_to = steps * args.rows_per_step, Path(args.output_dir)
-        print_training_summary(trainer.state.log_history, metrics, steps, samples, tokens, saved_to)
+        print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: dict) -> None:

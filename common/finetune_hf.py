@@ -37,7 +37,7 @@ DATA_FILES = {  # key -> flag of the file, flag of the job
 SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
 # peft_type -> its flags, the method, and the keys of peft_config that have another name than their flag
-METHODS: dict[str | None, tuple[type, Any, dict[str, str]]] = {
+METHODS: dict[str | None, tuple[Any, Any, dict[str, str]]] = {
     "LORA": (LoraArguments, Lora, {"r": "lora_rank", "target_modules": "lora_target"}),
     "PREFIX_TUNING": (PrefixArguments, PTuning, {"num_virtual_tokens": "pre_seq_len"}),
     None: (FullArguments, Full, {}),
@@ -123,7 +123,7 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     check_keys(file, "peft_config.", peft, [*renamed, *arguments.__dataclass_fields__, *IGNORED])
     if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
-    defaults = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
+    defaults: dict[str, Any] = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
     defaults |= data_defaults(file, config, data_dir) | training_defaults(file, config)
     defaults |= {renamed.get(key, key): value for key, value in peft.items() if key not in IGNORED}
     if isinstance(defaults.get("lora_target"), list):

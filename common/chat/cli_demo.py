@@ -4,6 +4,7 @@ python common/chat/cli_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -15,14 +16,11 @@ WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程�
 
 
 def main() -> None:
+    """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
     args = chat_parser(__doc__.splitlines()[0]).parse_args()
     model, tokenizer, _ = load_chat(args)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
-    chat(model, tokenizer, args.system_prompt, generation)
-
-
-def chat(model, tokenizer, system: str, generation: dict) -> None:
-    """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
+    room = model.config.max_position_embeddings - args.max_new_tokens
     print(WELCOME)
     history: list[list[str]] = []
     while True:
@@ -37,24 +35,24 @@ def chat(model, tokenizer, system: str, generation: dict) -> None:
             history = []
             print("(cleared)")
         elif query:
-            room = model.config.max_position_embeddings - generation["max_new_tokens"]
             try:
-                forgotten = count_forgotten(tokenizer, query, history, system, room)
+                forgotten = count_forgotten(tokenizer, query, history, args.system_prompt, room)
             except UserError as error:
                 print(f"({error})")
                 continue
             if forgotten:
                 del history[:forgotten]
                 print(f"（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）")
-            history.append([query, say_answer(model, tokenizer, query, history, system, generation)])
+            answers = stream_chat(model, tokenizer, query, history, args.system_prompt, **generation)
+            history.append([query, print_answer(answers)])
 
 
-def say_answer(model, tokenizer, query: str, history: list[list[str]], system: str, generation: dict) -> str:
+def print_answer(answers: Iterator[str]) -> str:
     """Prints the answer as it grows and returns it. If a token changes earlier text, all is printed again."""
     print("\nChatGLM：", end="", flush=True)
     shown = ""
     try:
-        for answer in stream_chat(model, tokenizer, query, history, system, **generation):
+        for answer in answers:
             print(answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}", end="", flush=True)
             shown = answer
     except KeyboardInterrupt:

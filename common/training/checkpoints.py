@@ -91,20 +91,24 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
     """
     folder = Path(args.output_dir)
     asked = args.resume_from_checkpoint
-    if asked and asked.lower() not in ("true", "yes", "1"):
-        if not is_complete_checkpoint(Path(asked)):
-            raise UserError(f"{asked} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
-        if Path(asked).resolve().parent == folder.resolve():
-            check_settings(folder, settings)
-        return Path(asked)
+    chosen = Path(asked) if asked and asked.lower() not in ("true", "yes", "1") else None
+    if chosen and not is_complete_checkpoint(chosen):
+        raise UserError(f"{chosen} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
+    if chosen and chosen.resolve().parent != folder.resolve():
+        return chosen
     if args.overwrite_output_dir and not asked:
         return None
     checkpoints = complete_checkpoints(folder)
-    if asked and not checkpoints:
+    if asked and not chosen and not checkpoints:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
-    if checkpoints or any((folder / name).exists() for name in files):
-        check_settings(folder, settings)
-    return checkpoints[-1] if checkpoints else None
+    earlier = read_json(folder / SETTINGS_FILE) or settings
+    begun = chosen or checkpoints or any((folder / name).exists() for name in files)
+    if begun and (differing := differences(earlier, settings)):
+        raise UserError(
+            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
+            "or --overwrite_output_dir to start over."
+        )
+    return chosen or next(reversed(checkpoints), None)
 
 
 def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
@@ -128,18 +132,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} was written by {written_by} processes, and ZeRO can't spread its optimizer states over "
             f"{args.processes}: continue with {written_by}, or train on from its weights in a new --output_dir "
-            f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
-            "--ptuning_checkpoint for the others)."
-        )
-
-
-def check_settings(folder: Path, settings: dict) -> None:
-    """Raises UserError where the training in a folder was started with other settings."""
-    earlier = read_json(folder / SETTINGS_FILE) or settings
-    if differing := differences(earlier, settings):
-        raise UserError(
-            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
-            "or --overwrite_output_dir to start over."
+            f"(--model_name_or_path, --lora_checkpoint or --ptuning_checkpoint {checkpoint})."
         )
 
 
