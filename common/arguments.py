@@ -30,10 +30,10 @@ def flag(help_text: str, default=None, **kwargs):
 @dataclass
 class ModelArguments:
     model_name_or_path: str = flag("demo, demo3, a folder with a checkpoint, or a hub id", "demo")
-    config_name: str | None = flag("Folder or hub id of the config, where it is not the model's own")
-    tokenizer_name: str | None = flag("Folder or hub id of the tokenizer, where it is not the model's own")
+    config_name: str | None = flag("Folder or hub id of another config")
+    tokenizer_name: str | None = flag("Folder or hub id of another tokenizer")
     checkpoint: str | None = flag("Evaluates a training, or the newest in a folder, with the settings that it recorded")
-    cache_dir: str | None = flag("Where models from the hub are stored")
+    cache_dir: str | None = flag("Folder for models from the hub")
     model_revision: str = flag("Branch, tag or commit of the model on the hub", "main")
     quantization_bit: int | None = flag("4 or 8: the bits that the frozen base model is loaded in; 0: not quantized")
 
@@ -99,8 +99,8 @@ class DataArguments:
     conversation_column: str | None = flag("Column with a whole conversation: conversations, or messages of OpenAI")
     text_column: str | None = flag("Column with plain text, trained in blocks of --max_source_length tokens")
     source_prefix: str = flag("Text put before the question; of a conversation, before the last one", "")
-    max_source_length: int = flag("Longest question in tokens, the rest is cut off and reported", 1024)
-    max_target_length: int = flag("Longest answer in tokens, the rest is cut off and reported", 128)
+    max_source_length: int = flag("Longest question in tokens; the rest is cut off and reported", 1024)
+    max_target_length: int = flag("Longest answer in tokens; the rest is cut off and reported", 128)
     val_max_target_length: int = flag("The same for evaluation; 0: max_target_length", 0)
     pad_to_max_length: bool = flag("Pad every row to the two lengths above, not to the longest of its batch", False)
     ignore_pad_token_for_loss: bool = flag("Leave pad tokens out of the loss", True)
@@ -113,7 +113,7 @@ class DataArguments:
     top_p: float = flag("Sampling: share of probability to draw from", 0.7)
     temperature: float = flag("Sampling: temperature", 0.95)
     max_new_tokens: int | None = flag("Longest generated answer in tokens; default: val_max_target_length")
-    evaluate_base: bool = flag("With --do_predict: also score the model without what was trained", False)
+    evaluate_base: bool = flag("With --do_eval and --do_predict: also score the base model", False)
 
     def __post_init__(self):
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
@@ -132,11 +132,11 @@ class DataArguments:
 
 @dataclass(frozen=True)
 class Engine:
-    """What spreads a training over processes, as the flags ask for it; ``config`` holds DeepSpeed's settings."""
+    """The engine that spreads a training over processes; ``config`` holds the settings of DeepSpeed."""
 
     name: str = "DDP"  # or DeepSpeed, or FSDP2
-    sharded: bool = False  # whether every process holds only its part of the weights: ZeRO stage 3, FSDP2
-    offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, of the weights: into the host's memory
+    sharded: bool = False  # every process holds only its part of the weights: ZeRO-3, FSDP2
+    offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, and of the weights, to the host
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -144,19 +144,24 @@ class Engine:
         """DeepSpeed's section zero_optimization."""
         return self.config.get("zero_optimization", {})
 
+    @property
+    def loss_flags(self) -> dict[str, bool]:
+        """The flags that a model's loss is computed with."""
+        return {"loss_only": True, "loss_in_parts": not self.sharded, "use_cache": False}
+
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: Rows = flag("Rows of a batch on each device; auto: the largest that fits", Rows(8))
-    check_memory: bool = flag("Refuse what does not fit into memory by prediction; false: only warn", True)
-    output_dir: str = flag("Where checkpoints, logs and predictions are written", "output")
+    check_memory: bool = flag("Refuse to start if the predicted memory is not free; false: only warn", True)
+    output_dir: str = flag("Folder for checkpoints, logs and predictions", "output")
     overwrite_output_dir: bool = flag("Start over although the output folder holds an earlier training", False)
-    precision: str | None = flag("auto, fp32, bf16 or fp16: how to compute; what is trained is kept in fp32 too")
+    precision: str | None = flag("auto, fp32, bf16, fp16: how to compute; trained weights are kept in fp32 too")
     plan: bool = flag("Predict the memory, print it, and stop before anything is downloaded", False)
-    dry_run: bool = flag("Check everything that can be checked, prepare the data, and stop before the model", False)
-    ddp_find_unused_parameters: bool | None = flag("All that trains is used in every step", False)
-    report_to: None | str | list[str] = flag("Where logs go besides the terminal", "tensorboard")
-    include_num_input_tokens_seen: str = flag("Which tokens are counted for the summary", "non_padding")
+    dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
+    ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
+    report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
+    include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether the batch size, 1 until then, is to be chosen
     engine: Engine = field(default_factory=Engine, init=False)
     parsed: bool = field(default=False, init=False)
@@ -209,7 +214,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     @property
     def owns_output(self) -> bool:
-        """Whether this process holds the lock of the output folder, which machines may share, also while they check."""
+        """Whether this process locks the output folder; checks on other machines, which may share it, do not."""
         return self.should_save and not (self.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
 
     @property

@@ -8,6 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# Errors of libraries: (type, part of the text, sentence). The type is a name, because importing torch takes seconds.
+LIBRARY_ERRORS = (
+    ("OutOfMemoryError", "", "{first}: smaller batches, shorter lengths or --quantization_bit 4"),
+    ("DistError", "", "another process of this training can't be reached ({last})"),
+    ("RuntimeError", "gloo/", "another process of this training can't be reached ({last})"),
+    ("RuntimeError", "inline_container", "a checkpoint could not be written: No space left on device"),  # of torch.save
+    (
+        "Exception",
+        "loss scale already at minimum",
+        "fp16 overflows in every step: use --bf16 or a lower --learning_rate",
+    ),
+)
 
 
 class UserError(Exception):
@@ -21,22 +33,15 @@ def say(text: str) -> None:
 
 def describe(error: Exception) -> str | None:
     """The sentence for an error that a user can mend; None for any other error."""
+    text, types = str(error), [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
-    # torch.save names no reason if the disk is full.
-    if isinstance(error, RuntimeError) and "inline_container" in str(error):
-        return "a checkpoint could not be written: No space left on device. What was saved before is complete."
-    if type(error).__name__ == "OutOfMemoryError":  # torch's class; importing torch takes seconds
-        reason = ". ".join(str(error).split(". ")[:2])
-        return f"{reason}: smaller batches, shorter lengths or --quantization_bit 4. What was saved before is complete."
-    if "loss scale already at minimum" in str(error):  # the text of DeepSpeed
-        return "fp16 overflows in every step: use --bf16 or a lower --learning_rate. What was saved before is complete."
-    # The errors of collective operations come from gloo or torch.distributed.
-    if isinstance(error, RuntimeError) and ("gloo/" in str(error) or type(error).__module__ == "torch.distributed"):
-        reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        return f"another process of this training can't be reached ({reason}). What was saved before is complete."
+    for name, part, sentence in LIBRARY_ERRORS:
+        if name in types and part in text:
+            first, last = ". ".join(text.split(". ")[:2]), text.strip().rpartition("\n")[2].rpartition("] ")[2]
+            return f"{sentence.format(first=first, last=last)}. What was saved before is complete."
     return None
 
 

@@ -30,38 +30,38 @@ RENAMED = {  # old flag -> new flag, and its value where the old one was a switc
     "push_to_hub_token": ("hub_token", None),
     "push_to_hub_model_id": ("hub_model_id", None),
 }
-REMOVED = {  # old flag -> why it is ignored
-    "logging_dir": "TensorBoard files are written to OUTPUT_DIR/runs",
-    "save_safetensors": "the file format is fixed by what is trained",
-    "fp16_backend": "PyTorch's own mixed precision is used",
-    "half_precision_backend": "PyTorch's own mixed precision is used",
-    "fp16_opt_level": "PyTorch's own mixed precision is used",
-    "use_mps_device": "the device is found automatically",
-    "preprocessing_num_workers": "sentencepiece uses all cores by itself",
-    "include_inputs_for_metrics": "the metrics need no inputs",
-    "resize_position_embeddings": "rotary positions need no resizing",
-    "use_fast_tokenizer": "there is one tokenizer, and it is fast",
-    "forced_bos_token": "ChatGLM generates from its own <sop>",
-    "lang": "the language makes no difference",
-    "jit_mode_eval": "transformers 5 has no such mode",
-    "use_ipex": "PyTorch's own kernels are used",
-    "xpu_backend": "the backend is chosen for the device; --ddp_backend sets it",
-    "tpu_num_cores": "TPUs are not supported",
-    "tpu_metrics_debug": "TPUs are not supported",
-    "past_index": "the model keeps its cache by itself",
-    "sharded_ddp": "FairScale is gone; DeepSpeed and FSDP shard",
-    "fsdp_min_num_params": "it is part of --fsdp_config",
-    "fsdp_transformer_layer_cls_to_wrap": "it is part of --fsdp_config",
-    "use_legacy_prediction_loop": "there is one prediction loop",
-    "push_to_hub_organization": "--hub_model_id names the organization too",
-    "mp_parameters": "SageMaker's model parallelism is not supported",
-    "ray_scope": "there is no hyperparameter search",
-    "use_auth_token": "log in with `hf auth login` or set HF_TOKEN",
+REMOVED = {  # old flag -> why it has no effect
+    flag: reason
+    for flags, reason in {
+        "logging_dir": "TensorBoard files are written to OUTPUT_DIR/runs",
+        "save_safetensors": "the method decides the file format",
+        "fp16_backend half_precision_backend fp16_opt_level": "PyTorch's own mixed precision is used",
+        "use_mps_device": "the device is found automatically",
+        "preprocessing_num_workers": "sentencepiece uses all cores by itself",
+        "include_inputs_for_metrics": "the metrics need no inputs",
+        "resize_position_embeddings": "rotary positions need no resizing",
+        "use_fast_tokenizer": "there is one tokenizer, and it is fast",
+        "forced_bos_token": "ChatGLM generates from its own <sop>",
+        "lang": "the language makes no difference",
+        "jit_mode_eval": "transformers 5 has no such mode",
+        "use_ipex": "PyTorch's own kernels are used",
+        "xpu_backend": "the device decides the backend; --ddp_backend sets it",
+        "tpu_num_cores tpu_metrics_debug": "TPUs are not supported",
+        "past_index": "the model keeps its cache by itself",
+        "sharded_ddp": "FairScale is gone; DeepSpeed and FSDP shard",
+        "fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap": "it is part of --fsdp_config",
+        "use_legacy_prediction_loop": "there is one prediction loop",
+        "push_to_hub_organization": "--hub_model_id names the organization too",
+        "mp_parameters": "SageMaker's model parallelism is not supported",
+        "ray_scope": "there is no hyperparameter search",
+        "use_auth_token": "log in with `hf auth login` or set HF_TOKEN",
+    }.items()
+    for flag in flags.split()
 }
 
 
 class FlagParser(HfArgumentParser):
-    """Names what is wrong in one sentence; argparse would list three hundred flags first."""
+    """A parser whose error is one sentence; argparse would list three hundred flags first."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists all flags).")

@@ -5,19 +5,18 @@ system keeps the locks, so a job that is killed loses them at once.
 """
 
 import errno
-import hashlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from common.errors import UserError, say
-from common.files import read_json, write_json
+from common.files import read_json, short_hash, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
 REMIND_EVERY = 30.0  # seconds between two messages while waiting
@@ -41,20 +40,7 @@ def lock_file(kind: str, resource: str | Path) -> Path:
     """The lock file of a resource: a path, of which every spelling gets the same lock, or any other name."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
-    return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
-
-
-def describe_holder(path: Path) -> str:
-    """The process that held the lock last, as it wrote itself down: id, machine, time, command."""
-    holder = read_json(path.with_suffix(".holder"))
-    if holder is None:
-        return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']} ({holder['command']})"
-
-
-def write_holder(path: Path) -> None:
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    write_json(path.with_suffix(".holder"), holder | {"command": " ".join(sys.argv)})
+    return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{short_hash(name.encode())}.lock"
 
 
 def make_lock(path: Path) -> BaseFileLock:
@@ -72,33 +58,33 @@ def make_lock(path: Path) -> BaseFileLock:
 
 @contextmanager
 def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock at ``path``; ``name`` stands in messages, which also name the holder that it waits for.
+    """Holds the lock at ``path``; ``name`` stands in messages, which also name the process that it waits for.
 
     With ``wait=False`` it raises UserError if another process holds the lock.
     """
-    lock = make_lock(path)
+    lock, note = make_lock(path), path.with_suffix(".holder")
     hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
     timeout = WAIT_IN_SILENCE if wait else 0
     while not lock.is_locked:
         try:
             lock.acquire(timeout=timeout)
         except Timeout:
+            holder = (read_json(note) or {"process": "another process"})["process"]
             if not wait:
-                raise UserError(f"{name} is in use by {describe_holder(path)}{hint}.") from None
-            say(f"waiting for {name}: held by {describe_holder(path)}{hint}")
+                raise UserError(f"{name} is in use by {holder}{hint}.") from None
+            say(f"waiting for {name}: held by {holder}{hint}")
             timeout = REMIND_EVERY
-    write_holder(path)
+    now, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)
+    write_json(note, {"process": f"process {os.getpid()} on {socket.gethostname()} since {now} ({command})"})
     try:
         yield
     finally:
         lock.release()
 
 
-@contextmanager
-def guard(kind: str, resource: str | Path, wait: bool = True) -> Iterator[None]:
+def guard(kind: str, resource: str | Path, wait: bool = True) -> AbstractContextManager[None]:
     """Holds the lock of a resource, whose file is in the cache; see ``hold``."""
-    with hold(lock_file(kind, resource), f"{kind} {resource}", wait):
-        yield
+    return hold(lock_file(kind, resource), f"{kind} {resource}", wait)
 
 
 def take_port(host: str, port: int) -> int | None:
@@ -111,18 +97,15 @@ def take_port(host: str, port: int) -> int | None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections of an ended program don't matter
         try:
             probe.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return None
-        port = probe.getsockname()[1]
-        lock = make_lock(lock_file("port", str(port)))
-        try:
+            port = probe.getsockname()[1]
+            lock = make_lock(lock_file("port", str(port)))
             lock.acquire(blocking=False)
-        except Timeout:
-            return None
-        _port_locks.append(lock)
-        return port
+        except OSError as error:  # Timeout, where another job of ours has the lock, is one too
+            if isinstance(error, Timeout) or error.errno == errno.EADDRINUSE:
+                return None
+            raise
+    _port_locks.append(lock)
+    return port
 
 
 def free_port() -> int:

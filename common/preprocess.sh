@@ -3,39 +3,29 @@
 #     bash common/preprocess.sh                          the shipped rows for the shipped demo, into train_datasets/
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='data/*.json' OUTPUT_DIR=/data/tokens bash common/preprocess.sh
 #     TEXT_COLUMN=summary bash common/preprocess.sh      plain text, for lora/train_text.sh
+# MODEL: demo, demo3, a folder, or a hub id; its tokenizer is used. TRAIN_FILE: JSON, JSON lines or CSV; files by commas
+# or a glob. HISTORY_COLUMN holds earlier rounds, CONVERSATION_COLUMN whole conversations instead of the other columns.
 # A run that was killed goes on where it was; --overwrite_cache starts over.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id: its tokenizer is used
-TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}  # JSON, JSON lines or CSV; files by commas, or a glob
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set where the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set where they hold whole conversations, instead of the three
-TEXT_COLUMN=${TEXT_COLUMN:-}                             # set where they hold plain text
-
 # The lengths of lora/train.sh, of plain text those of lora/train_text.sh: a training must be given the same ones.
-case $MODEL in
+case ${MODEL:-demo} in
     demo | demo3) QUESTION=64 ANSWER=64 BLOCK=128 ;;
     *) QUESTION=256 ANSWER=512 BLOCK=1024 ;;
 esac
-if [ -n "$TEXT_COLUMN" ]; then QUESTION=$BLOCK; fi
-MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-$QUESTION}
-MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-$ANSWER}
-NUM_SHARDS=${NUM_SHARDS:-8}
-OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/train_datasets}
+if [ -n "${TEXT_COLUMN:-}" ]; then QUESTION=$BLOCK; fi
 
 "$PYTHON" "$ROOT/common/preprocess.py" \
-    --model_name_or_path "$MODEL" \
-    --train_file "$TRAIN_FILE" \
-    --prompt_column "$PROMPT_COLUMN" \
-    --response_column "$RESPONSE_COLUMN" \
+    --model_name_or_path "${MODEL:-demo}" \
+    --train_file "${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}" \
+    --prompt_column "${PROMPT_COLUMN:-content}" \
+    --response_column "${RESPONSE_COLUMN:-summary}" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
     ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
     ${TEXT_COLUMN:+--text_column "$TEXT_COLUMN"} \
-    --max_source_length "$MAX_SOURCE_LENGTH" \
-    --max_target_length "$MAX_TARGET_LENGTH" \
-    --num_shards "$NUM_SHARDS" \
-    --output_dir "$OUTPUT_DIR" \
+    --max_source_length "${MAX_SOURCE_LENGTH:-$QUESTION}" \
+    --max_target_length "${MAX_TARGET_LENGTH:-$ANSWER}" \
+    --num_shards "${NUM_SHARDS:-8}" \
+    --output_dir "${OUTPUT_DIR:-$ROOT/train_datasets}" \
     "$@"

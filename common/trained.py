@@ -25,7 +25,7 @@ def find_training(path: str | Path) -> Path:
         return folder
     results = [file for name in RESULTS for file in folder.glob(f"*/{name}")]
     if not results:
-        raise UserError(f"no training in {path}: train first (bash train.sh), or set CHECKPOINT (--checkpoint) to one.")
+        raise UserError(f"no training in {path}: run train.sh first, or set CHECKPOINT (--checkpoint) to a training.")
     newest = max(results, key=lambda file: file.stat().st_mtime).parent
     say(f"newest training: {newest}")
     return newest

@@ -46,11 +46,11 @@ launch "$ROOT/lora/main.py" \
     --evaluate_base \
     ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
     ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
+    --test_file "$VALIDATION_FILE" \
     --prompt_column "$PROMPT_COLUMN" \
     --response_column "$RESPONSE_COLUMN" \
     ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
     ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
-    --test_file "$VALIDATION_FILE" \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 
 import common.hub.download
 from common.errors import UserError
-from common.hub.download import download, fetch_small_files, find_complete
+from common.hub.download import download, find_complete
 
 NAME = "THUDM/chatglm3-6b"
 # For every line of input a child process that downloads and has to import nothing; prints its id and exit code.
@@ -43,7 +43,8 @@ SHARD = 2**21
 def model_files() -> dict[str, bytes]:
     """A repository like that of ChatGLM3-6B: both formats of weights, Python files, and more that nobody needs."""
     draw = random.Random(0)
-    header = json.dumps({"weight": {"data_offsets": [0, SHARD - 100]}}).ljust(92).encode()
+    entry = {"dtype": "U8", "shape": [SHARD - 100], "data_offsets": [0, SHARD - 100]}
+    header = json.dumps({"weight": entry}).ljust(92).encode()
     start = len(header).to_bytes(8, "little") + header
     shards = {f"model-0000{number}-of-00003.safetensors": start + draw.randbytes(SHARD - 100) for number in (1, 2, 3)}
     return {
@@ -216,12 +217,12 @@ def test_a_complete_model_needs_no_hub(hub, folder, monkeypatch):
     assert download(NAME) == folder
     hub.forget()
     with unreachable():
-        assert download(NAME) == fetch_small_files(NAME) == find_complete("chatglm3-6b") == folder
+        assert download(NAME) == download(NAME, weights=False) == find_complete("chatglm3-6b") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert download(NAME) == find_complete(NAME) == folder
     assert find_complete(NAME, "v2") is find_complete(NAME, "main", "/other") is None
     (folder / "model-00002-of-00003.safetensors").unlink()
-    assert find_complete(NAME) is None and fetch_small_files(NAME) == folder
+    assert find_complete(NAME) is None and download(NAME, weights=False) == folder
     assert "can't be downloaded" in refusal(NAME)  # what is known to be incomplete is not taken offline
 
 
@@ -312,7 +313,7 @@ def test_what_hugging_faces_cache_has_is_verified_and_not_downloaded_again(hub, 
     assert snapshot.name == COMMIT and sorted(hub.asked()) == sorted(WANTED)
     hub.forget()
     with unreachable():
-        assert download(NAME) == fetch_small_files(NAME) == snapshot
+        assert download(NAME) == download(NAME, weights=False) == snapshot
         assert "is taken as it is, unchecked" in capfd.readouterr().err
         blob = (snapshot / shard).resolve()
         moved = blob.rename(tmp_path / "blob")
@@ -379,12 +380,12 @@ def test_without_a_name_the_known_ones_are_listed(monkeypatch, capsys):
 
 
 def test_the_small_files_come_first_and_may_be_edited_before_the_weights_come(hub, folder, monkeypatch):
-    assert fetch_small_files("chatglm3-6b") == folder
+    assert download("chatglm3-6b", weights=False) == folder
     small = {name for name in WANTED if not name.endswith(".safetensors")}
     check_folder(folder, hub.repositories[NAME], small)
     assert sorted(hub.asked()) == sorted(small) and find_complete(NAME) is None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch_small_files("chatglm3-6b") == folder
+    assert download("chatglm3-6b", weights=False) == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     (folder / "config.json").write_text('{"generation": "chatglm3"}')
     assert download(NAME) == find_complete(NAME) == folder

@@ -66,7 +66,7 @@ def test_after_a_killed_build_one_of_eight_jobs_builds_and_all_go_on(checkout):
         time.sleep(0.02)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert not (checkout / ".venv" / "installed.json").exists()
+    assert not (checkout / ".venv" / "requirements.txt").exists()
 
     with open(checkout / ".venv.lock", "w") as held:  # until all jobs have arrived
         fcntl.flock(held, fcntl.LOCK_EX)

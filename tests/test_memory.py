@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,15 +13,18 @@ from transformers import GlmConfig, GlmForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import memory as bench
+from hub_server import running_hub
+from huggingface_hub import constants
+from shell import bash, flags_of, run_here
 
 from common.arguments import LoraArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
-from common.memory import fit as memory
-from common.memory.fit import Case, case_of, flags_of
-from common.methods.full import lora
-from common.models.registry import GENERATIONS
+from common.memory import fit
+from common.memory.fit import Case
+from common.methods.lora import Lora
+from common.models.registry import DEMOS, SPECS, ModelFolder
 
 MEASURED = [  # of 3 layers, with a vocabulary of 8192
     bench.Setting("chatglm", "ptuning", 4, 1, 32, 64, checkpointing=True, accumulation=2),
@@ -32,7 +36,7 @@ MEASURED = [  # of 3 layers, with a vocabulary of 8192
 
 @pytest.mark.parametrize("setting", MEASURED, ids=str)
 def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
-    model = bench.make_model(setting.generation, tmp_path / "model", shape=(128, 3, 4, 352, 8192))
+    model = bench.make_model(setting.kind, tmp_path / "model", shape=(128, 3, 4, 352, 8192))
     predicted, measured = bench.measure(setting, model)
     assert predicted == pytest.approx(measured, rel=bench.ALLOWED)
 
@@ -40,7 +44,10 @@ def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
 @pytest.fixture(scope="module")
 def case() -> Case:
     """LoRA of ChatGLM3-6B with the defaults of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens."""
-    return case_of("lora", flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT=""), gpu=True)[0]
+    flags = flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEVICE_MEMORY", "80")
+        return bench.planned("lora", flags).case
 
 
 def test_the_6b_models_keep_their_limits(case):
@@ -64,13 +71,15 @@ def test_the_6b_models_keep_their_limits(case):
     ],
 )
 def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
-    shallow = case._replace(config=case.generation.config(num_layers=8, padded_vocab_size=8192))
+    config = case.folder.spec.config(num_layers=8, padded_vocab_size=8192)
+    shallow = case._replace(folder=replace(case.folder, config=config))
     assert shallow.changed(**more).plan().total > shallow.changed(**less).plan().total
 
 
 def test_models_of_transformers_are_predicted_too(case):
     config = GlmConfig(num_hidden_layers=2, vocab_size=1024, pad_token_id=0, hidden_size=128, intermediate_size=256)
-    plan = case._replace(generation=GENERATIONS["glm"], config=config).plan()
+    folder = ModelFolder("glm", Path("glm"), SPECS["glm"], config, bits=None, weights=())
+    plan = case._replace(folder=folder).plan()
     with torch.device("meta"):
         parameters = GlmForCausalLM(config).num_parameters()
     assert 2 * parameters <= plan.weights <= 2 * parameters + 1000  # with the frequencies of its rotary embedding
@@ -87,8 +96,8 @@ def train(tmp_path, *flags: str, available: float) -> None:
     argv = [*FLAGS.format(data=data, output=tmp_path / "out").split(), *flags]
     model_args, lora_args, *others = parse_arguments(LoraArguments, argv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "there_is", lambda args: int(available))
-        run(lora(lora_args), model_args, *others)
+        patch.setattr(fit, "free_memory", lambda args: int(available))
+        run(Lora(lora_args), model_args, *others)
 
 
 def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
@@ -96,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path):
         train(tmp_path, "--per_device_train_batch_size", "64", "--dry_run", available=120e6)
     assert str(error.value).startswith("this needs about 0.4 GB of memory (activations ")
     assert "and 0.1 GB are free on cpu: " in str(error.value)
-    assert "--per_device_train_batch_size 16 --gradient_accumulation_steps 4 or " in str(error.value)
+    assert ": --per_device_train_batch_size 16 --gradient_accumulation_steps 4 makes it fit; " in str(error.value)
 
 
 def test_a_switch_makes_a_warning_of_the_refusal(tmp_path, capsys):
@@ -127,3 +136,49 @@ def test_a_batch_size_is_a_number_or_auto():
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "big"])
     with pytest.raises(UserError, match="auto: under DeepSpeed give a number"):
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "auto", "--deepspeed", "{}"])
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one small model, the only one that this process knows."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HUB", "modelscope")
+    monkeypatch.setenv("CHATGLM_CACHE", str(tmp_path / "cache"))
+    with running_hub() as server:
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.address)
+        server.repositories["ZhipuAI/chatglm3-6b"] = {file.name: file.read_bytes() for file in DEMOS["demo3"].iterdir()}
+        yield server
+
+
+def test_what_can_not_fit_is_refused_before_its_weights_are_downloaded(hub, tmp_path):
+    with pytest.raises(UserError, match="this needs about .* and 0.0 GB are free"):
+        train(tmp_path, "--model_name_or_path", "chatglm3-6b", available=1e6)
+    assert "config.json" in hub.asked() and "pytorch_model.bin" not in hub.asked()
+    train(tmp_path, "--model_name_or_path", "chatglm3-6b", "--dry_run", available=1e9)
+    assert "pytorch_model.bin" in hub.asked()
+
+
+def test_a_plan_of_what_fits_downloads_nothing(hub, tmp_path, capsys):
+    variables = {"MODEL": "chatglm3-6b", "DEVICE_MEMORY": "80", "OUTPUT_DIR": str(tmp_path / "out")}
+    assert run_here("lora/train.sh", "--plan", **variables) == 0
+    said = capsys.readouterr().out
+    assert "ChatGLM3-6B, LoRA: predicted memory" in said and "a process on its device" in said
+    assert "4 x (256 + 513) tokens, 4 bit, with gradient checkpointing" in said and "fits into 79.5 GB; " in said
+    assert hub.requests == [] and not (tmp_path / "out").exists()
+
+
+def test_a_plan_of_what_does_not_fit_ends_with_exit_code_2(tmp_path, capsys):
+    variables = {"MODEL": "demo3", "DEVICE_MEMORY": "0.6", "OUTPUT_DIR": str(tmp_path / "out")}
+    assert run_here("lora/train.sh", "--plan", check=False, BATCH_SIZE="64", **variables) == 2
+    said = capsys.readouterr()
+    assert "ChatGLM3-6B, LoRA: predicted memory" in said.out and "fits into" not in said.out
+    assert said.err.splitlines()[-1].startswith("error: this needs about ")
+    assert " and 0.1 GB are free on a card of DEVICE_MEMORY: " in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_cards_that_are_not_here(tmp_path):
+    variables = {"DEVICE_MEMORY": "80", "NUM_GPUS": "8", "OUTPUT_DIR": str(tmp_path / "out")}
+    said = bash("full/ds_train_finetune.sh", "--plan", **variables).stdout
+    assert "8 processes under DeepSpeed" in said and "fits into 79.5 GB" in said
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from common.methods.lora import Lora
 from common.methods.prefix import PTuning
 from common.models.quantization import PackedWeight
 from common.models.registry import DEMOS, open_model
-from common.models.weights import load_base, packed_weights
+from common.models.weights import packed_weights
 
 IDS = torch.tensor([[5, 8, *range(40, 60)]])
 PACKED_LAYERS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -90,7 +90,9 @@ def test_a_packed_checkpoint_is_the_model_that_was_packed(demo, bits, safetensor
     plain = load_model(demo)
     for name in packed_layers(plain.state_dict()):
         plain.get_parameter(name).data = PackedWeight(*pack(plain.get_parameter(name).data, bits), bits)[...]
-    unpacked = load_base(folder, plain.config, torch.float32, None, None)
+    unpacked = load_model(demo)
+    weights = {name: weight[...] for name, weight in packed_weights(open_model(folder)).items()}
+    unpacked.load_state_dict(weights, strict=False)
     quantized = load_model(folder)
     with torch.no_grad():
         expected, found, again = plain(IDS).logits, unpacked(IDS).logits, quantized(IDS).logits
@@ -170,7 +172,7 @@ def test_nf4_computes_what_its_dequantized_weights_compute(in_4_bit):
 METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 TRAINING = (
     f"--do_train --train_file {ROOT}/AdvertiseGen/train.json --prompt_column content --response_column summary "
-    "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 8 --logging_steps 1 "
+    "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 4 --logging_steps 1 "
     "--save_strategy no --report_to none --disable_tqdm true"
 )
 OWN_FLAGS = {"ptuning": "--pre_seq_len 32 --learning_rate 2e-2", "lora": "--learning_rate 5e-3", "full": ""}
@@ -187,10 +189,10 @@ def finetune(method: str, flags: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["ptuning", "lora"])
-def test_30_steps_in_4_bit_follow_those_in_32(method, tmp_path):
+def test_20_steps_in_4_bit_follow_those_in_32(method, tmp_path):
     """Each mean over five steps within 3%."""
     whole, quantized = (
-        torch.tensor(finetune(method, f"--max_steps 30 {flags}", tmp_path / name)).view(6, 5).mean(1)
+        torch.tensor(finetune(method, f"--max_steps 20 {flags}", tmp_path / name)).view(4, 5).mean(1)
         for name, flags in (("whole", ""), ("quantized", "--quantization_bit 4"))
     )
     assert whole[-1] < 0.9 * whole[0]
@@ -201,12 +203,12 @@ def test_30_steps_in_4_bit_follow_those_in_32(method, tmp_path):
 @pytest.mark.parametrize("method", ["ptuning", "lora"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bits_ask_for_checkpointed_activations_which_change_nothing(method, bits, tmp_path):
-    flags = f"--quantization_bit {bits} --max_steps 3"
+    flags = f"--quantization_bit {bits} --max_steps 2 --per_device_train_batch_size 2"
     losses = finetune(method, flags, tmp_path / "on")
     args = torch.load(tmp_path / "on" / "training_args.bin", weights_only=False)
     assert args.activation_checkpointing is True
     assert finetune(method, f"{flags} --activation_checkpointing false", tmp_path / "off") == losses
-    assert len(set(losses)) == 3
+    assert len(set(losses)) == 2
 
 
 def test_packed_weights_are_mapped_and_not_read(tmp_path):

@@ -359,19 +359,3 @@ def test_what_names_no_base_can_not_be_compared():
 def test_an_address_that_is_none_is_one_sentence(host, port, said):
     with pytest.raises(UserError, match=said):
         web_demo.find_port(host, port)
-
-
-@pytest.mark.parametrize("method", ["ptuning", "lora", "full"])
-@pytest.mark.parametrize("script", ["web_demo.sh", "cli_demo.sh"])
-def test_a_script_without_a_trained_model_says_what_to_do(method, script, tmp_path):
-    variables = {
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-        "MODEL": "nobody/untrained",
-    }
-    done = subprocess.run(
-        ["bash", str(ROOT / method / script)], cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert f"train first (bash {method}/train.sh)" in done.stderr

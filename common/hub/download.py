@@ -20,7 +20,7 @@ from threading import Event
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from huggingface_hub import constants, get_session, try_to_load_from_cache
-from huggingface_hub.utils import hf_raise_for_status, tqdm
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from common.errors import UserError, exit_on_user_error, say
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
@@ -44,6 +44,10 @@ def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str
 # Which files are right
 
 
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
 def stamp(file: Path) -> list[int]:
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns]
@@ -61,17 +65,18 @@ def has_digest(file: Path, digest: str) -> bool:
 def right_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -> set[str]:
     """The paths of ``digests`` whose files are there and right; what is ``known`` and unchanged is not read again."""
 
-    def is_known(path: str) -> bool:
-        entry, file = known.get(path, {}), folder / path
-        return entry.get("digest") == digests[path] and (entry["stamp"] == stamp(file) or file.suffix in EDITABLE)
+    def is_right(path: str) -> bool:
+        file, entry = folder / path, known.get(path, {})
+        if not file.is_file():
+            return False
+        if entry.get("digest") == digests[path] and (entry["stamp"] == stamp(file) or file.suffix in EDITABLE):
+            return True
+        if size_of(file) > 1e9:  # which takes seconds
+            say(f"comparing {file} with its hash")
+        return has_digest(file, digests[path])
 
-    there = {path for path in digests if (folder / path).is_file()}
-    unread = [path for path in there if not is_known(path)]
-    if sum((folder / path).stat().st_size for path in unread) > 1e9:  # which takes seconds
-        say(f"comparing {len(unread)} files in {folder} with their hashes")
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        results = pool.map(lambda path: has_digest(folder / path, digests[path]), unread)
-        return there - {path for path, is_right in zip(unread, results, strict=True) if not is_right}
+        return {path for path, right in zip(digests, pool.map(is_right, digests), strict=True) if right}
 
 
 def record_file(folder: Path, revision: str) -> Path:
@@ -106,10 +111,6 @@ def is_verified(folder: Path, record: Path, weights: bool = True) -> bool:
 # Fetching
 
 
-def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
 def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".incomplete")
 
@@ -123,7 +124,9 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     fruitless = 0
     while (start := size_of(partial)) < file.size:
         failure: Exception = UserError(f"{file.url} ends after {start:,} bytes instead of {file.size:,}.")
-        headers = hubs.request_headers() | ({"Range": f"bytes={start}-"} if start else {})
+        # The user's token is for Hugging Face. A compressed answer could not be resumed.
+        headers = build_hf_headers(token=False if on_modelscope() else None) | {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={start}-"} if start else {}
         try:
             with get_session().stream("GET", file.url, headers=headers, timeout=hubs.TIMEOUT) as reply:
                 hf_raise_for_status(reply)
@@ -160,66 +163,37 @@ def fetch(file: HubFile, target: Path, bar: tqdm, stop: Event) -> None:
 
 def fetch_side_by_side(files: list[HubFile], folder: Path, bar: tqdm) -> None:
     """If one file fails, or on Ctrl-C, the others stop; the bytes they brought stay for the next time."""
-    stop = Event()
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        try:
-            for job in as_completed([pool.submit(fetch, file, folder / file.path, bar, stop) for file in files]):
-                job.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool, stop = ThreadPoolExecutor(CONNECTIONS), Event()
+    try:
+        for job in as_completed([pool.submit(fetch, file, folder / file.path, bar, stop) for file in files]):
+            job.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
-def check_disk(repository: str, folder: Path, needed: int) -> None:
-    """Raises UserError if the missing bytes do not fit."""
+def fetch_missing(repository: str, files: list[HubFile], folder: Path, total: int) -> None:
+    """Fetches files of a model of ``total`` bytes. Raises UserError if they do not fit on the disk."""
+    left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in files)
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if left > free:
         variable = "CHATGLM_CACHE" if on_modelscope() else "HF_HOME"
         raise UserError(
-            f"{repository} needs {needed / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
+            f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
         )
-
-
-def fetch_all(repository: str, files: list[HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
-    """Fetches what is missing or wrong. Raises UserError for a wrong file that is neither ``known`` nor ``ours``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    right = right_files(folder, {file.path: file.digest for file in files}, known)
-    missing = [file for file in files if file.path not in right]
-    for target in (folder / file.path for file in missing):
-        if target.is_file() and not ours and target.name not in known:
-            raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
-        if target.is_file():
-            say(f"{target} is not what the hub has: it is fetched again")
-            target.unlink()
-    if not missing:
-        return
-    total = sum(file.size for file in files)
-    left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
-    check_disk(repository, folder, left)
-    say(
-        f"downloading {repository} from {hubs.endpoint()} into {folder}: {len(files)} files, {total / 1e9:,.2f} GB"
-        + (f", {(total - left) / 1e9:,.2f} GB are there" if left < total else "")
-    )
+    there = f", {(total - left) / 1e9:,.2f} GB are there" if left < total else ""
+    say(f"downloading {repository} from {hubs.endpoint()} into {folder}: {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=repository, mininterval=pace) as bar:
-        fetch_side_by_side(missing, folder, bar)
+        fetch_side_by_side(files, folder, bar)
 
 
 # Models
 
 
-def snapshot_of(repository: str, revision: str, cache_dir: str | None) -> Path | None:
-    """The folder in Hugging Face's cache that has this model's config, and perhaps more."""
-    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    config = try_to_load_from_cache(repository, "config.json", cache, revision)
-    return Path(config).parent if isinstance(config, str) else None
-
-
 def link_cached(files: list[HubFile], snapshot: Path, folder: Path) -> None:
     """Links files of Hugging Face's cache into ours, so that they are verified and not downloaded again."""
-    folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         cached, target = snapshot / file.path, folder / file.path
         if cached.is_file() and not target.is_file():
@@ -230,8 +204,8 @@ def link_cached(files: list[HubFile], snapshot: Path, folder: Path) -> None:
 def seems_whole(folder: Path, weights: bool) -> bool:
     """Whether a folder has a config and, if asked for, complete weights, as far as this shows without a hub."""
     files = weight_files(folder) if weights else []
-    whole = bool(files) == weights and all(file.is_file() and is_complete(file) for file in files)
-    return whole and (folder / "config.json").is_file()
+    needed = [folder / "config.json", *files]
+    return bool(files) == weights and all(file.is_file() and is_complete(file) for file in needed)
 
 
 def download(
@@ -251,7 +225,9 @@ def download(
         if is_verified(folder, record, weights):
             return folder
         known = read_record(record)
-        snapshot = None if local_dir else snapshot_of(repository, revision, cache_dir)
+        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+        cached = None if local_dir else try_to_load_from_cache(repository, "config.json", cache, revision)
+        snapshot = Path(cached).parent if isinstance(cached, str) else None
         try:
             files = hubs.checkpoint_files(repository, revision)
         except hubs.NO_ANSWER as error:
@@ -262,16 +238,22 @@ def download(
             say(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
         files = [file for file in files if weights or not is_weight_file(file.path)]
+        digests = {file.path: file.digest for file in files}
+        folder.mkdir(parents=True, exist_ok=True)
         if snapshot:
             link_cached(files, snapshot, folder)
-        fetch_all(repository, files, folder, known, ours=not local_dir)
-        write_record(record, folder, {file.path: file.digest for file in files})
+        right = right_files(folder, digests, known)
+        missing = [file for file in files if file.path not in right]
+        for target in (folder / file.path for file in missing):
+            if target.is_file():
+                if local_dir and target.name not in known:
+                    raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
+                say(f"{target} is not what the hub has: it is fetched again")
+                target.unlink()
+        if missing:
+            fetch_missing(repository, missing, folder, sum(file.size for file in files))
+        write_record(record, folder, digests)
     return folder
-
-
-def fetch_small_files(name: str, revision: str = "main", cache_dir: str | None = None) -> Path:
-    """The folder that ``download`` fills with weights, with all other files: config, vocabulary, chat template."""
-    return download(name, revision, cache_dir, weights=False)
 
 
 def find_complete(name: str, revision: str = "main", cache_dir: str | None = None) -> Path | None:

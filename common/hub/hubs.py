@@ -12,7 +12,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import httpx2
-from huggingface_hub import HfApi, constants, errors, get_session, get_token, hf_hub_url
+from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_url
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from common.errors import UserError
@@ -83,13 +83,17 @@ def repository_of(name: str) -> str:
 
 def list_huggingface(repository: str, revision: str) -> list[HubFile]:
     info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
-    files = []
-    for file in info.siblings or []:
-        digest = file.lfs.sha256 if file.lfs else file.blob_id
-        if file.size is None or digest is None:
-            raise UserError(f"{endpoint()} lists files without sizes and hashes: set HF_ENDPOINT to another mirror.")
-        url = hf_hub_url(repository, file.rfilename, revision=info.sha)
-        files.append(HubFile(file.rfilename, file.size, digest, url))
+    files = [
+        HubFile(
+            path=file.rfilename,
+            size=file.size or 0,
+            digest=(file.lfs.sha256 if file.lfs else file.blob_id) or "",
+            url=hf_hub_url(repository, file.rfilename, revision=info.sha),
+        )
+        for file in info.siblings or []
+    ]
+    if not all(file.digest for file in files):
+        raise UserError(f"{endpoint()} lists files without sizes and hashes: set HF_ENDPOINT to another mirror.")
     return files
 
 
@@ -121,12 +125,6 @@ def checkpoint_files(repository: str, revision: str) -> list[HubFile]:
     small = [path for path in top if any(fnmatch(path, kind) for kind in SMALL_FILES)]
     other_index = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
     return [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
-
-
-def request_headers() -> dict[str, str]:
-    """With the user's token for Hugging Face. Uncompressed: a compressed answer could not be resumed."""
-    token = None if on_modelscope() else get_token()
-    return {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
 
 def is_down(error: Exception) -> bool:

@@ -92,10 +92,5 @@ def sizes(model: PreTrainedModel, args: TrainingArguments) -> tuple[int, int]:
     """(parameters, trained parameters) of the whole model; ZeRO-3 leaves only a shard of them in every process."""
     if args.engine.name != "DeepSpeed" or not args.engine.sharded:
         return model.num_parameters(), model.num_parameters(only_trainable=True)
-    from deepspeed.runtime.zero.partition_parameters import is_zero_param
-
-    counted = [
-        (vars(parameter)["ds_numel"] if is_zero_param(parameter) else parameter.numel(), parameter.requires_grad)
-        for parameter in model.parameters()
-    ]
+    counted = [(vars(each).get("ds_numel", each.numel()), each.requires_grad) for each in model.parameters()]
     return sum(size for size, _ in counted), sum(size for size, trained in counted if trained)

@@ -3,13 +3,13 @@
     python3 common/launch/environment.py requirements.txt [more requirements files]
 
 If an environment of the user's own is active, it is used and never changed. Any number of jobs may call this at once:
-one builds, the others wait. A file in .venv lists what is installed, so that a build that was killed is repeated.
+one builds, the others wait. .venv keeps a copy of each requirements file that it holds, made when pip has ended, so
+that a build that was killed is repeated.
 """
 
 import fcntl
-import hashlib
-import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +19,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv"
-INSTALLED = FOLDER / "installed.json"  # {requirements file: hash of its content}
 
 
 def say(text: str) -> None:
@@ -50,33 +49,28 @@ def missing_packages(files: list[Path]) -> list[str]:
     return missing
 
 
-def wanted(files: list[Path]) -> dict[str, str]:
-    return {str(file.relative_to(ROOT)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
-def installed() -> dict[str, str]:
-    return json.loads(INSTALLED.read_text()) if INSTALLED.exists() else {}
+def is_installed(files: list[Path]) -> bool:
+    return all((copy := FOLDER / file.name).exists() and copy.read_text() == file.read_text() for file in files)
 
 
 def build(files: list[Path], lock: int) -> None:
     """Creates .venv, unless a complete one exists, and installs the requirements into it."""
-    if not INSTALLED.exists():
+    if not (FOLDER / files[0].name).exists():
         say(f"creating {FOLDER} (once; about two minutes and 2 GB)")
         venv.EnvBuilder(with_pip=True).create(FOLDER)
-    say(f"installing {', '.join(wanted(files))}")
+    say(f"installing {', '.join(file.name for file in files)}")
     command = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for file in files:
         command += ["-r", str(file)]
     # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
     subprocess.run(command, check=True, stdout=sys.stderr, pass_fds=[lock])
-    partial = INSTALLED.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(installed() | wanted(files), indent=2))
-    os.replace(partial, INSTALLED)
+    for file in files:
+        shutil.copy(file, FOLDER)
 
 
 def ensure(files: list[Path]) -> None:
     """Returns when .venv holds the requirements."""
-    if wanted(files).items() <= installed().items():
+    if is_installed(files):
         return
     with open(ROOT / ".venv.lock", "a+") as holder:
         try:
@@ -88,7 +82,7 @@ def ensure(files: list[Path]) -> None:
         holder.truncate(0)
         holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
         holder.flush()
-        if not wanted(files).items() <= installed().items():
+        if not is_installed(files):
             build(files, holder.fileno())
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -21,30 +21,20 @@ from common.launch.machines import Machines, read_machines
 from common.launch.meeting import Peers
 from common.launch.processes import count_processes, every_rank, first_gpu, run, set_environment
 
-if TYPE_CHECKING:
-    from torch.distributed import TCPStore
-
-
-def stop_here(number: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
 
 def handle_signals() -> None:
-    signal.signal(signal.SIGTERM, stop_here)
-    signal.signal(signal.SIGINT, stop_here)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-        signal.signal(signal.SIGHUP, stop_here)
+    """Lets the launcher end its processes before it ends itself."""
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
 
 
 def run_here(program: list[str], environment: dict[str, str]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *program], environment)
-
-
-def open_store() -> "TCPStore":
-    """Where the processes of all machines meet, to the end. It has its port before anybody could take that."""
-    from torch.distributed import TCPStore
-
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def train_together(program: list[str], processes: int, machines: Machines) -> int:
@@ -52,7 +42,14 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
 
     Raises UserError if another machine does not come, contradicts this one, or stops.
     """
-    store = open_store() if machines.rank == 0 else None  # before the meeting: a long import stops the signs of life
+    port = 0
+    if machines.rank == 0:
+        # Imported before the meeting: this takes seconds, in which there would be no signs of life.
+        from torch.distributed import TCPStore
+
+        # Where the processes of all machines meet, to the end. It has its port before anybody could take that.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = store.port
     settings = {"processes per machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
     peers = Peers(machines, settings, on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
     code = 1
@@ -60,7 +57,7 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
         if machines.count > 1:
             peers.meet()
         code = run([*program, "--dry_run"], [first_gpu()]) or run(
-            program, every_rank(processes, machines, peers.address, peers.wait(store.port if store else 0))
+            program, every_rank(processes, machines, peers.address, peers.wait(port))
         )
     except BaseException:
         if not peers.stopped:

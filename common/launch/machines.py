@@ -75,5 +75,4 @@ def slurm_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def first_host(nodes: str) -> str:
     """The first name in a list of nodes as SLURM writes it: gpu[07-09,12],cpu1 -> gpu07."""
-    name = re.match(r"([^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", name[0]) if name else nodes
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]

@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common.arguments import DataArguments, LoraArguments, ModelArguments, Rows, TrainingArguments
+from common.arguments import DataArguments, Engine, LoraArguments, ModelArguments, Rows, TrainingArguments
 from common.errors import UserError, say
 from common.files import gb, read_json
 from common.launch.machines import number
@@ -123,9 +123,7 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         answer_length=0 if answer_length == data_args.max_target_length else answer_length,
         gpu=gpu,
         processes=args.processes,
-        engine=args.engine.name,
-        zero=args.engine.zero,
-        offload=args.engine.offload,
+        engine=args.engine,
     )
 
 
@@ -218,12 +216,13 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
         from common.methods.lora import Lora  # PEFT takes two seconds to import
 
         dtype = torch.bfloat16 if setup.gpu else torch.float32
-        single = {"engine": "DDP", "dtype": dtype, "autocast": None, "zero": {}, "offload": (False, False)}
+        half = {"dtype": dtype, "autocast": None}
         if setup.gpu:
-            offloaded = {"engine": "DeepSpeed", "dtype": dtype, "autocast": None, "zero": {"stage": 3}}
-            yield "--deepspeed full/ds_zero_3_offload.json", offloaded | {"offload": (True, True)}
-        low_rank = single | {"method": Lora(LoraArguments()), "bits": 4}
-        yield "LoRA (lora/train.sh) with --quantization_bit 4", low_rank
+            zero = {"zero_optimization": {"stage": 3}}
+            engine = Engine("DeepSpeed", sharded=True, offload=(True, True), config=zero)
+            yield "--deepspeed full/ds_zero_3_offload.json", half | {"engine": engine}
+        low_rank = {"method": Lora(LoraArguments()), "engine": Engine(), "bits": 4}
+        yield "LoRA (lora/train.sh) with --quantization_bit 4", half | low_rank
         return
     if setup.bits != 4 and not args.engine.sharded:
         yield "--quantization_bit 4", {"bits": 4}

@@ -7,9 +7,9 @@ tensors compute differently from a CPU or a GPU (``doubles``, ``WORKSPACE``), an
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from common.arguments import Engine
 from common.models.quantization import NOT_QUANTIZED, checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
@@ -54,15 +55,7 @@ class Setup:
     answer_length: int = 0  # generated tokens; 0: target_length
     gpu: bool = True  # False: a CPU, whose operators keep other things
     processes: int = 1
-    engine: str = "DDP"  # or DeepSpeed, or FSDP2
-    zero: Mapping[str, Any] = field(default_factory=dict)  # DeepSpeed's zero_optimization
-    offload: tuple[bool, bool] = (False, False)  # the optimizer's states, the weights
-
-    @property
-    def loss_flags(self) -> dict[str, bool]:
-        """The flags that the Trainer calls the model with."""
-        sharded = self.engine == "FSDP2" or self.zero.get("stage") == 3
-        return {"loss_only": True, "loss_in_parts": not sharded, "use_cache": False}
+    engine: Engine = Engine()
 
 
 @dataclass(frozen=True)
@@ -168,7 +161,8 @@ def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
         blocks = -(-rows * columns // 64)
         scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(256)]
         second = QuantState(scales[1], code=scales[2], blocksize=256, dtype=torch.float32)
-        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, torch.empty(()), second)
+        offset = torch.zeros((), device="cpu")  # its value is asked for when an adapter is put beside the layer
+        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, offset, second)
         packed = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8)
         layer.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
@@ -269,7 +263,7 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
     for _ in range(1 + setup.accumulates):
         batch = fake_batch(setup.batch_size, setup.source_length + setup.target_length)
         count = torch.ones((), device="meta")
-        loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=count, **setup.loss_flags).loss
+        loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=count, **setup.engine.loss_flags).loss
         cast_weights.clear()
         torch.autograd.backward(loss)
         del loss, batch
@@ -281,7 +275,7 @@ def evaluation_step(model: PreTrainedModel, setup: Setup) -> None:
     model.eval()
     if setup.evaluation_batch_size:
         batch = fake_batch(setup.evaluation_batch_size, setup.source_length + setup.target_length)
-        model(**batch, labels=batch["input_ids"], **setup.loss_flags)
+        model(**batch, labels=batch["input_ids"], **setup.engine.loss_flags)
     if not setup.generation_batch_size:
         return
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
@@ -335,18 +329,18 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
 
 def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Plan:
     """The plan of one of several processes. ``trained``: number of trained parameters."""
-    n, zero = setup.processes, setup.zero
+    n, zero = setup.processes, setup.engine.zero
     everything = model.num_parameters()
-    if setup.engine == "DDP":
+    if setup.engine.name == "DDP":
         return replace(plan, workspace=plan.workspace + 4 * trained * (n > 1))  # its buckets
-    if setup.engine == "FSDP2":
+    if setup.engine.name == "FSDP2":
         units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         layer = max(sum(weight.numel() for weight in unit.parameters()) for unit in units)
         root = everything - sum(weight.numel() for unit in units for weight in unit.parameters())
         gathered = (setup.autocast or setup.dtype).itemsize * (root + 2 * layer)
         whole_gradients = 4 * layer * bool(plan.gradients)
         shards = {name: vars(plan)[name] // n for name in ("weights", "trained", "gradients", "optimizer")}
-        moved = sum(shards.values()) if any(setup.offload) else 0
+        moved = sum(shards.values()) if any(setup.engine.offload) else 0
         if moved:
             shards = dict.fromkeys(shards, 0)
         return replace(plan, **shards, workspace=plan.workspace + gathered + whole_gradients, offloaded=moved)
@@ -362,9 +356,9 @@ def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Pl
     if stage == 3:
         weights, own = weights // n, own // n
         workspace += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
-    if setup.offload[0]:
+    if setup.engine.offload[0]:
         offloaded, optimizer, gradients = 16 * trained // shared, 0, 0
-    if setup.offload[1]:
+    if setup.engine.offload[1]:
         offloaded, weights, own = offloaded + 2 * everything // n, 0, 0
     return replace(
         plan,

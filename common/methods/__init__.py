@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from common.models.registry import ModelFolder
 
 
-class Method:
-    """What a method trains, saves and restores. A new method overrides every function but ``optimizer``."""
+class Method(Protocol):
+    """The parts in which methods differ; only ``optimizer`` has a default."""
 
     name: str
     trains_base: bool  # whether the model's own weights are trained
@@ -21,23 +21,18 @@ class Method:
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         """Raises UserError for flags that can't work with this model, before it is loaded."""
-        raise NotImplementedError
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with its trained or new parameters. Raises UserError if trained ones do not fit."""
-        raise NotImplementedError
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes the trained parameters; under ZeRO and FSDP ``weights`` are the gathered ones."""
-        raise NotImplementedError
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Reads saved parameters back into the same model."""
-        raise NotImplementedError
 
     def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """The model without the trained parameters, for a while."""
-        raise NotImplementedError
 
     def optimizer(self, model: PreTrainedModel, args: Any) -> torch.optim.Optimizer | None:
         """The method's own optimizer; None: the one that the training arguments name."""

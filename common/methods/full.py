@@ -65,15 +65,13 @@ def check_without_prefix(folder: ModelFolder) -> None:
 
 def convert_to_bin(folder: Path) -> None:
     """Replaces safetensors files one by one by the .bin files that the original code reads."""
+    renamed: dict[str, str] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        torch.save(load_file(file), folder / bin_name(file.name))
+        renamed[file.name] = f"pytorch_{file.stem}.bin"
+        torch.save(load_file(file), folder / renamed[file.name])
         file.unlink()
     index = folder / "model.safetensors.index.json"
     if content := read_json(index):
-        content["weight_map"] = {name: bin_name(file) for name, file in content["weight_map"].items()}
+        content["weight_map"] = {name: renamed[file] for name, file in content["weight_map"].items()}
         write_json(folder / "pytorch_model.bin.index.json", content)
         index.unlink()
-
-
-def bin_name(name: str) -> str:
-    return f"pytorch_{name.removesuffix('.safetensors')}.bin"

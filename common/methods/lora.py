@@ -81,16 +81,13 @@ class Lora(Method):
 def adapter_config(folder: str | Path) -> dict:
     """adapter_config.json of a LoRA adapter. Raises UserError for a folder without a whole adapter."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder} with a LoRA adapter.")
     config = read_json(folder / "adapter_config.json")
     if config is None:
         raise UserError(f"{folder} holds no LoRA adapter: adapter_config.json is missing or broken.")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds an adapter of the kind {config.get('peft_type')}, not LORA.")
-    missing = [name for name in ("r", "lora_alpha", "target_modules") if name not in config]
-    if missing:
-        raise UserError(f"{folder / 'adapter_config.json'} lacks {missing[0]}.")
+    if missing := {"r", "lora_alpha", "target_modules"} - config.keys():
+        raise UserError(f"{folder / 'adapter_config.json'} lacks {min(missing)}.")
     weights = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not weights:
         raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")

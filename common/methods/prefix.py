@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -132,11 +131,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in prefix_files(folder):
         check_complete(file)
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as reader:
-                tensors |= {name: reader.get_tensor(name) for name in reader.keys() if name.startswith(KEY_PREFIX)}
-        else:
-            tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
+        tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
 
@@ -168,22 +163,15 @@ def check_prefix(
 
     Raises UserError if the folder holds no prefix, and if ``pre_seq_len`` or ``projection`` are given and differ.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder} with a trained prefix.")
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
-    stored_length, stored_projection = len(tensors["embedding.weight"]), "trans.0.weight" in tensors
-    if pre_seq_len not in (None, stored_length):
-        raise UserError(
-            f"the prefix in {folder} was trained with --pre_seq_len {stored_length}, not {pre_seq_len}: "
-            f"leave the flag out or set it to {stored_length}."
-        )
-    if projection not in (None, stored_projection):
-        raise UserError(
-            f"the prefix in {folder} was trained with{'' if stored_projection else 'out'} --prefix_projection: "
-            "leave the flag out, its kind is read from the checkpoint."
-        )
+    stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
+    for name, given in (("pre_seq_len", pre_seq_len), ("prefix_projection", projection)):
+        if given not in (None, stored[name]):
+            raise UserError(
+                f"the prefix in {folder} was trained with --{name} {stored[name]}, not {given}: leave the flag out."
+            )
     return tensors
 
 
@@ -193,12 +181,8 @@ def load_prefix(
     """Attaches the prefix of a checkpoint. Raises UserError like ``check_prefix``, and if the shapes differ."""
     tensors = check_prefix(folder, pre_seq_len, projection)
     attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
-    encoder = model.base_model.prefix_encoder
-    for name, parameter in encoder.named_parameters():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = list(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(
-                f"the prefix in {folder} does not belong to this model: {name} is {found}, "
-                f"the model needs {list(parameter.shape)}."
-            )
-    encoder.load_state_dict(tensors)
+    try:
+        model.base_model.prefix_encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise UserError(f"the prefix in {folder} does not belong to this model: {detail}") from error

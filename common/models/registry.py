@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from common.errors import UserError
 from common.files import check_complete, read_json, weight_files
-from common.hub.download import download, fetch_small_files, find_complete
+from common.hub.download import download, find_complete
 from common.hub.hubs import hub_id, is_hub_name
 from common.models import chatglm, chatglm2
 from common.tokenizers.chatglm import ChatGLMTokenizer
@@ -76,7 +76,7 @@ def open_model(
         )
     if on_hub:
         complete = find_complete(name, revision, cache_dir)
-        path = complete or fetch_small_files(name, revision, cache_dir)
+        path = complete or download(name, revision, cache_dir, weights=False)
     else:
         complete = path = DEMOS.get(name) or Path(name)
     content = read_config(path)
@@ -157,7 +157,7 @@ def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):
-    """AutoConfig finds this class under the name that all models share; it makes the config that fits."""
+    """The class that AutoConfig finds under the name that all models share; it makes the config that fits."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -69,7 +69,7 @@ def print_plan(memory: Forecast) -> None:
         f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, "
         f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
-        f"{setup.processes} process{'es under ' + setup.engine if setup.processes > 1 else ''}{answers}"
+        f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}{answers}"
     )
     if plan.total <= available:
         console().print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")

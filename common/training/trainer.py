@@ -60,8 +60,7 @@ class FinetuneTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        flags = {"loss_only": True, "loss_in_parts": not self.args.engine.sharded, "use_cache": False}
-        return super().compute_loss(model, {**inputs, **flags}, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, **self.args.engine.loss_flags}, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -1,7 +1,8 @@
-"""Predicted memory beside measured: small models of every generation by method, bits, batch, lengths, checkpointing.
+"""Predicted memory beside measured: small models of every kind by method, bits, batch, lengths, checkpointing.
 
     python tests/bench/memory.py                          the grid, in this process
-    python tests/bench/memory.py --only chatglm3-lora     what has this in its name
+    python tests/bench/memory.py --only chatglm3-lora     settings with this in their names
+    python tests/bench/memory.py --table                  predicted for the 6B models on a GPU, by method and bits
 
 Each setting is a few steps of main.py on random weights. On a CPU the measure is the highest sum of what PyTorch's own
 allocator handed out, weights included, as its profiler records it; on a GPU torch.cuda.max_memory_allocated.
@@ -19,17 +20,24 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)]
 
 import torch
 from rich.table import Table
+from shell import flags_of
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.finetune import run
 from common.flags import parse_arguments
-from common.memory.fit import METHODS, case_of_arguments
-from common.models.registry import DEMOS, GENERATIONS
+from common.launch.engines import start_engine
+from common.memory.fit import Forecast, forecast
+from common.methods.full import Full
+from common.methods.lora import Lora
+from common.methods.prefix import PTuning
+from common.models.registry import DEMOS, SPECS
+from common.training.checks import check, complete
 from common.training.report import console
 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
@@ -40,12 +48,13 @@ SHAPES = {  # hidden size, layers, heads, inner size, vocabulary
     "chatglm2": (256, 6, 4, 704, 32768),
     "chatglm3": (256, 8, 4, 704, 65024),
 }
+METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 FLAGS = {"ptuning": ["--pre_seq_len", "64"], "lora": [], "full": []}
 
 
 @dataclass(frozen=True)
 class Setting:
-    generation: str
+    kind: str
     method: str
     bits: int | None = None
     rows: int = 4
@@ -59,7 +68,7 @@ class Setting:
         extra = ", checkpointing" * self.checkpointing + f", {self.accumulation} batches a step" * (
             self.accumulation > 1
         )
-        return f"{self.generation}-{self.method}, {bits}, {self.rows} x ({self.source} + {self.target}){extra}"
+        return f"{self.kind}-{self.method}, {bits}, {self.rows} x ({self.source} + {self.target}){extra}"
 
 
 GRID = [
@@ -79,31 +88,29 @@ GRID = [
 ]
 
 
-def make_model(generation: str, folder: Path, shape: tuple[int, ...] | None = None, device: str = "cpu") -> Path:
+def make_model(kind: str, folder: Path, shape: tuple[int, ...] | None = None, device: str = "cpu") -> Path:
     """Random weights in float16 with the vocabulary of the demos; ``shape``: as in SHAPES."""
-    hidden, layers, heads, inner, vocabulary = shape or SHAPES[generation]
-    demo = DEMOS["demo" if generation == "chatglm" else "demo3"]
-    kind = GENERATIONS[generation]
+    hidden, layers, heads, inner, vocabulary = shape or SHAPES[kind]
+    demo, spec = DEMOS["demo" if kind == "chatglm" else "demo3"], SPECS[kind]
     sizes = {"hidden_size": hidden, "num_layers": layers, "num_attention_heads": heads}
-    if generation == "chatglm":
+    if kind == "chatglm":
         sizes |= {"inner_hidden_size": inner, "vocab_size": vocabulary}
     else:
         sizes |= {"ffn_hidden_size": inner, "kv_channels": hidden // heads, "padded_vocab_size": vocabulary}
+        sizes |= {"generation": kind}
     stored = json.loads((demo / "config.json").read_text())
-    if generation != "chatglm":
-        stored["generation"] = generation
     torch.manual_seed(0)
     with torch.device("meta"):
-        model: PreTrainedModel = kind.model(kind.config(**(stored | sizes))).half()
+        model: PreTrainedModel = spec.model(spec.config(**(stored | sizes))).half()
     model.to_empty(device=device)
     model.tie_weights()
     for name, weight in model.named_parameters():
         weight.data.normal_(1.0 if "norm" in name else 0.0, 0.02)
     model.save_pretrained(folder)
     del model
-    for name in (kind.vocabulary, "tokenizer_config.json"):
+    for name in (spec.vocabulary, "tokenizer_config.json"):
         shutil.copy(demo / name, folder)
-    if generation == "chatglm2":
+    if kind == "chatglm2":
         (folder / "tokenizer_config.json").write_text('{"generation": "chatglm2"}')
     return folder
 
@@ -115,9 +122,9 @@ def write_rows(file: Path, count: int) -> Path:
     return file
 
 
-def flags_of(setting: Setting, model: Path, data: Path, output: Path) -> list[str]:
+def training_flags(setting: Setting, model: Path, data: Path, output: Path) -> list[str]:
     flags = ["--do_train", "--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(output)]
-    flags += ["--prompt_column", "content", "--response_column", "summary", "--max_steps", "3", "--report_to", "none"]
+    flags += ["--prompt_column", "content", "--response_column", "summary", "--max_steps", "2", "--report_to", "none"]
     flags += ["--max_source_length", str(setting.source), "--max_target_length", str(setting.target)]
     flags += ["--per_device_train_batch_size", str(setting.rows), "--save_strategy", "no", "--disable_tqdm", "true"]
     flags += ["--gradient_accumulation_steps", str(setting.accumulation)]
@@ -128,13 +135,12 @@ def flags_of(setting: Setting, model: Path, data: Path, output: Path) -> list[st
 
 def train(setting: Setting, folder: Path, model: Path) -> int:
     """Trains as main.py does. Returns the predicted peak in bytes."""
-    arguments, make = METHODS[setting.method]
-    data = write_rows(folder / "rows.json", 3 * setting.rows * setting.accumulation)
-    model_args, method_args, *others = parse_arguments(arguments, flags_of(setting, model, data, folder / "out"))
-    method = make(method_args)
-    predicted = case_of_arguments(method, model_args, *others, model).plan().total
-    run(method, model_args, *others)
-    return predicted
+    make, arguments = METHODS[setting.method]
+    data = write_rows(folder / "rows.json", 2 * setting.rows * setting.accumulation)
+    argv = training_flags(setting, model, data, folder / "out")
+    model_args, method_args, data_args, args = parse_arguments(arguments, argv)
+    run(make(method_args), model_args, data_args, args)
+    return json.loads((folder / "out" / "train_results.json").read_text())["predicted_memory"]
 
 
 def allocator_peak(recorded: profile) -> int:
@@ -160,20 +166,54 @@ def measure(setting: Setting, model: Path) -> tuple[int, int]:
         return predicted, allocator_peak(recorded)
 
 
+def planned(method_name: str, argv: list[str]) -> Forecast:
+    """The forecast of --plan for the flags of a method's main.py."""
+    make, arguments = METHODS[method_name]
+    model_args, method_args, data_args, args = parse_arguments(arguments, [*argv, "--plan"])
+    start_engine(args)
+    method = make(method_args)
+    folder = check(method, model_args, data_args, args)
+    complete(model_args, args, folder)
+    return forecast(folder, method, model_args, data_args, args)
+
+
+def print_table() -> None:
+    """The three 6B models by method and bits, each with the defaults of its train.sh, on a GPU, as Markdown."""
+    os.environ["DEVICE_MEMORY"] = "80"
+    models = [f"{kind}-6b" for kind in SHAPES]
+    print("| method | weights | lengths, batch |", " | ".join(models), "|")
+    print("|---|---|---|" + "---:|" * len(models))
+    for method in METHODS:
+        for bits in ("4", "8", "") if method != "full" else ("",):
+            cells = []
+            for model in models:
+                flags = flags_of(f"{method}/train.sh", "--plan", MODEL=model, QUANTIZATION_BIT=bits)
+                case, plan, _ = planned(method, flags)
+                cells.append(f"{plan.total / 1e9:.1f} GB")
+            setup = case.setup
+            shape = f"{setup.source_length} + {setup.target_length - 1}, {setup.batch_size}"
+            weights = f"{bits} bit" if bits else "32 bit" if method == "full" else "16 bit"
+            print("|", " | ".join([case.method.name, weights, shape, *cells]), "|", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of the settings to measure")
+    parser.add_argument("--table", action="store_true", help="predict for the 6B models, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        print_table()
+        return
     table = Table(title="peak memory in MB", title_justify="left")
     for column in ("setting", "predicted", "measured", "ratio"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     worst = 0.0
     with tempfile.TemporaryDirectory() as name:
-        models = {generation: make_model(generation, Path(name) / generation) for generation in SHAPES}
+        models = {kind: make_model(kind, Path(name) / kind) for kind in SHAPES}
         for setting in GRID:
             if args.only not in str(setting):
                 continue
-            predicted, measured = measure(setting, models[setting.generation])
+            predicted, measured = measure(setting, models[setting.kind])
             ratio = predicted / measured
             worst = max(worst, abs(ratio - 1))
             row = [str(setting), f"{predicted / 1e6:,.1f}", f"{measured / 1e6:,.1f}", f"{ratio:.3f}"]
