@@ -19,6 +19,7 @@ from common.data.dataset import Prepared, load_shards, prepare_dataset
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
+from common.locking import hold
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
 from common.models.precision import base_dtype
@@ -30,7 +31,6 @@ from common.training.checkpoints import (
     copy_trained,
     is_finished,
     is_saved,
-    own,
     resume_point,
     settings_of,
     start_run,
@@ -62,7 +62,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    with own(output_dir) if args.owns_output else nullcontext():
+    # In the folder itself, where jobs with another cache, or on another machine, find it too.
+    lock = hold(output_dir / ".lock", f"output folder {output_dir}", wait=False)
+    with lock if args.owns_output else nullcontext():
         settings = settings_of(folder, method, model_args, data_args, args)
         checkpoint = resume_point(args, settings, method.files) if args.do_train and args.process_index == 0 else None
         checkpoint = broadcast_object_list([checkpoint])[0]
@@ -185,8 +187,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start["global_step"]
-        samples, saved_to = steps * args.rows_per_step, Path(args.output_dir)
-        print_training_summary(trainer.state.log_history, metrics, steps, samples, tokens, saved_to)
+        print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: dict) -> None:

@@ -36,55 +36,33 @@ DATA_FILES = {  # key -> flag of the file, flag of the job
 }
 SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
-# keys of a peft_config -> flags; None: accepted and ignored
-LORA = {
-    "r": "lora_rank",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "target_modules": "lora_target",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-    "peft_type": None,
-    "task_type": None,
-    "inference_mode": None,
+# peft_type -> its flags, the method, and the keys of peft_config that have another name than their flag
+METHODS: dict[str | None, tuple[Any, Any, dict[str, str]]] = {
+    "LORA": (LoraArguments, Lora, {"r": "lora_rank", "target_modules": "lora_target"}),
+    "PREFIX_TUNING": (PrefixArguments, PTuning, {"num_virtual_tokens": "pre_seq_len"}),
+    None: (FullArguments, Full, {}),
 }
-PREFIX = {
-    "num_virtual_tokens": "pre_seq_len",
-    "prefix_projection": "prefix_projection",
-    # the sizes are those of the model
-    "num_attention_heads": None,
-    "token_dim": None,
-    "num_layers": None,
-    "num_transformer_submodules": None,
-    "encoder_hidden_size": None,
-    "peft_type": None,
-    "task_type": None,
-    "inference_mode": None,
-}
-METHODS: dict[str | None, tuple[type, dict, Any]] = {  # peft_type -> its flags, its keys, the method
-    "LORA": (LoraArguments, LORA, Lora),
-    "PREFIX_TUNING": (PrefixArguments, PREFIX, PTuning),
-    None: (FullArguments, {}, Full),
-}
+IGNORED = (  # keys of peft_config; the sizes are those of the model
+    *("peft_type", "task_type", "inference_mode", "num_attention_heads", "token_dim", "num_layers"),
+    *("num_transformer_submodules", "encoder_hidden_size"),
+)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The sections of a configuration file. Raises UserError for a broken one or an unknown section."""
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no configuration file {file}.") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{file} is a folder, not a configuration file.") from error
+    except OSError as error:
+        raise UserError(f"can't read the configuration file {file}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected sections like training_args:, found {type(config).__name__}.")
     check_keys(file, "", config, SECTIONS)
     for name in ("data_config", "training_args", "peft_config"):
-        if not isinstance(config.setdefault(name, {}) or {}, dict):
+        config[name] = config.get(name) or {}
+        if not isinstance(config[name], dict):
             raise UserError(f"{file}: {name} must hold keys with values.")
-        config[name] = config[name] or {}
     return config
 
 
@@ -98,7 +76,7 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
 
 
 def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
-    """The flags of the data. A file is made evaluated or trained on by being named."""
+    """The flags of the data. A file is trained on or evaluated if it is named."""
     data = dict(config["data_config"])
     known = {*DATA_FILES, "num_proc", *DataArguments.__dataclass_fields__} - SET_ELSEWHERE
     check_keys(file, "data_config.", data, known)
@@ -117,32 +95,18 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
 
 def training_defaults(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     training = dict(config["training_args"])
-    known = [*TrainingArguments.__dataclass_fields__, *RENAMED, *REMOVED]
-    check_keys(file, "training_args.", training, known)
+    check_keys(file, "training_args.", training, [*TrainingArguments.__dataclass_fields__, *RENAMED, *REMOVED])
     generation = training.pop("generation_config", None) or {}
     check_keys(file, "training_args.generation_config.", generation, GENERATION)
     training = dict(filter(None, (current_flag(name, value) for name, value in training.items())))
     if not config["data_config"].get("val_file"):
         training["eval_strategy"] = "no"
-    deepspeed = training.get("deepspeed")
-    if deepspeed and not isinstance(deepspeed, str):
-        raise UserError(f"{file}: training_args.deepspeed must name a file.")
-    if deepspeed:  # relative to the working directory, or to this file
+    if deepspeed := str(training.get("deepspeed") or ""):  # relative to the working directory, or to this file
         found = [place for place in (Path(deepspeed), file.parent / deepspeed) if place.is_file()]
         if not found:
             raise UserError(f"{file}: training_args.deepspeed: no file {deepspeed}.")
         training["deepspeed"] = str(found[0])
     return training | generation
-
-
-def method_defaults(file: Path, peft: dict[str, Any], keys: dict[str, str | None]) -> dict[str, Any]:
-    check_keys(file, "peft_config.", peft, keys)
-    if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
-        raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
-    flags = {name: value for key, value in peft.items() if (name := keys[key])}
-    if isinstance(flags.get("lora_target"), list):
-        flags["lora_target"] = ",".join(flags["lora_target"])
-    return flags
 
 
 def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tuple[Method, tuple[Any, ...]]:
@@ -155,13 +119,18 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     kind = peft.get("peft_type")
     if kind not in list(METHODS) or peft and kind is None:
         raise UserError(f"{file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
-    method_arguments, keys, method_class = METHODS[kind]
-    defaults = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
+    arguments, method, renamed = METHODS[kind]
+    check_keys(file, "peft_config.", peft, [*renamed, *arguments.__dataclass_fields__, *IGNORED])
+    if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
+        raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
+    defaults: dict[str, Any] = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
     defaults |= data_defaults(file, config, data_dir) | training_defaults(file, config)
-    defaults |= method_defaults(file, peft, keys)
+    defaults |= {renamed.get(key, key): value for key, value in peft.items() if key not in IGNORED}
+    if isinstance(defaults.get("lora_target"), list):
+        defaults["lora_target"] = ",".join(defaults["lora_target"])
     given = {name: value for name, value in defaults.items() if value is not None}
-    model_args, method_args, *others = parse_arguments(method_arguments, flags, given)
-    return method_class(method_args), (model_args, *others)
+    model_args, method_args, *others = parse_arguments(arguments, flags, given)
+    return method(method_args), (model_args, *others)
 
 
 def resume(choice: str, args: TrainingArguments) -> None:

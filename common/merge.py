@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import PreTrainedModel
 
 from common.encoding import encode_chat
 from common.errors import UserError, exit_on_user_error
@@ -30,9 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter, or of several: the newest")
     parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the adapter names")
-    parser.add_argument(
-        "--output_dir", type=Path, help="a new folder for the merged checkpoint; default: merged, in it"
-    )
+    parser.add_argument("--output_dir", type=Path, help="a new folder; default: merged, in the adapter's")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the merged weights")
     parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
     args = parser.parse_args()
@@ -61,21 +58,17 @@ def main() -> None:
         difference = (model(sample).logits - adapted).abs().max().item()
     if difference > TOLERANCE:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
-    save(model, partial, DTYPES[args.dtype], args.max_shard_size)
-    tokenizer.save_pretrained(str(partial))
-    os.replace(partial, output_dir)
-    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
-
-
-def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """The weights in ``dtype``, of ChatGLM with the names and the buffers of the original checkpoints."""
-    if model.config.model_type == "chatglm":
+    dtype = DTYPES[args.dtype]
+    if model.config.model_type == "chatglm":  # with the names and the buffers of the original checkpoints
         weights = model.original_state_dict(dtype)
     else:
         weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights, max_shard_size=max_shard_size)
+    model.save_pretrained(partial, state_dict=weights, max_shard_size=args.max_shard_size)
     model.config.dtype = dtype  # save_pretrained takes that of the model in memory
-    model.config.save_pretrained(folder)
+    model.config.save_pretrained(partial)
+    tokenizer.save_pretrained(str(partial))
+    os.replace(partial, output_dir)
+    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python common/preprocess.py --train_file FILE --model_name_or_path MODEL --outpu
 The same command continues a run that was interrupted: finished shards are kept.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -26,15 +27,13 @@ from common.data import dataset
 from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Split
 from common.data.rows import Rows
 from common.errors import UserError, differences, exit_on_user_error
-from common.files import read_json, write_json
+from common.files import read_json, short_hash, write_json
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
 from common.locking import hold
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.report import print_prepared
-
-SETTINGS_FILE = "settings.json"
 
 
 @dataclass
@@ -57,6 +56,7 @@ class Job:
     rows: Rows
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
+    key: str  # of the settings
     position: int = 0  # how many of the rows were read
 
 
@@ -72,33 +72,30 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with hold(folder / ".lock", f"folder {folder}"):
-        start_or_continue(folder, settings, args.overwrite_cache)
         bounds = shard_bounds(sum(1 for _ in split.read()), own_args.num_shards)
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
-        make_missing(Job(split, split.read(), bounds, files), own_args.num_workers or len(os.sched_getaffinity(0)))
-        write_manifest(split, settings, files)
+        job = Job(split, split.read(), bounds, files, short_hash(json.dumps(settings).encode()))
+        remove_other(job, folder, settings)
+        make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
+        write_manifest(job, settings)
         print_prepared("train", dataset.load_shards(args, folder, tokenizer))
 
 
-def start_or_continue(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Removes from the folder what was made with other settings, and writes these down.
+def remove_other(job: Job, folder: Path, settings: dict[str, Any]) -> None:
+    """Removes the shards that are not complete or have other settings, and with --overwrite_cache all.
 
-    Raises UserError if that would remove a complete data set.
+    Raises UserError if that would remove a complete data set, unless it is to be overwritten.
     """
-    earlier = read_json(folder / SETTINGS_FILE) or {}
-    differing = differences(earlier, settings)
-    if earlier and differing and not overwrite:
-        if (folder / MANIFEST).exists():
-            raise UserError(
-                f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
-                "--overwrite_cache to make it again."
-            )
-        print(f"{folder} was begun with other settings ({differing}): starting over", flush=True)
-    if differing or overwrite:
-        for file in (folder / MANIFEST, *folder.glob("shard-*-of-*")):
-            file.unlink(missing_ok=True)
-        write_json(folder / SETTINGS_FILE, settings)
+    overwrite, complete = job.split.args.overwrite_cache, read_json(folder / MANIFEST)
+    if complete and not overwrite and (differing := differences(complete, settings)):
+        raise UserError(
+            f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
+            "--overwrite_cache to make it again."
+        )
+    for file in folder.glob("shard-*-of-*.arrow"):
+        if overwrite or read_summary(file, job.key) is None:
+            file.unlink()
 
 
 def shard_bounds(rows: int, shards: int) -> list[int]:
@@ -108,16 +105,16 @@ def shard_bounds(rows: int, shards: int) -> list[int]:
     return [min(rows, batches * index // shards * ROWS_PER_BATCH) for index in range(shards + 1)]
 
 
-def read_summary(file: Path) -> dict[str, Any] | None:
-    """The summary of a shard; None if the shard is missing or not complete."""
-    summary = read_json(file.with_suffix(".json"))
-    complete = summary is not None and file.is_file() and file.stat().st_size == summary["size"]
-    return summary if complete else None
+def read_summary(file: Path, key: str) -> dict[str, Any] | None:
+    """The summary of a shard that exists; None if the shard is not complete, or made with other settings."""
+    summary = read_json(file.with_suffix(".json")) or {}
+    whole = summary.get("settings") == key and summary["size"] == file.stat().st_size
+    return summary if whole else None
 
 
 def make_missing(job: Job, workers: int) -> None:
     """Starts the workers. Raises UserError for the first bad row, and where a worker was killed."""
-    missing = [index for index, file in enumerate(job.files) if read_summary(file) is None]
+    missing = [index for index, file in enumerate(job.files) if not file.exists()]
     finished = len(job.files) - len(missing)
     if finished:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
@@ -138,13 +135,13 @@ def make_missing(job: Job, workers: int) -> None:
             raise
 
 
-def write_manifest(split: Split, settings: dict[str, Any], files: list[Path]) -> None:
-    summaries = {file.name: read_summary(file) or {} for file in files}
+def write_manifest(job: Job, settings: dict[str, Any]) -> None:
+    summaries = {file.name: read_summary(file, job.key) or {} for file in job.files}
     totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
-    dataset.check_any(totals, split.args, split.source)
+    dataset.check_any(totals, job.split.args, job.split.source)
     totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
     shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-    write_json(files[0].with_name(MANIFEST), settings | totals | {"num_shards": len(shards), "shards": shards})
+    write_json(job.files[0].with_name(MANIFEST), settings | totals | {"shards": shards})
 
 
 # In the workers
@@ -178,7 +175,7 @@ def make_shard(index: int) -> None:
     _job.position = end
     file = _job.files[index]
     summary = dataset.write_table(_job.split, "rows", rows, file)
-    write_json(file.with_suffix(".json"), summary | {"size": file.stat().st_size})
+    write_json(file.with_suffix(".json"), summary | {"size": file.stat().st_size, "settings": _job.key})
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_a_bad_row_is_named_and_a_mended_file_is_tokenized_anew(tmp_path, capsys
     assert not (tmp_path / "out" / "manifest.json").exists()
     write_rows(file, 3300)
     preprocess(file, tmp_path / "out")
-    assert "starting over" in capsys.readouterr().out
+    assert "finished before" not in capsys.readouterr().out
     broken = tmp_path / "broken.json"
     broken.write_text(file.read_text() + '{"content": \n')
     with pytest.raises(UserError, match=r"broken.json, line 3301: broken JSON"):

@@ -267,7 +267,7 @@ def test_only_models_with_roles_have_a_system_prompt(model, known):
 
 
 def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
-    chat, _ = load("--ptuning_checkpoint", str(prefix))
+    chat, _ = load("--checkpoint", str(prefix))
     settings = generation_settings(16, 0, 1)
 
     def converse(question: str, conversation: web_demo.Conversation) -> None:
@@ -289,7 +289,7 @@ def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
 
 def test_an_abandoned_answer_gives_the_model_back(prefix):
     """The model has its prefix again and is free for the next visitor."""
-    chat, _ = load("--ptuning_checkpoint", str(prefix))
+    chat, _ = load("--checkpoint", str(prefix))
     conversation: web_demo.Conversation = []
     answering = chat.reply(conversation, QUESTION, "", generation_settings(24, 0, 1))
     next(answering)
@@ -334,7 +334,7 @@ def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path)
     torch.nn.init.zeros_(trained.lm_head.weight)
     Full(FullArguments()).save(trained, tmp_path)
     load_tokenizer("demo").save_pretrained(str(tmp_path))
-    chat, _ = load("--model_name_or_path", str(tmp_path), "--compare", "true")
+    chat, _ = load("--checkpoint", str(tmp_path), "--compare", "true")
     weights = []
     for speaker in chat.speakers:
         with speaker.model() as model:
@@ -343,13 +343,13 @@ def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path)
     base, _ = load("--model_name_or_path", "demo")
     with base.speakers[0].model() as model:
         assert torch.equal(weights[1], model.lm_head.weight)
-    alone, _ = load("--model_name_or_path", str(tmp_path))
-    assert [speaker.title for speaker in alone.speakers] == ["ChatGLM"]
+    alone, _ = load("--checkpoint", str(tmp_path))
+    assert [speaker.title for speaker in alone.speakers] == ["微调后 / tuned"]
 
 
-def test_what_names_no_base_can_not_be_compared():
-    with pytest.raises(UserError, match="--compare true: the base of demo does not exist: its config.json names none"):
-        load("--compare", "true")
+def test_what_names_no_base_can_not_be_compared(demo_folder):
+    with pytest.raises(UserError, match="does not name its base model: set MODEL"):
+        load("--checkpoint", str(demo_folder), "--compare", "true")
 
 
 @pytest.mark.parametrize(

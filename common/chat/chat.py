@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
@@ -32,18 +26,18 @@ CHINESE = "[\u4e00-\u9fff]"
 MAX_NEW_TOKENS = 512
 
 
-def chat_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that all chats share."""
+def chat_parser(description: str, checkpoint: str = "--checkpoint") -> argparse.ArgumentParser:
+    """The flags that all chats share; ``checkpoint`` is a flag or a position."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--checkpoint", help="folder of a training, or of several: the newest; default: a base model")
+    parser.add_argument(checkpoint, help="folder of a training, or of several: the newest; default: a base model")
     parser.add_argument("--model_name_or_path", help="base model: demo, demo3, a folder, or a hub id")
     bits = "bits of the base model; 0: not quantized; default: as it was trained"
     parser.add_argument("--quantization_bit", type=int, choices=(0, 4, 8), help=bits)
     parser.add_argument("--system_prompt", default="", help="instructions before the conversation (ChatGLM3, GLM-4)")
     half = f"default: {MAX_NEW_TOKENS}, or half of the model's context if that is less"
     parser.add_argument("--max_new_tokens", type=int, help=f"tokens of the longest answer; {half}")
-    parser.add_argument("--top_p", type=float, default=0.7, help="share of the probability to sample from (0.7)")
-    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token (0.95)")
+    parser.add_argument("--top_p", type=float, default=0.7, help="share of probability to sample from (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.95, help="0: always the likeliest token (%(default)s)")
     return parser
 
 
@@ -64,13 +58,8 @@ def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     device = this_device()
     model = load_model(base, compute_dtype(device), args.quantization_bit or None, device=device, **trained)
     if args.max_new_tokens is None:
-        args.max_new_tokens = min(MAX_NEW_TOKENS, context_length(model) // 2)
+        args.max_new_tokens = min(MAX_NEW_TOKENS, model.config.max_position_embeddings // 2)
     return model, tokenizer, trained
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """The longest prompt and answer together, in tokens."""
-    return model.config.max_position_embeddings
 
 
 def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -90,9 +79,8 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
-    if temperature == 0:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False}
-    return {"max_new_tokens": max_new_tokens, "do_sample": True, "top_p": top_p, "temperature": temperature}
+    sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature} if temperature else {"do_sample": False}
+    return {"max_new_tokens": max_new_tokens, **sampling}
 
 
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
@@ -114,16 +102,6 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
     return forgotten
 
 
-class StopOnEvent(StoppingCriteria):
-    """Ends a generation when an event is set."""
-
-    def __init__(self, event: Event):
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 def stream_chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -140,8 +118,12 @@ def stream_chat(
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()
+
+    def is_unwanted(input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        return torch.full((len(input_ids),), unwanted.is_set(), device=input_ids.device)
+
     generation = {"eos_token_id": stop_ids(tokenizer)} | generation
-    stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
+    stopping = StoppingCriteriaList([is_unwanted])
     with ThreadPoolExecutor(1) as thread:
         answer = ""
         written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)

@@ -1,28 +1,30 @@
 """Chat in the terminal with a model, or with a model and its trained prefix or adapter.
 
+<<<<<<< HEAD
 python common/chat/cli_demo.py --checkpoint FOLDER
+=======
+python common/chat/cli_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
+>>>>>>> lean-data
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
+from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
 
 WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)"
 
 
 def main() -> None:
+    """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
     args = chat_parser(__doc__.splitlines()[0]).parse_args()
     model, tokenizer, _ = load_chat(args)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
-    chat(model, tokenizer, args.system_prompt, generation)
-
-
-def chat(model, tokenizer, system: str, generation: dict) -> None:
-    """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
+    room = model.config.max_position_embeddings - args.max_new_tokens
     print(WELCOME)
     history: list[list[str]] = []
     while True:
@@ -37,24 +39,24 @@ def chat(model, tokenizer, system: str, generation: dict) -> None:
             history = []
             print("(cleared)")
         elif query:
-            room = context_length(model) - generation["max_new_tokens"]
             try:
-                forgotten = count_forgotten(tokenizer, query, history, system, room)
+                forgotten = count_forgotten(tokenizer, query, history, args.system_prompt, room)
             except UserError as error:
                 print(f"({error})")
                 continue
             if forgotten:
                 del history[:forgotten]
                 print(f"（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）")
-            history.append([query, say_answer(model, tokenizer, query, history, system, generation)])
+            answers = stream_chat(model, tokenizer, query, history, args.system_prompt, **generation)
+            history.append([query, print_answer(answers)])
 
 
-def say_answer(model, tokenizer, query: str, history: list[list[str]], system: str, generation: dict) -> str:
+def print_answer(answers: Iterator[str]) -> str:
     """Prints the answer as it grows and returns it. If a token changes earlier text, all is printed again."""
     print("\nChatGLM：", end="", flush=True)
     shown = ""
     try:
-        for answer in stream_chat(model, tokenizer, query, history, system, **generation):
+        for answer in answers:
             print(answer[len(shown) :] if answer.startswith(shown) else f"\n{answer}", end="", flush=True)
             shown = answer
     except KeyboardInterrupt:

@@ -1,6 +1,10 @@
 """Chat in the browser with a model and, beside it, the base that it was tuned from.
 
+<<<<<<< HEAD
 python common/chat/web_demo.py --checkpoint FOLDER
+=======
+python common/chat/web_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
+>>>>>>> lean-data
 """
 
 import argparse
@@ -22,11 +26,12 @@ import psutil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import LoraArguments, PrefixArguments
-from common.chat.chat import chat_parser, context_length, count_forgotten, generation_settings, load_chat, stream_chat
+from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, say
 from common.loading import load_model
 from common.locking import take_port
+from common.methods import Method
 from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
 from common.trained import base_of
@@ -179,24 +184,22 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
-    tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
-    speakers = [tuned]
-    if trained and args.compare != "false":
-        speakers.append(Speaker("基座 / base", partial(base_context(trained), model)))
+    speakers = [Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))]
+    if trained and args.compare != "false":  # the same model without what was trained
+        speakers.append(Speaker("基座 / base", partial(method_of(trained).base, model)))
     elif args.checkpoint and args.compare == "true":
         name = base_of(args.checkpoint, args.model_name_or_path)
         base = load_model(name, compute_dtype(model.device), args.quantization_bit, device=model.device)
         speakers.append(Speaker("基座 / base", partial(nullcontext, base)))
-    return Chat(speakers, tokenizer, context_length(model), threading.Lock())
+    return Chat(speakers, tokenizer, model.config.max_position_embeddings, threading.Lock())
 
 
-def base_context(trained: dict[str, str]) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
-    """The context manager in which a tuned model is its base, in the same memory."""
+def method_of(trained: dict[str, str]) -> Method:
     if "ptuning_checkpoint" in trained:
-        return PTuning(PrefixArguments()).base
+        return PTuning(PrefixArguments())
     from common.methods.lora import Lora  # PEFT takes two seconds to import
 
-    return Lora(LoraArguments()).base
+    return Lora(LoraArguments())
 
 
 def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:

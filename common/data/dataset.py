@@ -5,8 +5,7 @@ CACHE/datasets/HASH/            one split, written by the first job that needs i
   summary.json                  the counts, written last: a folder with a summary is complete
 train_datasets/                 training rows, written by common/preprocess.py ahead of all jobs
   shard-00000-of-00008.arrow    the rows in their order
-  shard-00000-of-00008.json     the counts of that shard
-  settings.json                 the fingerprint
+  shard-00000-of-00008.json     the counts of that shard, written after it
   manifest.json                 fingerprint, counts and shards; written last: a folder with a manifest is complete
 """
 

@@ -4,36 +4,30 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.rows import find_files
 from common.errors import UserError, differences
 from common.files import indexed_files, is_complete, read_json, write_json
-from common.locking import hold
 from common.methods import Method
 from common.models.registry import ModelFolder
 from common.trained import COLUMNS, SETTINGS_FILE
-
-# What decides where a training leads. The number of steps is not among them: a training may be prolonged.
-DATA_SETTINGS = (
-    *("dataset_name", *COLUMNS),
-    *("max_source_length", "max_target_length", "max_train_samples", "ignore_pad_token_for_loss"),
-)
 
 
 def settings_of(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> dict:
-    """The settings that a continued training must share with its beginning."""
+    """The settings that a continued training must share with its beginning; it may be prolonged."""
     settings: dict[str, object] = {"model": str(folder.path.resolve()), "method": method.name}
     settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
     settings["train_file"] = full_paths(data_args.train_file)
     settings["train_datasets"] = data_args.train_datasets and str(Path(data_args.train_datasets).resolve())
-    settings |= {name: vars(data_args)[name] for name in DATA_SETTINGS}
+    lengths = ("max_source_length", "max_target_length", "max_train_samples")
+    names = ("dataset_name", *COLUMNS, *lengths, "ignore_pad_token_for_loss")
     return settings | {
+        **{name: vars(data_args)[name] for name in names},
         "learning_rate": args.learning_rate,
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "weight_decay": args.weight_decay,
@@ -64,16 +58,6 @@ def check_space(folder: Path, needed: int) -> None:
             f"the disk of {folder} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
             "make room or choose another --output_dir."
         )
-
-
-@contextmanager
-def own(folder: Path) -> Iterator[None]:
-    """Two jobs never write into one output folder: the second is refused, naming the first.
-
-    The lock lies in the folder itself, where jobs with another cache, or on another machine, find it too.
-    """
-    with hold(folder / ".lock", f"output folder {folder}", wait=False):
-        yield
 
 
 def is_complete_checkpoint(folder: Path) -> bool:
@@ -107,20 +91,24 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
     """
     folder = Path(args.output_dir)
     asked = args.resume_from_checkpoint
-    if asked and asked.lower() not in ("true", "yes", "1"):
-        if not is_complete_checkpoint(Path(asked)):
-            raise UserError(f"{asked} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
-        if Path(asked).resolve().parent == folder.resolve():
-            check_settings(folder, settings)
-        return Path(asked)
+    chosen = Path(asked) if asked and asked.lower() not in ("true", "yes", "1") else None
+    if chosen and not is_complete_checkpoint(chosen):
+        raise UserError(f"{chosen} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
+    if chosen and chosen.resolve().parent != folder.resolve():
+        return chosen
     if args.overwrite_output_dir and not asked:
         return None
     checkpoints = complete_checkpoints(folder)
-    if asked and not checkpoints:
+    if asked and not chosen and not checkpoints:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
-    if checkpoints or any((folder / name).exists() for name in files):
-        check_settings(folder, settings)
-    return checkpoints[-1] if checkpoints else None
+    earlier = read_json(folder / SETTINGS_FILE) or settings
+    begun = chosen or checkpoints or any((folder / name).exists() for name in files)
+    if begun and (differing := differences(earlier, settings)):
+        raise UserError(
+            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
+            "or --overwrite_output_dir to start over."
+        )
+    return chosen or next(reversed(checkpoints), None)
 
 
 def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
@@ -130,35 +118,21 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
             f"{checkpoint} is not whole on this machine ({socket.gethostname()}): let all machines share the output "
             "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
-    states = checkpoint / (checkpoint / "latest").read_text().strip() if (checkpoint / "latest").is_file() else None
-    if states is None:
-        if args.engine.name == "DeepSpeed":
-            raise UserError(f"{checkpoint} was not written under DeepSpeed: continue it without --deepspeed.")
-        by_fsdp = (checkpoint / "optimizer.bin").is_file()
-        if by_fsdp != (args.engine.name == "FSDP2"):
-            raise UserError(
-                f"{checkpoint} was written with{'' if by_fsdp else 'out'} --fsdp: continue it the same way."
-            )
+    latest = checkpoint / "latest"
+    engine = "DeepSpeed" if latest.is_file() else "FSDP2" if (checkpoint / "optimizer.bin").is_file() else "DDP"
+    if engine != args.engine.name:
+        raise UserError(
+            f"{checkpoint} was written under {engine}, and this is {args.engine.name}: continue it with the same "
+            "--deepspeed or --fsdp, or without either after DDP."
+        )
+    if engine != "DeepSpeed":
         return
-    if args.engine.name != "DeepSpeed":
-        raise UserError(f"{checkpoint} was written under DeepSpeed: continue it with the same --deepspeed file.")
-    written_by = len(list(states.glob("*_optim_states.pt")))
+    written_by = len(list((checkpoint / latest.read_text().strip()).glob("*_optim_states.pt")))
     if written_by != args.processes:
         raise UserError(
             f"{checkpoint} was written by {written_by} processes, and ZeRO can't spread its optimizer states over "
             f"{args.processes}: continue with {written_by}, or train on from its weights in a new --output_dir "
-            f"(with --model_name_or_path {checkpoint} after full-parameter training; --lora_checkpoint or "
-            "--ptuning_checkpoint for the others)."
-        )
-
-
-def check_settings(folder: Path, settings: dict) -> None:
-    """Raises UserError where the training in a folder was started with other settings."""
-    earlier = read_json(folder / SETTINGS_FILE) or settings
-    if differing := differences(earlier, settings):
-        raise UserError(
-            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
-            "or --overwrite_output_dir to start over."
+            f"(--model_name_or_path, --lora_checkpoint or --ptuning_checkpoint {checkpoint})."
         )
 
 
@@ -193,18 +167,8 @@ def is_saved(folder: Path, files: Iterable[str]) -> bool:
     return any(parts and all(part.is_file() and is_complete(part) for part in parts) for parts in found)
 
 
-STATES = (
-    "optimizer.*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "latest",
-    "zero_to_*",
-    "global_step*",
-)
-
-
 def copy_trained(checkpoint: Path, folder: Path) -> None:
     """Copies the result out of a checkpoint, without what is there to continue from it."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*STATES), dirs_exist_ok=True)
+    trainer = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json")
+    states = shutil.ignore_patterns(*trainer, "latest", "zero_to_*", "global_step*")
+    shutil.copytree(checkpoint, folder, ignore=states, dirs_exist_ok=True)

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -47,12 +47,8 @@ def print_prepared(split: str, data: Prepared) -> None:
 
 
 LABELS = {
-    "weights": "weights",
     "trained": "trained weights",
-    "gradients": "gradients",
     "optimizer": "the optimizer's states",
-    "activations": "activations",
-    "logits": "logits",
     "workspace": "workspace (dequantized weights, buckets)",
 }
 
@@ -60,28 +56,23 @@ LABELS = {
 def print_plan(memory: Forecast) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
     (folder, method, setup), plan, available = memory
-    table = Table(title=f"{folder.spec.name}, {method.name}: predicted memory", title_justify="left")
-    table.add_column("at the peak")
-    table.add_column("GB", justify="right")
-    for name, size in plan.parts().items():
-        table.add_row(LABELS[name], f"{size / 1e9:,.2f}")
-    table.add_section()
-    table.add_row("a process on its device", f"{plan.total / 1e9:,.2f}")
+    sizes_of = {LABELS.get(name, name): size for name, size in plan.parts().items()}
+    sizes_of["a process on its device"] = plan.total
     if setup.gpu:
-        table.add_row("CUDA itself, beside that", f"{CUDA_CONTEXT / 1e9:,.2f}")
+        sizes_of["CUDA itself, beside that"] = CUDA_CONTEXT
     if plan.offloaded:
-        table.add_row("a process on the host", f"{plan.offloaded / 1e9:,.2f}")
-    out = console()
-    out.print(table)
-    bits = f"{setup.bits} bit" if setup.bits else str(setup.dtype).removeprefix("torch.")
-    out.print(
-        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, {bits}, "
+        sizes_of["a process on the host"] = plan.offloaded
+    title = f"{folder.spec.name}, {method.name}: predicted memory at the peak"
+    print_pairs(title, {name: f"{size / 1e9:10,.2f} GB" for name, size in sizes_of.items()})
+    answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""
+    console().print(
+        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, "
+        f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
-        f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}"
-        + (f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else "")
+        f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}{answers}"
     )
     if plan.total <= available:
-        out.print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
+        console().print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -147,12 +138,7 @@ def print_settings(
 
 
 def print_training_summary(
-    history: Sequence[Mapping[str, float]],
-    metrics: Mapping[str, float],
-    steps: int,
-    samples: int,
-    tokens: int,
-    saved_to: Path,
+    args: TrainingArguments, history: list[dict[str, float]], metrics: Mapping[str, float], steps: int, tokens: int
 ) -> None:
     """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     seconds = metrics["train_runtime"]
@@ -166,8 +152,8 @@ def print_training_summary(
             "loss": loss,
             "steps": steps,
             "time": f"{seconds:,.1f} s",
-            "speed": f"{tokens / seconds:,.0f} tokens/s, {samples / seconds:,.2f} samples/s",
+            "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
             **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
-            "saved to": saved_to,
+            "saved to": args.output_dir,
         },
     )
