@@ -1,10 +1,6 @@
 """Chat in the terminal with a model, or with a model and its trained prefix or adapter.
 
-<<<<<<< HEAD
-python common/chat/cli_demo.py --checkpoint FOLDER
-=======
 python common/chat/cli_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
->>>>>>> lean-data
 """
 
 import sys

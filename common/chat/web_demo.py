@@ -1,10 +1,6 @@
 """Chat in the browser with a model and, beside it, the base that it was tuned from.
 
-<<<<<<< HEAD
-python common/chat/web_demo.py --checkpoint FOLDER
-=======
 python common/chat/web_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
->>>>>>> lean-data
 """
 
 import argparse

@@ -59,7 +59,7 @@ def print_plan(memory: Forecast) -> None:
     sizes_of = {LABELS.get(name, name): size for name, size in plan.parts().items()}
     sizes_of["a process on its device"] = plan.total
     if setup.gpu:
-        sizes_of["CUDA itself, beside that"] = CUDA_CONTEXT
+        sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
     if plan.offloaded:
         sizes_of["a process on the host"] = plan.offloaded
     title = f"{folder.spec.name}, {method.name}: predicted memory at the peak"
