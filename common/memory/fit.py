@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -128,8 +129,7 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
 
 
 def processes_here(args: TrainingArguments) -> int:
-    here = os.environ.get("PROCESSES_PER_MACHINE") or os.environ.get("LOCAL_WORLD_SIZE") or args.processes
-    return int(here)
+    return int(os.environ.get("PROCESSES_PER_MACHINE") or os.environ.get("LOCAL_WORLD_SIZE") or args.processes)
 
 
 def card_memory(args: TrainingArguments) -> int:
@@ -168,13 +168,8 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         limit = min(LARGEST_BATCH, data_args.max_train_samples or LARGEST_BATCH)
         margin = MARGIN if case.setup.gpu else MARGIN_ON_CPU
         sizes = [2**power for power in range(limit.bit_length())]
-        fitting = [1]
-        while sizes:  # by bisection
-            middle = len(sizes) // 2
-            fits = case.changed(batch_size=sizes[middle]).plan().total <= margin * available
-            fitting += sizes[middle : middle + 1] * fits
-            sizes = sizes[middle + 1 :] if fits else sizes[:middle]
-        size = max(fitting)
+        fitting = bisect(sizes, margin * available, key=lambda rows: case.changed(batch_size=rows).plan().total)
+        size = sizes[max(0, fitting - 1)]
         reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
     if args.world_size > 1:  # machines may find different things in their folders
         size = min(gather_object([size]))
