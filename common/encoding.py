@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.errors import UserError
 from common.tokenizers.base import SentencePieceTokenizer
@@ -30,6 +30,7 @@ class Turn(NamedTuple):
 
 
 Conversation = Sequence[Turn]
+Conversations = Sequence[Conversation]
 
 
 class TrainRow(NamedTuple):
@@ -53,10 +54,7 @@ def conversation_of(query: str, response: str, history: History = ()) -> list[Tu
 
 
 def encode_train(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[TrainRow]:
     """The training rows of conversations.
 
@@ -69,10 +67,7 @@ def encode_train(
 
 
 def encode_eval(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[EvalRow]:
     """The prompt and the reference of every trained answer.
 
@@ -85,18 +80,18 @@ def encode_eval(
     return encode(tokenizer, conversations, max_source_length, max_target_length)
 
 
-def has_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_roles(tokenizer: Tokenizer) -> bool:
     """Whether the model reads messages, with a system prompt if wanted; otherwise it reads numbered rounds."""
     return isinstance(tokenizer, ChatGLM3Tokenizer) or not isinstance(tokenizer, SentencePieceTokenizer)
 
 
-def check_system(tokenizer: PreTrainedTokenizerBase, system: str) -> None:
+def check_system(tokenizer: Tokenizer, system: str) -> None:
     """Raises UserError for a system prompt if the model has no roles."""
     if system and not has_roles(tokenizer):
         raise UserError("--system_prompt: ChatGLM-6B and ChatGLM2-6B know questions and answers only.")
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History = (), system: str = "") -> list[int]:
+def encode_chat(tokenizer: Tokenizer, query: str, history: History = (), system: str = "") -> list[int]:
     """The uncut prompt of a question after its history. Raises UserError as ``check_system`` does."""
     check_system(tokenizer, system)
     conversation = [Turn("system", system)] if system else []
@@ -104,7 +99,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, query: str, history: History
     return encode_eval(tokenizer, [conversation], sys.maxsize, sys.maxsize)[0].prompt_ids
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block_size: int) -> list[TrainRow]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> list[TrainRow]:
     """Splits plain text for causal language modelling into blocks of at most ``block_size`` tokens; loses none.
 
     Every block begins with the start tokens of the model, and the last block of a text ends with the end token.
@@ -120,17 +115,17 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], block
     return rows
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer."""
     return with_methods(tokenizer).stop_ids()
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, without added special tokens."""
     return with_methods(tokenizer).encode_batch(texts)
 
 
-def with_methods(tokenizer: PreTrainedTokenizerBase) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
+def with_methods(tokenizer: Tokenizer) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
     """The tokenizer itself, or an adapter with the same methods if its class is not ours."""
     return tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else GLM4Adapter(tokenizer)
 
@@ -166,7 +161,7 @@ def encode_rounds(
 
 
 def train_rounds(
-    tokenizer: RoundsTokenizer, conversations: Sequence[Conversation], max_source_length: int, max_target_length: int
+    tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[TrainRow]:
     """One row per trained answer."""
     # Special tokens that the official script counts in the prompt's length and in the answer's, and those beside the
@@ -182,7 +177,7 @@ def train_rounds(
 
 
 def eval_rounds(
-    tokenizer: RoundsTokenizer, conversations: Sequence[Conversation], max_source_length: int, max_target_length: int
+    tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[EvalRow]:
     """One prompt per trained answer; two special tokens count in each length, as in the official scripts."""
     rows = []
@@ -208,9 +203,7 @@ class EncodedTurn(NamedTuple):
         return len(self.header) + len(self.body)
 
 
-def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
-) -> list[list[EncodedTurn]]:
+def encode_messages(tokenizer: Tokenizer, conversations: Conversations) -> list[list[EncodedTurn]]:
     """All turns of all conversations as token ids."""
     adapter = with_methods(tokenizer)
     encoded = adapter.encode_messages([[turn._asdict() for turn in conversation] for conversation in conversations])
@@ -262,10 +255,7 @@ def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[Encoded
 
 
 def train_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[TrainRow]:
     """One row per conversation: ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
@@ -294,10 +284,7 @@ def train_messages(
 
 
 def eval_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    max_source_length: int,
-    max_target_length: int,
+    tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[EvalRow]:
     """One prompt per trained answer, up to the role token of the assistant.
 

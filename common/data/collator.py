@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Rows of ids -> [b, s], int64."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", length: int = 0) -> Tensor:
+    """Rows of ids -> [b, s], int64; s is the length of the longest row, and at least ``length``."""
+    missing = [value] * (length - max(map(len, rows)))
+    tensors = [torch.tensor([*row, *missing]) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 @dataclass
@@ -22,16 +24,11 @@ class TrainCollator:
     pad_to: int = 0  # at least this length: 0 pads to the longest row
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        input_ids = pad([row["input_ids"] for row in rows], self.pad_token_id)
-        labels = pad([row["labels"] for row in rows], self.label_pad_token_id)
-        lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
-        missing = max(self.pad_to - input_ids.shape[1], 0)
-        input_ids = torch.nn.functional.pad(input_ids, (0, missing), value=self.pad_token_id)
-        labels = torch.nn.functional.pad(labels, (0, missing), value=self.label_pad_token_id)
+        input_ids = [row["input_ids"] for row in rows]
         return {
-            "input_ids": input_ids,
-            "labels": labels,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths).long(),
+            "input_ids": pad(input_ids, self.pad_token_id, length=self.pad_to),
+            "labels": pad([row["labels"] for row in rows], self.label_pad_token_id, length=self.pad_to),
+            "attention_mask": pad([[1] * len(ids) for ids in input_ids], 0, length=self.pad_to),
         }
 
 

@@ -50,8 +50,8 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
     spoken = False  # whether a turn other than the system prompt was read
     for number, message in enumerate(messages, 1):
         here = f"{place}, message {number}"
-        message = present_fields(here, message)
-        role = check_role(here, message)
+        message = checked_message(here, message)
+        role = message["role"]
         if role == "system" and number > 1:
             raise UserError(f"{here}: a system message comes first and only once.")
         if role not in ("system", "user") and not spoken:
@@ -74,21 +74,19 @@ def read_tools(place: str, value: Any) -> list[Turn]:
     return [Turn("system", check_text(place, "column 'tools'", text))]
 
 
-def present_fields(place: str, message: Any) -> dict[str, Any]:
+def checked_message(place: str, message: Any) -> dict[str, Any]:
+    """The fields of a message that are not null."""
     if not isinstance(message, dict):
         raise UserError(f'{place}: expected a message like {{"role": "user", "content": …}}, found {message!r:.40}.')
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def check_role(place: str, message: dict[str, Any]) -> str:
-    role = message.get("role")
+    message = {name: value for name, value in message.items() if value is not None}
+    role, loss = message.get("role"), message.get("loss", False)
     if role not in ROLES:
         raise UserError(f"{place}: unknown role {role!r}; there are {', '.join(ROLES)}.")
-    if not isinstance(message.get("loss", False), bool):
-        raise UserError(f"{place}: loss must be true or false, not {message['loss']!r}.")
+    if not isinstance(loss, bool):
+        raise UserError(f"{place}: loss must be true or false, not {loss!r}.")
     if "tool_calls" in message and role != "assistant":
         raise UserError(f"{place}: only the assistant calls tools, not {role}.")
-    return role
+    return message
 
 
 def read_message(place: str, role: str, message: dict[str, Any]) -> list[Turn]:

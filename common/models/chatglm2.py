@@ -2,28 +2,21 @@
 
 Both have one architecture; they differ in tokenizer, prompt and context length.
 
-Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new), h heads, g groups of shared keys and
-values, d head size, v vocabulary.
+Shapes: b batch, s new positions, h heads, g groups of shared keys and values, d head size.
 """
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from common.models.loss import next_token_loss
+from common.models import base
+from common.models.base import GLMAttention, GLMConfig, GLMForConditionalGeneration, GLMModel, Rotary, Weights
 
 
-class ChatGLMConfig(PreTrainedConfig):
+class ChatGLMConfig(GLMConfig):
     """The fields of the original config.json, under their original names."""
 
-    model_type = "chatglm"
     attribute_map = {
         "vocab_size": "padded_vocab_size",
         "num_hidden_layers": "num_layers",
@@ -34,22 +27,15 @@ class ChatGLMConfig(PreTrainedConfig):
     }
 
     padded_vocab_size: int = 65024
-    hidden_size: int = 4096
-    num_layers: int = 28
-    num_attention_heads: int = 32
     multi_query_group_num: int = 2
     kv_channels: int = 128
     ffn_hidden_size: int = 13696
-    layernorm_epsilon: float = 1e-5
     seq_length: int = 8192
     rope_ratio: float = 1.0
     add_qkv_bias: bool = True
-    use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
-    pre_seq_len: int | None = None
-    prefix_projection: bool = False
     tie_word_embeddings: bool = False
     # The model family, "chatglm2" or "chatglm3": no other field tells them apart. The field is ours.
     generation: str | None = None
@@ -60,16 +46,9 @@ class ChatGLMConfig(PreTrainedConfig):
         return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
 
     def to_diff_dict(self) -> dict:
-        """The content of config.json. It has ``torch_dtype``, or the original code would load float32.
-
-        It has all switches of the original, because the defaults of the original code are others. It has no
-        ``auto_map``, so that no program runs code of a checkpoint that we saved.
-        """
-        fields = super().to_diff_dict()
-        fields.pop("auto_map", None)
+        """It has all switches of the original, because the defaults of the original code are others."""
         written_out = {name: self.to_dict()[name] for name in ("padded_vocab_size", "add_qkv_bias", "eos_token_id")}
-        named = {"_name_or_path": self.name_or_path, "torch_dtype": fields.get("dtype")}
-        return fields | written_out | ORIGINAL_SWITCHES | named
+        return super().to_diff_dict() | written_out | ORIGINAL_SWITCHES
 
 
 # The original code builds this architecture if config.json has these fields.
@@ -92,10 +71,9 @@ def inverse_frequencies(config: ChatGLMConfig, device: torch.device | None = Non
     The variants for long texts use ``rope_ratio``: ChatGLM2 divides the positions by it, ChatGLM3 raises the base.
     """
     dim = config.kv_channels // 2
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     if config.generation == "chatglm2":
-        return 1.0 / 10000**exponents / config.rope_ratio
-    return 1.0 / (10000 * config.rope_ratio) ** exponents
+        return base.inverse_frequencies(dim, device=device) / config.rope_ratio
+    return base.inverse_frequencies(dim, 10000 * config.rope_ratio, device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,52 +84,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated, passed), dim=-1)
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention that also returns its weights [b, h, s, t]. attention_mask: boolean, True = visible."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class SelfAttention(nn.Module):
+class SelfAttention(GLMAttention):
     """Multi-query attention: the heads of a group share keys and values."""
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
-        self.num_groups = config.multi_query_group_num
-        self.num_key_value_groups = self.num_heads // self.num_groups  # heads per group, as named in transformers
-        self.head_dim = config.kv_channels
-        self.scaling = config.kv_channels**-0.5
-        fused_size = (self.num_heads + 2 * self.num_groups) * config.kv_channels
+        super().__init__(config, layer_idx)
+        all_heads = config.num_attention_heads * config.kv_channels
+        fused_size = all_heads + 2 * config.multi_query_group_num * config.kv_channels
         self.query_key_value = nn.Linear(config.hidden_size, fused_size, bias=config.add_qkv_bias)
-        self.dense = nn.Linear(self.num_heads * config.kv_channels, config.hidden_size, bias=False)
+        self.dense = nn.Linear(all_heads, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        visible: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        prefix: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_dim))  # [b, s, h + 2 g, d]
-        rotated, value = fused.split([self.num_heads + self.num_groups, self.num_groups], dim=2)
-        query, key = rotate(rotated, *rotary).split([self.num_heads, self.num_groups], dim=2)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [b, h or g, s, d]
-        if prefix is not None:  # the learned keys and values precede the text and are not rotated
-            key = torch.cat((prefix[0], key), dim=2)
-            value = torch.cat((prefix[1], value), dim=2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        context, weights = attend(self, query, key, value, visible, scaling=self.scaling, is_causal=False)
-        return self.dense(context.flatten(2)), weights
+    def heads(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        heads, groups = self.config.num_attention_heads, self.config.multi_query_group_num
+        fused = self.query_key_value(hidden_states).unflatten(-1, (-1, self.config.kv_channels))  # [b, s, h + 2 g, d]
+        rotated, value = fused.split([heads + groups, groups], dim=2)
+        query, key = rotate(rotated, *rotary).split([heads, groups], dim=2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -201,7 +149,7 @@ class GLMBlock(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         visible: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         prefix: Tensor | None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
@@ -225,27 +173,14 @@ class Encoder(nn.Module):
         self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    config_class = ChatGLMConfig
+class ChatGLMModel(GLMModel):
     config: ChatGLMConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["GLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    # inv_freq is recomputed; a prefix in an old full checkpoint is read when the prefix encoder is attached.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq", r"prefix_encoder\."]
 
-
-class ChatGLMModel(ChatGLMPreTrainedModel):
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        # P-Tuning v2 sets it. The module maps a batch size to keys and values [layers, 2, b, g, pre_seq_len, d].
-        self.prefix_encoder: nn.Module | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -254,57 +189,23 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding.word_embeddings = value
 
-    def visible_keys(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
-    ) -> Tensor | None:
-        """The keys that each new position may attend to: [b, 1, s, t], True = visible; None = all keys.
+    @property
+    def stack(self) -> nn.Module:
+        return self.encoder
 
-        Attention is causal. No position sees a pad, and all see the prefix. attention_mask: [b, past + s], 1 = token.
-        """
-        batch_size, length = input_ids.shape
-        if length == 1 and attention_mask is None:
-            return None
-        keys = torch.arange(past_length + length, device=input_ids.device)
-        visible = (keys <= keys[past_length:, None]).expand(batch_size, 1, length, -1)
-        if attention_mask is not None:
-            visible = visible & attention_mask.bool()[:, None, None]
-        return nn.functional.pad(visible, (prefix_length, 0), value=True) if prefix_length else visible
+    def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_length: int = 0) -> Tensor:
+        """The same for all rows: [b, s] -> [1, s]."""
+        return torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)[None]
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """input_ids, position_ids: [b, s]; attention_mask: see ``visible_keys``. The prefix has no positions."""
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-        prefix_length: int = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len  # type: ignore
-        past_length = max(cached - prefix_length, 0)
-        if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + input_ids.shape[1], device=input_ids.device)[None]
-        visible = self.visible_keys(input_ids, attention_mask, past_length, prefix_length)
-
-        hidden_states = self.embedding.word_embeddings(input_ids)
-        angles = position_ids[..., None].float() * inverse_frequencies(self.config, input_ids.device)  # [b, s, d / 4]
-        rotary = tuple(table.to(hidden_states.dtype).unsqueeze(2) for table in (angles.cos(), angles.sin()))
-        prefixes = [None] * len(self.encoder.layers)
-        if self.prefix_encoder is not None and cached == 0:  # later steps read the prefix from the cache
-            prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
-        for layer, prefix in zip(self.encoder.layers, prefixes, strict=True):
-            hidden_states = layer(hidden_states, visible, rotary, prefix, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.encoder.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
+    def rotary(self, position_ids: Tensor) -> Rotary:
+        """position_ids: [b, s]. Returns two tensors [b, s, 1, d / 4] that broadcast over heads."""
+        angles = position_ids[..., None].float() * inverse_frequencies(self.config, position_ids.device)
+        return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+class ChatGLMForConditionalGeneration(GLMForConditionalGeneration):
+    config: ChatGLMConfig
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
@@ -316,55 +217,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.transformer.output_layer = new_embeddings
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        loss_only: bool = False,
-        loss_in_parts: bool = True,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Next-token logits [b, s, v], and the loss if labels [b, s] are given (-100 = no loss).
-
-        ``next_token_loss`` computes the loss; ``loss_in_parts`` is its ``in_parts``. ``loss_only`` returns no logits,
-        and never computes the logits of positions without a label.
-        """
-        outputs = self.transformer(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        loss = logits = None
-        if not loss_only:
-            logits = self.transformer.output_layer(slice_logits_to_keep(hidden_states, logits_to_keep))
-        if labels is not None:
-            head = self.transformer.output_layer
-            loss = next_token_loss(head, hidden_states, labels, logits, num_items_in_batch, loss_in_parts)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def original_state_dict(
-        self, dtype: torch.dtype = torch.float16, weights: dict[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """The weights as the original stores them: with inverse frequencies, without a prefix."""
-        own = {name: w for name, w in (weights or self.state_dict()).items() if "prefix_encoder." not in name}
-        weights = {name: w.to(dtype) for name, w in own.items()}
-        dim = self.config.kv_channels // 2
-        inv_freq = (1.0 / 10000 ** (torch.arange(0, dim, 2).float() / dim)).half()  # without rope_ratio
-        return weights | {"transformer.rotary_pos_emb.inv_freq": inv_freq}
+    def original_state_dict(self, dtype: torch.dtype = torch.float16, weights: Weights | None = None) -> Weights:
+        """The inverse frequencies are those without ``rope_ratio``."""
+        inv_freq = base.inverse_frequencies(self.config.kv_channels // 2).half()
+        return super().original_state_dict(dtype, weights) | {"transformer.rotary_pos_emb.inv_freq": inv_freq}

@@ -29,26 +29,21 @@ def next_token_loss(
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     labelled = targets != -100
     wanted = targets[labelled]
+    largest = LARGEST_PART // head.out_features  # labels per part
+
+    def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
+        return summed_loss(head(rows), targets)
+
     if logits is not None:
         total = summed_loss(logits[labelled], wanted)
+    elif not in_parts or len(wanted) <= largest:
+        total = loss_of(hidden_states[labelled], wanted)
     else:
-        largest = LARGEST_PART // head.out_features if in_parts else len(wanted)
-        total = summed_loss_of_head(head, hidden_states[labelled], wanted, largest)
+        parts = zip(hidden_states[labelled].split(largest), wanted.split(largest), strict=True)
+        total = torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
     return total / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the cross-entropies. logits: [labels, v]; targets: [labels]."""
     return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-
-
-def summed_loss_of_head(head: nn.Linear, hidden_states: Tensor, targets: Tensor, largest: int) -> Tensor:
-    """The same from hidden_states [labels, hidden]. largest: the number of labels in a part."""
-
-    def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
-        return summed_loss(head(rows), targets)
-
-    if len(targets) <= largest:
-        return loss_of(hidden_states, targets)
-    parts = zip(hidden_states.split(largest), targets.split(largest), strict=True)
-    return torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import sentencepiece
 from transformers import PreTrainedTokenizer
 
 Message = Mapping[str, str]
@@ -19,6 +20,37 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     padding_side = "left"
     num_threads = -1  # threads of one call to sentencepiece: one per core
+    special_tokens: tuple[str, ...] = ()  # tokens that the vocabulary lacks; their ids follow those of its pieces
+
+    def __init__(self, vocab_file: str, **kwargs):
+        self.vocab_file = vocab_file
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        pieces = self.sp_model.get_piece_size()
+        self.special_token_ids = {token: pieces + index for index, token in enumerate(self.special_tokens)}
+        # transformers passes other tokens of tokenizer_config.json here, and would recognise them in text.
+        kwargs.pop("model_specific_special_tokens", None)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.sp_model.get_piece_size() + len(self.special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
+        return pieces | self.special_token_ids
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        pieces = self.sp_model.get_piece_size()
+        if index < pieces:
+            return self.sp_model.id_to_piece(index)
+        # The embedding has more rows than there are tokens, and an untrained model may generate any of them.
+        return self.special_tokens[index - pieces] if index < self.vocab_size else f"<unused_{index}>"
+
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
+        return self.decode_ids([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
 
     def start_ids(self) -> list[int]:
         """The special tokens that every text begins with."""

@@ -3,8 +3,6 @@
 import re
 from collections.abc import Sequence
 
-import sentencepiece
-
 from common.tokenizers.base import SentencePieceTokenizer
 
 LINE_FEED, TAB = "<n>", "<|tab|>"
@@ -32,39 +30,13 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(
-        self,
-        vocab_file: str,
-        bos_token="<sop>",
-        eos_token="<eop>",
-        mask_token="[MASK]",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        **kwargs,
-    ):
-        self.vocab_file = vocab_file
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+    def __init__(self, vocab_file: str, **kwargs):
+        tokens = {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
+        tokens |= {"pad_token": "<pad>", "unk_token": "<unk>"}
+        super().__init__(vocab_file, **tokens | {"clean_up_tokenization_spaces": True} | kwargs)
         self.gmask_token_id = self.sp_model.piece_to_id("[gMASK]")
-        # transformers passes [gMASK] and </s> of tokenizer_config.json here, and would recognise them in text.
-        kwargs.pop("model_specific_special_tokens", None)
-        kwargs.setdefault("clean_up_tokenization_spaces", True)
-        super().__init__(
-            bos_token=bos_token,
-            eos_token=eos_token,
-            mask_token=mask_token,
-            pad_token=pad_token,
-            unk_token=unk_token,
-            **kwargs,
-        )
         # A special token includes the white space around it.
         self._special_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.all_special_tokens))})\s*")
-
-    @property
-    def vocab_size(self) -> int:
-        return self.sp_model.get_piece_size()
-
-    def get_vocab(self) -> dict[str, int]:
-        return {self.sp_model.id_to_piece(index): index for index in range(self.vocab_size)}
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
         parts = self._special_pattern.split(text)  # text, special token, text, …, text
@@ -72,13 +44,6 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(encode_whitespace(text), out_type=str)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return self.sp_model.piece_to_id(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        # The embedding has more rows than the vocabulary has pieces, and an untrained model may generate any of them.
-        return self.sp_model.id_to_piece(index) if index < self.vocab_size else f"<unused_{index}>"
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return decode_whitespace(self.sp_model.decode(tokens))
@@ -89,8 +54,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             return [self.encode(text, add_special_tokens=False) for text in texts]
         return self.sp_model.encode([encode_whitespace(text) for text in texts], num_threads=self.num_threads)
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
-        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+    def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else {self.pad_token_id}
         shown = [index for index in token_ids if index not in hidden and index < self.vocab_size]
         text = decode_whitespace(self.sp_model.decode(shown))

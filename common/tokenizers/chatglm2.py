@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-import sentencepiece
 from transformers import BatchEncoding
 
 from common.tokenizers.base import EncodedMessage, Message, SentencePieceTokenizer
@@ -16,33 +15,19 @@ ROLES = ("system", "user", "assistant", "observation")
 class ChatGLM2Tokenizer(SentencePieceTokenizer):
     """Texts begin with ``[gMASK] sop``.
 
-    The ids of the special tokens follow those of the vocabulary. Text contains no special tokens: all that a user
-    types is ordinary text.
+    Text contains no special tokens: all that a user types is ordinary text.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     model_family = "chatglm2"
-    special_tokens: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def __init__(self, vocab_file: str, **kwargs):
-        self.vocab_file = vocab_file
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        pieces = self.sp_model.get_piece_size()
-        self.special_token_ids = {token: pieces + index for index, token in enumerate(self.special_tokens)}
+        # Like the original, ignore the special tokens of tokenizer_config.json.
+        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+        super().__init__(vocab_file, **{"clean_up_tokenization_spaces": False} | kwargs | tokens)
         self.prefix_ids = [self.special_token_ids["[gMASK]"], self.special_token_ids["sop"]]
-        for name in ("model_specific_special_tokens", "bos_token", "eos_token", "unk_token", "pad_token"):
-            kwargs.pop(name, None)  # like the original, ignore the special tokens of tokenizer_config.json
-        kwargs.setdefault("clean_up_tokenization_spaces", False)
-        super().__init__(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", **kwargs)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.sp_model.get_piece_size() + len(self.special_tokens)
-
-    def get_vocab(self) -> dict[str, int]:
-        pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
-        return pieces | self.special_token_ids
 
     def get_command(self, token: str) -> int:
         """The id of a special token."""
@@ -51,16 +36,6 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
-    def _convert_token_to_id(self, token: str) -> int:
-        return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        pieces = self.sp_model.get_piece_size()
-        if index < pieces:
-            return self.sp_model.id_to_piece(index)
-        # The embedding has more rows than there are tokens, and an untrained model may generate any of them.
-        return self.special_tokens[index - pieces] if index < self.vocab_size else f"<unused_{index}>"
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode([token for token in tokens if token not in self.special_token_ids])
 
@@ -68,8 +43,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         """The ids of each text, without added special tokens, from one call to sentencepiece."""
         return self.sp_model.encode(list(texts), num_threads=self.num_threads)
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
-        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+    def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return self.sp_model.decode([index for index in token_ids if self.is_text(index)])
 
     def is_text(self, index: int) -> bool:
@@ -125,17 +99,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             end = found.end()
         return tokens + super().tokenize(text[end:])
 
-    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
+    def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Shows the special tokens unless ``skip_special_tokens``; ChatGLM2 never shows them."""
         if skip_special_tokens:
-            return super()._decode(token_ids)
-        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        pieces = self.sp_model.get_piece_size()
-        shown = [index for index in token_ids if self.is_text(index) or pieces <= index < self.vocab_size]
-        parts = []
-        for is_text, run in groupby(shown, self.is_text):
-            ids = list(run)
-            parts.append(self.sp_model.decode(ids) if is_text else "".join(self.convert_ids_to_tokens(ids)))
+            return super().decode_ids(token_ids, skip_special_tokens)
+        shown = [index for index in token_ids if self.is_text(index) or index in self.special_token_ids.values()]
+        runs = [(is_text, list(run)) for is_text, run in groupby(shown, self.is_text)]
+        parts = [self.sp_model.decode(r) if text else "".join(self.convert_ids_to_tokens(r)) for text, r in runs]
         return " ".join(parts)
 
     def stop_ids(self) -> list[int]:
