@@ -239,15 +239,11 @@ def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.C
     )
     longest = max(args.max_new_tokens, chat.context // 2)
     with gr.Row():
-        sliders = [
-            gr.Slider(least, most, value, step=step, label=label, min_width=220)
-            for least, most, value, step, label in (
-                (1, longest, args.max_new_tokens, 1, "最大生成长度 / max new tokens"),
-                (0, 2, args.temperature, 0.01, "温度 / temperature (0: 贪心 greedy)"),
-                (0.01, 1, args.top_p, 0.01, "top_p"),
-            )
-        ]
-    return [system, *sliders]
+        labels = ("最大生成长度 / max new tokens", "温度 / temperature (0: 贪心 greedy)")
+        length = gr.Slider(1, longest, args.max_new_tokens, step=1, label=labels[0], min_width=220)
+        temperature = gr.Slider(0, 2, args.temperature, step=0.01, label=labels[1], min_width=220)
+        top_p = gr.Slider(0.01, 1, args.top_p, step=0.01, label="top_p", min_width=220)
+    return [system, length, temperature, top_p]
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:

@@ -233,12 +233,12 @@ def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str,
     """Writes a new folder of the cache; after an error there is none. Needs a lock. Returns the summary."""
     shutil.rmtree(folder, ignore_errors=True)  # a killed job may have left a part
     folder.mkdir(parents=True)
-    unlabelled = 0  # only rows have labels
+    summary: dict[str, Any] = {}
     try:
         for table in tables:
-            summary = write_table(split, table, split.read(), folder / f"{table}.arrow")
-            check_any(summary, split.args, split.source)
-            unlabelled = summary["unlabelled"] = unlabelled + summary["unlabelled"]
+            found = write_table(split, table, split.read(), folder / f"{table}.arrow")
+            check_any(found, split.args, split.source)
+            summary = found | {"unlabelled": found["unlabelled"] + summary.get("unlabelled", 0)}
         write_json(folder / "summary.json", summary)
     except BaseException:
         shutil.rmtree(folder)
