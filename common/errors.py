@@ -8,17 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-# Errors of libraries: (type, part of the text, sentence). The type is a name, because importing torch takes seconds.
+# Errors of torch and DeepSpeed: (type, part of the text, sentence). The type is a name: importing torch takes seconds.
 LIBRARY_ERRORS = (
     ("OutOfMemoryError", "", "{first}: smaller batches, shorter lengths or --quantization_bit 4"),
     ("DistError", "", "another process of this training can't be reached ({last})"),
     ("RuntimeError", "gloo/", "another process of this training can't be reached ({last})"),
-    ("RuntimeError", "inline_container", "a checkpoint could not be written: No space left on device"),  # of torch.save
-    (
-        "Exception",
-        "loss scale already",
-        "fp16 overflows in every step: use --bf16 or a lower --learning_rate",
-    ),  # DeepSpeed
+    ("RuntimeError", "inline_container", "a checkpoint could not be written: No space left on device"),
+    ("Exception", "loss scale already", "fp16 overflows in every step: use --bf16 or a lower --learning_rate"),
 )
 
 

@@ -105,16 +105,10 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        visible: Tensor | None,
-        rotary: Rotary,
-        prefix: Tensor | None,
-        past_key_values: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *inputs, past_key_values: Cache | None = None) -> Tensor:
+        """inputs: the other inputs of the attention."""
         normed = self.input_layernorm(hidden_states)
-        hidden_states = normed * RESIDUAL_SCALE + self.attention(normed, visible, rotary, prefix, past_key_values)[0]
+        hidden_states = normed * RESIDUAL_SCALE + self.attention(normed, *inputs, past_key_values)[0]
         normed = self.post_attention_layernorm(hidden_states)
         return normed * RESIDUAL_SCALE + self.mlp(normed)
 

@@ -145,32 +145,11 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        visible: Tensor | None,
-        rotary: Rotary,
-        prefix: Tensor | None,
-        past_key_values: Cache | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *inputs, past_key_values: Cache | None = None) -> Tensor:
+        """inputs: the other inputs of the attention."""
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attention(normed, visible, rotary, prefix, past_key_values)[0]
+        hidden_states = hidden_states + self.self_attention(normed, *inputs, past_key_values)[0]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class Embedding(nn.Module):
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-
-
-class Encoder(nn.Module):
-    """The layers and the final norm; the name is that of the original."""
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
-        self.final_layernorm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class ChatGLMModel(GLMModel):
@@ -178,8 +157,11 @@ class ChatGLMModel(GLMModel):
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
-        self.embedding = Embedding(config)
-        self.encoder = Encoder(config)
+        # The dictionaries give the parameters their original names.
+        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(config.padded_vocab_size, config.hidden_size)})
+        layers = nn.ModuleList([GLMBlock(config, layer_idx) for layer_idx in range(config.num_layers)])
+        norm = nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.encoder = nn.ModuleDict({"layers": layers, "final_layernorm": norm})
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 

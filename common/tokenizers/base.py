@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -38,6 +38,13 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
         return pieces | self.special_token_ids
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return self.sp_model.encode(text, out_type=str)
+
+    def tokenize_parts(self, parts: Sequence[str]) -> list[str]:
+        """The tokens of text, special token, text, …, text."""
+        return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)

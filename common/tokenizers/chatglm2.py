@@ -34,7 +34,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         return self.special_token_ids[token]
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.sp_model.encode(text, out_type=str)
+        return self._tokenize(text)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode([token for token in tokens if token not in self.special_token_ids])
@@ -87,17 +87,11 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
         self.encode_special_tokens = encode_special_tokens
-        self._role_pattern = re.compile("|".join(re.escape(f"<|{role}|>") for role in ROLES))
+        self._role_pattern = re.compile(rf"(<\|(?:{'|'.join(ROLES)})\|>)")
         super().__init__(vocab_file, **kwargs)
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        if not self.encode_special_tokens:
-            return super().tokenize(text)
-        tokens, end = [], 0
-        for found in self._role_pattern.finditer(text):
-            tokens += [*super().tokenize(text[end : found.start()]), found[0]]
-            end = found.end()
-        return tokens + super().tokenize(text[end:])
+        return self.tokenize_parts(self._role_pattern.split(text) if self.encode_special_tokens else [text])
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Shows the special tokens unless ``skip_special_tokens``; ChatGLM2 never shows them."""
