@@ -172,7 +172,7 @@ def test_nf4_computes_what_its_dequantized_weights_compute(in_4_bit):
 METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 TRAINING = (
     f"--do_train --train_file {ROOT}/AdvertiseGen/train.json --prompt_column content --response_column summary "
-    "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 4 --logging_steps 1 "
+    "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 8 --logging_steps 1 "
     "--save_strategy no --report_to none --disable_tqdm true"
 )
 OWN_FLAGS = {"ptuning": "--pre_seq_len 32 --learning_rate 2e-2", "lora": "--learning_rate 5e-3", "full": ""}
@@ -189,10 +189,10 @@ def finetune(method: str, flags: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["ptuning", "lora"])
-def test_20_steps_in_4_bit_follow_those_in_32(method, tmp_path):
+def test_30_steps_in_4_bit_follow_those_in_32(method, tmp_path):
     """Each mean over five steps within 3%."""
     whole, quantized = (
-        torch.tensor(finetune(method, f"--max_steps 20 {flags}", tmp_path / name)).view(4, 5).mean(1)
+        torch.tensor(finetune(method, f"--max_steps 30 {flags}", tmp_path / name)).view(6, 5).mean(1)
         for name, flags in (("whole", ""), ("quantized", "--quantization_bit 4"))
     )
     assert whole[-1] < 0.9 * whole[0]
