@@ -172,8 +172,7 @@ class GLMModel(GLMPreTrainedModel):
         visible = self.visible_keys(input_ids, attention_mask, past_length, prefix_length)
 
         hidden_states = self.get_input_embeddings()(input_ids)
-        cos, sin = self.rotary(position_ids)
-        rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
+        rotary = tuple(table.to(hidden_states.dtype) for table in self.rotary(position_ids))
         prefixes = [None] * self.config.num_layers
         if self.prefix_encoder is not None and cached == 0:  # later steps read the prefix from the cache
             prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
