@@ -220,12 +220,10 @@ def drop_oldest_rounds(messages: list[EncodedTurn], excess: int) -> list[Encoded
     """
     system = [message for message in messages if message.turn.role == "system"]
     rest = messages[len(system) :]
-    starts = [index for index, message in enumerate(rest) if message.turn.role == "user" and index]
     first = 0
-    for start in starts:
-        if sum(message.length for message in rest[:first]) >= excess:
-            break
-        first = start
+    for index, message in enumerate(rest):
+        if message.turn.role == "user" and sum(message.length for message in rest[:first]) < excess:
+            first = index
     return system + rest[first:]
 
 

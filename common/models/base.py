@@ -74,19 +74,14 @@ class GLMAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        visible: Tensor | None,
-        rotary: Rotary,
-        prefix: Tensor | None,
-        past_key_values: Cache | None,
+        self, hidden_states: Tensor, visible: Tensor | None, rotary: Rotary, prefix: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.heads(hidden_states, rotary)
         if prefix is not None:  # the learned keys and values precede the text and are not rotated
             key = torch.cat((prefix[0], key), dim=2)
             value = torch.cat((prefix[1], value), dim=2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         context, weights = attend(self, query, key, value, visible, scaling=self.scaling, is_causal=False)
         return self.dense(context.flatten(2)), weights
@@ -172,9 +167,8 @@ class GLMModel(GLMPreTrainedModel):
         visible = self.visible_keys(input_ids, attention_mask, past_length, prefix_length)
 
         hidden_states = self.get_input_embeddings()(input_ids)
-        cos, sin = self.rotary(position_ids)
-        rotary = (cos.to(hidden_states.dtype), sin.to(hidden_states.dtype))
-        prefixes = [None] * self.config.num_layers
+        rotary = tuple(table.to(hidden_states.dtype) for table in self.rotary(position_ids))
+        prefixes = [None] * len(self.stack.layers)
         if self.prefix_encoder is not None and cached == 0:  # later steps read the prefix from the cache
             prefixes = self.prefix_encoder(input_ids.shape[0], hidden_states.dtype)
         for layer, prefix in zip(self.stack.layers, prefixes, strict=True):

@@ -69,7 +69,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def config_fields(self) -> dict:
         """The fields of the original tokenizer_config.json that only this tokenizer has."""
-        raise NotImplementedError
+        return self.special_tokens_map
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> tuple[str, str]:
         """Writes the vocabulary and tokenizer_config.json, with the original fields that have an effect."""

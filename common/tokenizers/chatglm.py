@@ -76,6 +76,3 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
             return query
         rounds = [f"[Round {i}]\n问：{old_query}\n答：{answer}\n" for i, (old_query, answer) in enumerate(history)]
         return "".join(rounds) + f"[Round {len(history)}]\n问：{query}\n答："
-
-    def config_fields(self) -> dict:
-        return self.special_tokens_map
