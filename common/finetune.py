@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import TrainCollator
 from common.data.dataset import Prepared, load_shards, prepare_dataset
+from common.encoding import encoders_of
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -111,7 +112,8 @@ def prepare(
         if split == "train" and data_args.train_datasets:
             prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
         else:
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split)
+            encoders = encoders_of(bool(data_args.text_column))
+            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
             print_prepared(split, prepared)

@@ -26,6 +26,7 @@ from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
 from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Split
 from common.data.rows import Rows
+from common.encoding import encoders_of
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
 from common.flags import parse_dataclasses
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("nothing to do: give --train_file (or --dataset_name).")
     name = model_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = load_tokenizer(open_model(name, model_args.model_revision, model_args.cache_dir))
-    split = dataset.open_split(args, args.train_file, tokenizer, "train")
+    split = dataset.open_split(args, args.train_file, tokenizer, "train", encoders_of(bool(args.text_column)))
     settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)

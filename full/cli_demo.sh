@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Chats in the terminal with a fully trained model; the answer streams.
-#     bash cli_demo.sh                                   the newest training, on the base that it names
+#     bash cli_demo.sh                                   the newest training
 #     CHECKPOINT= MODEL=demo3 bash cli_demo.sh           a base model alone
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"

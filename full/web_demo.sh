@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Chats in the browser with a fully trained model; the answers stream.
-#     bash web_demo.sh                                   the newest training, on the base that it names
+#     bash web_demo.sh                                   the newest training
 #     CHECKPOINT= MODEL=demo3 bash web_demo.sh           a base model alone
 #     HOST=0.0.0.0 PASSWORD=secret bash web_demo.sh      open to other machines, user name chatglm
 # shellcheck source-path=SCRIPTDIR

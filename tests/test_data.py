@@ -11,7 +11,7 @@ import pytest
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
 from common.data.rows import find_files, read_rows
-from common.encoding import encode_batch
+from common.encoding import encode_batch, encoders_of
 from common.errors import UserError
 from common.loading import load_tokenizer
 
@@ -30,7 +30,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def prepare(args: DataArguments, file: Path | None, tokenizer, split: str = "train") -> Prepared:
-    return prepare_dataset(args, file and str(file), tokenizer, split)
+    return prepare_dataset(args, file and str(file), tokenizer, split, encoders_of(bool(args.text_column)))
 
 
 def counts(prepared: Prepared, *names: str) -> list:

@@ -17,7 +17,7 @@ from hub_server import running_hub
 from huggingface_hub import constants
 from shell import bash, flags_of, run_here
 
-from common.arguments import LoraArguments
+from common.arguments import Engine, LoraArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
@@ -67,7 +67,7 @@ def test_the_6b_models_keep_their_limits(case):
         ({"bits": None}, {"bits": 8}),
         ({"generation_batch_size": 8, "answer_length": 16384}, {"generation_batch_size": 8}),
         ({"target_length": 513}, {"target_length": 65}),
-        ({"processes": 2, "engine": "DDP"}, {"processes": 2, "engine": "FSDP2"}),
+        ({"processes": 2, "engine": Engine()}, {"processes": 2, "engine": Engine("FSDP2", sharded=True)}),
     ],
 )
 def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
@@ -164,7 +164,7 @@ def test_a_plan_of_what_fits_downloads_nothing(hub, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "ChatGLM3-6B, LoRA: predicted memory" in said and "a process on its device" in said
     assert "4 x (256 + 513) tokens, 4 bit, with gradient checkpointing" in said and "fits into 79.5 GB; " in said
-    assert hub.requests == [] and not (tmp_path / "out").exists()
+    assert hub.asked() == [] and not (tmp_path / "out").exists()
 
 
 def test_a_plan_of_what_does_not_fit_ends_with_exit_code_2(tmp_path, capsys):

@@ -12,7 +12,7 @@ train_datasets/                 training rows, written by common/preprocess.py a
 import gc
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
 from common.data.rows import Rows, find_files, read_rows, text_of
-from common.encoding import TrainRow, Turn, encode_eval, encode_texts, encode_train
+from common.encoding import TrainRow, Turn
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
@@ -69,6 +69,9 @@ class Prepared:
 # Reading
 
 
+Encoders = Mapping[str, Callable]  # of common.encoding, by table
+
+
 class Split(NamedTuple):
     """The rows of train, validation or test, in files or in a data set by name, and what turns them into tokens."""
 
@@ -78,6 +81,7 @@ class Split(NamedTuple):
     source: str  # the files or the data set, as the user wrote it
     files: list[Path]
     named: Dataset | None
+    encoders: Encoders
 
     def read(self) -> Rows:
         if self.named is None:
@@ -85,16 +89,18 @@ class Split(NamedTuple):
         return ((f"{self.source}, row {number}", row) for number, row in enumerate(self.named, 1))
 
 
-def open_split(args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str) -> Split:
+def open_split(
+    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str, encoders: Encoders
+) -> Split:
     """The files of ``patterns``, or without them the split of --dataset_name. Raises UserError if it does not exist."""
     if patterns:
-        return Split(name, args, tokenizer, patterns, find_files(patterns), None)
+        return Split(name, args, tokenizer, patterns, find_files(patterns), None, encoders)
     source = str(args.dataset_name)
     try:
         named = load_dataset(source, args.dataset_config_name, split=name)
     except (OSError, ValueError, DatasetsError) as error:
         raise UserError(f"--dataset_name {source}, split {name}: {str(error).splitlines()[0]}") from error
-    return Split(name, args, tokenizer, source, [], named)
+    return Split(name, args, tokenizer, source, [], named, encoders)
 
 
 def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -137,7 +143,6 @@ def write_table(split: Split, table: str, rows: Rows, file: Path) -> dict[str, A
     """Tokenizes rows of a split into an Arrow file, in batches. Returns the summary. Raises UserError for bad rows."""
     args, examples = split.args, read_examples(split.args, rows, split.tokenizer)
     summary: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
-    encode: Any = encode_eval if table == "questions" else encode_texts if args.text_column else encode_train
     lengths = [args.max_source_length]
     if not args.text_column:
         lengths.append(args.max_target_length if split.name == "train" else args.val_max_target_length)
@@ -147,7 +152,7 @@ def write_table(split: Split, table: str, rows: Rows, file: Path) -> dict[str, A
         with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
             while batch := list(islice(examples, ROWS_PER_BATCH)):
                 dropped = [place for place, example in batch if not example]
-                encoded = encode(split.tokenizer, [example for _, example in batch if example], *lengths)
+                encoded = split.encoders[table](split.tokenizer, [example for _, example in batch if example], *lengths)
                 summary["first_dropped"] = summary["first_dropped"] or next(iter(dropped), "")
                 summary["dropped"] += len(dropped)
                 summary["truncated"] += sum(row.truncated for row in encoded)
@@ -210,13 +215,13 @@ def fingerprint(split: Split) -> dict[str, Any]:
 
 
 def prepare_dataset(
-    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str
+    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str, encoders: Encoders
 ) -> Prepared:
     """The tokenized rows of a split (train, validation or test), from the cache or written to it.
 
     Of all running jobs one tokenizes and the others wait. Raises UserError for bad files and rows.
     """
-    split = open_split(args, patterns, tokenizer, name)
+    split = open_split(args, patterns, tokenizer, name, encoders)
     tables = ("rows",) if args.text_column else TABLES[name]  # text asks nothing
     folder = cache_folder() / "datasets" / short_hash(json.dumps(fingerprint(split)).encode())
     with guard("data set", folder):
