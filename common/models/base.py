@@ -4,6 +4,9 @@ Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new
 values (h if every head has its own), d head size, v vocabulary.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -66,6 +69,9 @@ class GLMAttention(nn.Module):
     ``heads(hidden_states, rotary)``: query [b, h, s, d], key and value [b, g, s, d]; query and key are rotated.
     """
 
+    dense: nn.Module
+    heads: Callable[[Tensor, Rotary], tuple[Tensor, Tensor, Tensor]]
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -110,7 +116,7 @@ class GLMModel(GLMPreTrainedModel):
         self.prefix_encoder: nn.Module | None = None
 
     @property
-    def stack(self) -> nn.Module:
+    def stack(self) -> Any:
         """The module that holds ``layers`` and ``final_layernorm``."""
         return self
 
