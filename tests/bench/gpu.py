@@ -16,7 +16,7 @@ from memory import make_model, write_rows
 from rich.table import Table
 
 from common.errors import UserError, exit_on_user_error
-from common.models.registry import GENERATIONS
+from common.models.registry import SPECS
 from common.training.report import console
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def shape_of(generation: str) -> tuple[int, ...]:
     """Hidden size, layers, heads, inner size, vocabulary of the original, or of a tiny one."""
     if os.environ.get("SHAPE") == "tiny":
         return TINY[generation]
-    config = GENERATIONS[generation].config()
+    config = SPECS[generation].config()
     sizes = (config.hidden_size, config.num_layers, config.num_attention_heads)
     return *sizes, config.intermediate_size, config.vocab_size
 

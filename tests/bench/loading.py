@@ -21,11 +21,12 @@ from threading import Thread
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from safetensors.torch import save_file
 
 from common.loading import load_model
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.models.registry import DEMOS
-from common.models.weights import weights_folder
+from common.models.weights import read_weights
 
 SHARD = 500e6  # bytes
 SHAPE = {"hidden_size": 2048, "num_layers": 17, "num_attention_heads": 16, "ffn_hidden_size": 5504}
@@ -60,12 +61,16 @@ def make_checkpoint(folder: Path) -> None:
 
 
 def make_safetensors(bin_folder: Path, folder: Path) -> None:
-    """The same model as a checkpoint of safetensors: links to the converted weights and to the rest."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """The same model as a checkpoint of safetensors."""
     folder.mkdir()
-    others = [bin_folder / "config.json", bin_folder / "tokenizer.model"]
-    for file in [*weights_folder(bin_folder).iterdir(), *others]:
-        (folder / file.name).symlink_to(file)
+    weight_map = {}
+    for file in sorted(bin_folder.glob("*.bin")):
+        name, tensors = f"{file.stem}.safetensors", read_weights(file)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(bin_folder / name, folder)
 
 
 def load_official(folder: Path) -> torch.nn.Module:
@@ -99,7 +104,7 @@ def pss(pid: int) -> int:
 def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
     """Seconds of the slowest rank, without its imports, and the largest sum of the PSS of all."""
     command = [sys.executable, __file__, "--rank", way, "--folder", str(folder)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CONVERT_WEIGHTS": str(way != "direct").lower()}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
         for _ in range(ranks)
@@ -126,10 +131,10 @@ def compare(place: Path, ranks: int, official_ranks: int) -> None:
     from common.training.report import console
 
     folder, safetensors = place / "chatglm2-6b", place / "chatglm2-6b-safetensors"
-    os.environ["CHATGLM_CACHE"] = str(place / "cache")
     if not folder.exists():
         make_checkpoint(folder)
-    shutil.rmtree(os.environ["CHATGLM_CACHE"], ignore_errors=True)
+    if not safetensors.exists():
+        make_safetensors(folder, safetensors)
 
     copy = sum(weight.nbytes for weight in empty_model().parameters())
     table = Table(title=f"one copy: {copy:,} bytes", title_justify="left")
@@ -144,18 +149,15 @@ def compare(place: Path, ranks: int, official_ranks: int) -> None:
         table.add_row(title, *cells, *(f"{megabytes:,.0f}" for megabytes in per_rank))
 
     add("imports only", "imports", folder, ranks)
-    add("ours, .bin, first time: one rank converts", "ours", folder, ranks)
-    add("ours, .bin, from then on", "ours", folder, ranks)
-    make_safetensors(folder, safetensors)
     add("ours, safetensors", "ours", safetensors, ranks)
-    add("ours, .bin as it is (CONVERT_WEIGHTS=false)", "direct", folder, ranks)
+    add("ours, .bin", "ours", folder, ranks)
     add("the official way", "official", folder, official_ranks)
     console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoint and its conversion")
+    parser.add_argument("--folder", type=Path, required=True, help="for the two checkpoints")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--official-ranks", type=int, default=2, help="each holds a whole copy and a shard")
     parser.add_argument("--rank", help=argparse.SUPPRESS)

@@ -24,7 +24,7 @@ import torch
 from loading import make_checkpoint
 
 from common.loading import load_model
-from common.models.weights import bin_files, read_bin
+from common.models.weights import read_weights
 
 WAYS = {  # name -> (folder, dtype, bits)
     "float16": ("chatglm2-6b", torch.float16, None),
@@ -46,8 +46,8 @@ def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def make_packed(source: Path, folder: Path) -> None:
     folder.mkdir()
     weights: dict[str, torch.Tensor] = {}
-    for file in bin_files(source):
-        for name, weight in read_bin(file).items():
+    for file in sorted(source.glob("*.bin")):
+        for name, weight in read_weights(file).items():
             if ".layers." in name and weight.dim() == 2:
                 weights[name], weights[f"{name}_scale"] = pack(weight)
             else:
@@ -116,7 +116,7 @@ def compare(place: Path) -> None:
         make_checkpoint(source)
     if not packed.exists():
         make_packed(source, packed)
-    copy = sum(file.stat().st_size for file in bin_files(source))
+    copy = sum(file.stat().st_size for file in source.glob("*.bin"))
     table = Table(title=f"in float16: {copy:,} bytes", title_justify="left")
     columns = ("", "load, s", "peak, GB", "of float16", "after, GB", f"{TOKENS} tokens, s", "of float32")
     for column in columns:
@@ -124,7 +124,7 @@ def compare(place: Path) -> None:
     seconds: dict[str, float] = {}
     for way in WAYS:
         command = [sys.executable, __file__, "--way", way, "--folder", str(place)]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "CONVERT_WEIGHTS": "false"}
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
         output = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
         loading, peak, rest, forward = json.loads(output.splitlines()[-1])
         seconds[way] = forward
