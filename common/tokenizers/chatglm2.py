@@ -21,7 +21,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     vocab_files_names = {"vocab_file": "tokenizer.model"}
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     model_family = "chatglm2"
-    special_tokens = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    special_tokens: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 
     def __init__(self, vocab_file: str, **kwargs):
         # Like the original, ignore the special tokens of tokenizer_config.json.
