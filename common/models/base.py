@@ -4,6 +4,8 @@ Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new
 values (h if every head has its own), d head size, v vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -61,10 +63,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class GLMAttention(nn.Module):
-    """Self-attention. An architecture defines ``dense`` and ``heads``.
+    """Self-attention. An architecture defines ``query_key_value``, ``dense``, and ``heads``."""
 
-    ``heads(hidden_states, rotary)``: query [b, h, s, d], key and value [b, g, s, d]; query and key are rotated.
-    """
+    dense: nn.Linear
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -72,6 +73,10 @@ class GLMAttention(nn.Module):
         self.layer_idx = layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # heads per group
         self.scaling = config.head_dim**-0.5
+
+    def heads(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [b, h, s, d], key and value [b, g, s, d]; query and key are rotated."""
+        raise NotImplementedError
 
     def forward(
         self, hidden_states: Tensor, visible: Tensor | None, rotary: Rotary, prefix: Tensor | None, cache: Cache | None
@@ -110,7 +115,7 @@ class GLMModel(GLMPreTrainedModel):
         self.prefix_encoder: nn.Module | None = None
 
     @property
-    def stack(self) -> nn.Module:
+    def stack(self) -> Any:
         """The module that holds ``layers`` and ``final_layernorm``."""
         return self
 

@@ -165,11 +165,11 @@ class ChatGLMModel(GLMModel):
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding.word_embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding["word_embeddings"]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding.word_embeddings = value
+        self.embedding["word_embeddings"] = value
 
     @property
     def stack(self) -> nn.Module:
