@@ -4,7 +4,6 @@ Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new
 values (h if every head has its own), d head size, v vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,13 +63,9 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class GLMAttention(nn.Module):
-    """Self-attention. An architecture defines ``dense`` and ``heads``.
+    """Self-attention. An architecture defines ``query_key_value``, ``dense``, and ``heads``."""
 
-    ``heads(hidden_states, rotary)``: query [b, h, s, d], key and value [b, g, s, d]; query and key are rotated.
-    """
-
-    dense: nn.Module
-    heads: Callable[[Tensor, Rotary], tuple[Tensor, Tensor, Tensor]]
+    dense: nn.Linear
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
@@ -78,6 +73,10 @@ class GLMAttention(nn.Module):
         self.layer_idx = layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # heads per group
         self.scaling = config.head_dim**-0.5
+
+    def heads(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [b, h, s, d], key and value [b, g, s, d]; query and key are rotated."""
+        raise NotImplementedError
 
     def forward(
         self, hidden_states: Tensor, visible: Tensor | None, rotary: Rotary, prefix: Tensor | None, cache: Cache | None

@@ -5,8 +5,6 @@ Both have one architecture; they differ in tokenizer, prompt and context length.
 Shapes: b batch, s new positions, h heads, g groups of shared keys and values, d head size.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -167,14 +165,14 @@ class ChatGLMModel(GLMModel):
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> Any:
-        return self.embedding.word_embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding["word_embeddings"]
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding.word_embeddings = value
+        self.embedding["word_embeddings"] = value
 
     @property
-    def stack(self) -> Any:
+    def stack(self) -> nn.Module:
         return self.encoder
 
     def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_length: int = 0) -> Tensor:
