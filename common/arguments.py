@@ -263,7 +263,7 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 if nothing is said
         config[name] = {"enabled": "auto"} | (config.get(name) or {})
     zero = config["zero_optimization"] = {"stage": 0} | (config.get("zero_optimization") or {})
-    # Trainer's AdamW is in order; and what is saved are the gathered weights, not the shards.
+    # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.
     config["zero_allow_untested_optimizer"] = True
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True

@@ -22,7 +22,7 @@ class UserError(Exception):
     """An error that a user can mend. Its text names what is wrong, where, and what to do."""
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
     """Prints text for a person on stderr at once; standard output may go into a file."""
     print(text, file=sys.stderr, flush=True)
 
@@ -57,11 +57,11 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say("interrupted")
+        note("interrupted")
         sys.exit(130)
     except Exception as error:  # some errors of DeepSpeed have no narrower class
         sentence = describe(error)
         if sentence is None:
             raise
-        say(f"error: {sentence}")
+        note(f"error: {sentence}")
         sys.exit(2)

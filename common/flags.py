@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.trained import evaluation_defaults
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
@@ -127,12 +127,12 @@ def translate_old_flags(argv: list[str]) -> list[str]:
 def current_flag(name: str, value: Any) -> tuple[str, Any] | None:
     """The flag and its value as transformers 5 knows them, with one line of advice; None: the flag has no effect."""
     if name in REMOVED:
-        say(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
+        note(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
         return None
     if name not in RENAMED:
         return name, value
     new_name, new_value = RENAMED[name]
     if new_value and str(value).lower() == "false":
         return None
-    say(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
+    note(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
     return new_name, new_value or value

@@ -1,4 +1,4 @@
-"""Answer one question with what was trained: an adapter, a prefix, or a full checkpoint.
+"""Answer one question with a trained adapter, a trained prefix, or a full checkpoint.
 
 python common/inference_hf.py CHECKPOINT --prompt "你好"
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from common.errors import UserError, say
+from common.errors import UserError
 from common.files import read_json, short_hash, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def lock_file(kind: str, resource: str | Path) -> Path:
-    """The lock file of a resource: a path, of which every spelling gets the same lock, or any other name."""
+    """The lock file of a resource; every spelling of a path gets the same lock."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
     return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{short_hash(name.encode())[:16]}.lock"
@@ -62,20 +62,20 @@ def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
 
     With ``wait=False`` it raises UserError if another process holds the lock.
     """
-    lock, note = make_lock(path), path.with_suffix(".holder")
+    lock, record = make_lock(path), path.with_suffix(".holder")
     hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
     timeout = WAIT_IN_SILENCE if wait else 0
     while not lock.is_locked:
         try:
             lock.acquire(timeout=timeout)
         except Timeout:
-            holder = (read_json(note) or {}).get("process", "another process")
+            holder = (read_json(record) or {}).get("process", "another process")
             if not wait:
                 raise UserError(f"{name} is in use by {holder}{hint}.") from None
-            say(f"waiting for {name}: held by {holder}{hint}")
+            note(f"waiting for {name}: held by {holder}{hint}")
             timeout = REMIND_EVERY
     now, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)
-    write_json(note, {"process": f"process {os.getpid()} on {socket.gethostname()} since {now} ({command})"})
+    write_json(record, {"process": f"process {os.getpid()} on {socket.gethostname()} since {now} ({command})"})
     try:
         yield
     finally:

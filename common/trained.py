@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.files import read_json
 from common.models.registry import is_model_name
 
@@ -27,7 +27,7 @@ def find_training(path: str | Path) -> Path:
     if not results:
         raise UserError(f"no training in {path}: run train.sh first, or set CHECKPOINT (--checkpoint) to a training.")
     newest = max(results, key=lambda file: file.stat().st_mtime).parent
-    say(f"newest training: {newest}")
+    note(f"newest training: {newest}")
     return newest
 
 

@@ -18,10 +18,10 @@ RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
 CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
 
-PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: what the GPU computes fast
-SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: what the original code reads
+PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: the fastest of the GPU
+SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format of the original code
 QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused: bits can't be trained
-# BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
+# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-1e-3} MAX_STEPS=${MAX_STEPS:-250}
@@ -72,7 +72,7 @@ launch "$ROOT/full/main.py" \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"
 
-# What is scored is what was saved, by the first of several machines.
+# The saved model is scored, by the first of several machines.
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
     CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} \
         bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base

@@ -23,7 +23,7 @@ LORA_DROPOUT=${LORA_DROPOUT:-0.1}
 LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-# BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
+# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-5e-3} MAX_STEPS=${MAX_STEPS:-250}

@@ -2,7 +2,7 @@
 # Answers every row of a file with a trained prefix and scores the answers: generated_predictions.txt, ROUGE, BLEU-4.
 #     bash evaluate.sh                                   the newest training: its base, columns, lengths and validation file
 #     CHECKPOINT=output/mine/checkpoint-3000 TEST_FILE=test.json bash evaluate.sh
-# A variable that is set wins over what the training recorded; further flags go to main.py.
+# A variable that is set wins over the record of the training; further flags go to main.py.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 

@@ -18,7 +18,7 @@ HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold
 CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-# BATCH_SIZE=auto: the largest that memory is predicted to hold. CHECK_MEMORY=false: start what is predicted not to fit.
+# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
 case $MODEL in
     demo | demo3)
         PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}

@@ -1,4 +1,4 @@
-"""What all chats share: their flags, the loading of the model, and an answer that grows token by token."""
+"""The parts that all chats share: flags, model, and an answer that grows token by token."""
 
 import argparse
 import re

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
-from common.errors import UserError, exit_on_user_error, say
+from common.errors import UserError, exit_on_user_error, note
 from common.loading import load_model
 from common.locking import take_port
 from common.methods import Method
@@ -32,7 +32,7 @@ from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
 from common.trained import base_of
 
-USER = "chatglm"  # the user name where there is a password
+USER = "chatglm"  # the user name if a password is set
 REFRESH = 0.03  # seconds between two views of a growing answer
 PORTS = 100  # how many ports are tried, from --port on
 
@@ -74,7 +74,7 @@ Conversation = list[Round]
 
 
 class Chat(NamedTuple):
-    """What all visitors share; its methods from ``ask`` on are what the page calls.
+    """The state that all visitors share; the page calls its methods from ``ask`` on.
 
     A conversation is changed in place, so an answer that was cancelled changes only its own round.
     """
@@ -181,7 +181,7 @@ def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
     speakers = [Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))]
-    if trained and args.compare != "false":  # the same model without what was trained
+    if trained and args.compare != "false":  # the same model without prefix or adapter
         speakers.append(Speaker("基座 / base", partial(method_of(trained).base, model)))
     elif args.checkpoint and args.compare == "true":
         name = base_of(args.checkpoint, args.model_name_or_path)
@@ -266,7 +266,7 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
     """Shows the page until Ctrl-C."""
     password = os.environ.get("PASSWORD")
     if not password and (args.share == "true" or args.host not in ("127.0.0.1", "localhost")):
-        say("warning: everybody who can reach this page may use it; set PASSWORD to ask for a password.")
+        note("warning: everybody who can reach this page may use it; set PASSWORD to ask for a password.")
     for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page whether it is up, and must not ask a proxy
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1")))
     try:
@@ -294,7 +294,7 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        say("stopped")
+        note("stopped")
     for child in psutil.Process().children():
         child.terminate()  # the tunnel of the public link
     # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.
@@ -310,7 +310,7 @@ def find_port(host: str, first: int) -> int:
             raise UserError(f"can't listen on {host}:{port} ({error.strerror}): set HOST and PORT.") from error
         if taken:
             if port != first:
-                say(f"port {first} is taken: using {port}.")
+                note(f"port {first} is taken: using {port}.")
             return port
     raise UserError(f"no free port from {first} on: set PORT.")
 

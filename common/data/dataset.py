@@ -47,7 +47,7 @@ FEATURES = {
 TABLES = {"train": ("rows",), "validation": ("rows", "questions"), "test": ("questions",)}  # of each split
 
 Examples = Iterator[tuple[str, str | list[Turn]]]
-"""(place, example): a text or a conversation; empty where there is nothing to learn."""
+"""(place, example): a text or a conversation; empty if it has nothing to learn."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
-from common.errors import UserError, exit_on_user_error, say
+from common.errors import UserError, exit_on_user_error, note
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
 from common.hub import hubs
 from common.hub.hubs import HubFile, is_weight_file, on_modelscope
@@ -34,7 +34,7 @@ ATTEMPTS = 5  # connections in a row that bring nothing, before we give up
 
 
 def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str | None = None) -> Path:
-    """The plain folder of a model; its last part is the model's name, from which ChatGLM2 and 3 may be told."""
+    """The plain folder of a model; its last part is the model's name, which tells ChatGLM2 and 3 apart."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
@@ -72,7 +72,7 @@ def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -
         if entry.get("digest") == digests[path] and (entry["stamp"] == stamp(file) or file.suffix in EDITABLE):
             return False
         if size_of(file) > 1e9:  # which takes seconds
-            say(f"comparing {file} with its hash")
+            note(f"comparing {file} with its hash")
         return not has_digest(file, digests[path])
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -187,7 +187,7 @@ def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict
     for target in sorted(folder / path for path in wrong if (folder / path).is_file()):
         if not ours and target.name not in known:
             raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
-        say(f"{target} is not what the hub has: it is fetched again")
+        note(f"{target} is not what the hub has: it is fetched again")
         target.unlink()
     missing = [file for file in files if file.path in wrong]
     if not missing:
@@ -203,7 +203,7 @@ def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict
         )
     there = f", {(total - left) / 1e9:,.2f} GB are there" if left < total else ""
     source = f"{repository} from {hubs.endpoint()} into {folder}"
-    say(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
+    note(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=repository, mininterval=pace) as bar:
         fetch_side_by_side(missing, folder, bar)
@@ -253,7 +253,7 @@ def download(
             unverified = [found for found in candidates if found and seems_whole(found, weights)]
             if not unverified or not hubs.is_down(error):
                 raise
-            say(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
+            note(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
         files = [file for file in files if weights or not is_weight_file(file.path)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +289,7 @@ def main() -> None:
         for name in args.names:
             folder = download(name, args.revision, args.cache_dir, args.local_dir)
             sizes = [file.stat().st_size for file in folder.iterdir() if file.is_file()]
-            say(f"{name}: {len(sizes)} files, {sum(sizes) / 1e9:,.2f} GB in {folder}")
+            note(f"{name}: {len(sizes)} files, {sum(sizes) / 1e9:,.2f} GB in {folder}")
             print(folder, flush=True)
 
 

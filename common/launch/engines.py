@@ -1,6 +1,6 @@
 """The start of the engine: joins the processes of a training under DDP, DeepSpeed's ZeRO or FSDP2.
 
-Accelerate chooses the device and the collective backend; only DeepSpeed on CPUs is told its backend here.
+Accelerate chooses the device and the collective backend; only DeepSpeed on CPUs needs its backend named here.
 """
 
 import os

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv"
 
 
-def say(text: str) -> None:
+def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -45,7 +45,7 @@ def missing_packages(files: list[Path]) -> list[str]:
             missing.append(line)
             continue
         if version and found.partition("+")[0] != version:
-            say(f"note: {name} is {found}; we tested with {version}.")
+            note(f"note: {name} is {found}; we tested with {version}.")
     return missing
 
 
@@ -56,9 +56,9 @@ def is_installed(files: list[Path]) -> bool:
 def build(files: list[Path], lock: int) -> None:
     """Creates .venv, unless a complete one exists, and installs the requirements into it."""
     if not (FOLDER / files[0].name).exists():
-        say(f"creating {FOLDER} (once; about two minutes and 2 GB)")
+        note(f"creating {FOLDER} (once; about two minutes and 2 GB)")
         venv.EnvBuilder(with_pip=True).create(FOLDER)
-    say(f"installing {', '.join(file.name for file in files)}")
+    note(f"installing {', '.join(file.name for file in files)}")
     command = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for file in files:
         command += ["-r", str(file)]
@@ -77,7 +77,7 @@ def ensure(files: list[Path]) -> None:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder.seek(0)
-            say(f"waiting for the environment: process {holder.read().strip() or 'unknown'} builds it")
+            note(f"waiting for the environment: process {holder.read().strip() or 'unknown'} builds it")
             fcntl.flock(holder, fcntl.LOCK_EX)
         holder.truncate(0)
         holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
@@ -88,21 +88,21 @@ def ensure(files: list[Path]) -> None:
 
 def main() -> int:
     if sys.version_info < (3, 10):
-        say(f"error: Python 3.10 or newer is needed, python3 is {sys.version.split()[0]}.")
+        note(f"error: Python 3.10 or newer is needed, python3 is {sys.version.split()[0]}.")
         return 2
     files = [ROOT / name for name in sys.argv[1:]]
     own = active_environment()
     if own:
         missing = missing_packages(files)
         if missing:
-            say(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
+            note(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
             return 2
         print(sys.executable)
         return 0
     try:
         ensure(files)
     except (subprocess.CalledProcessError, OSError) as error:
-        say(f"error: the environment could not be built ({error}); see pip's messages above, and run the script again.")
+        note(f"error: the environment could not be built ({error}); see above, and run the script again.")
         return 2
     print(FOLDER / "bin" / "python")
     return 0

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.launch.machines import Machines
 
 ALIVE_EVERY = 2.0  # seconds between two signs of life
@@ -80,7 +80,7 @@ class Peers:
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise UserError(f"port {port} can't be used ({reason}): set MAIN_PORT to a free one, for all.") from error
-        say(f"waiting for {count - 1} other machines at port {port}")
+        note(f"waiting for {count - 1} other machines at port {port}")
         with server:
             while missing := sorted(set(range(1, count)) - self.connections.keys()):
                 server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -113,13 +113,13 @@ class Peers:
                 problems.append(f"{name} is {value!r} on machine 0 and {settings.get(name)!r} on machine {rank}")
         if problems:
             raise UserError(f"{problems[-1]}: give the same command on all machines, each with its own MACHINE_RANK.")
-        say(f"machine {rank} is here ({address}), {len(self.connections) + 1} of {self.machines.count}")
+        note(f"machine {rank} is here ({address}), {len(self.connections) + 1} of {self.machines.count}")
 
     def join(self, deadline: float) -> None:
         """Another machine calls machine 0 until it answers."""
         address = (self.machines.main_ip, self.machines.main_port)
         place, reason = "machine 0 at {}:{}".format(*address), OSError("no answer")
-        say(f"calling {place}")
+        note(f"calling {place}")
         while (left := deadline - time.monotonic()) > 0:
             try:
                 self.connections[0] = Connection(socket.create_connection(address, min(left, 10)), left)

@@ -1,4 +1,4 @@
-"""The processes of a program on this machine: how many there are, what each is told, their start and their end.
+"""The processes of a program on this machine: their number, their environments, their start and their end.
 
 They are started here and not by the agent of torchrun or Accelerate, which ends one sentence about bad input with 40
 lines of traceback and exit code 1; Accelerate's also obeys a file in the user's home, and no flag turns that off.
@@ -12,7 +12,7 @@ import time
 
 import psutil
 
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.launch.machines import Machines, whole_number
 
 ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
@@ -93,7 +93,7 @@ def run(program: list[str], environments: list[dict[str, str]]) -> int:
         if code and code < 0:
             name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
-            say(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
+            note(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
             return 1
         if code:
             return code

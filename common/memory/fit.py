@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from common.arguments import DataArguments, Engine, LoraArguments, ModelArguments, Rows, TrainingArguments
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number
 from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
@@ -73,7 +73,7 @@ def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str
 def forecast(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Forecast:
-    """Predicts what is about to run; chooses the batch size if it is auto."""
+    """Predicts the memory of this run; chooses the batch size if it is auto."""
     card = card_memory(args)
     setup = setup_of(method, model_args.quantization_bit, data_args, args, gpu=bool(card) or args.device.type != "cpu")
     case, available = Case(folder, method, setup), card or free_memory(args)
@@ -89,9 +89,9 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
     if not problem:
         return
     if not args.check_memory:
-        say(f"warning: {problem}.")
+        note(f"warning: {problem}.")
         return
-    say(f"{problem}: looking for a change that helps")
+    note(f"{problem}: looking for a change that helps")
     changes = advice(case, lambda plan: not shortage(plan, available, args), args)
     raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
 
@@ -175,7 +175,7 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         size = min(gather_object([size]))
     args.per_device_train_batch_size = Rows(size)
     if args.process_index == 0:
-        say(f"batch size {size}: {reason}")
+        note(f"batch size {size}: {reason}")
     return case.changed(batch_size=size)
 
 

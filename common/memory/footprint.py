@@ -1,6 +1,6 @@
 """Predicts the memory of a training or an evaluation from a model without weights.
 
-The model itself shows what it keeps: on the meta device, where tensors have shapes and no content, it does one step of
+The model itself shows its memory: on the meta device, where tensors have shapes and no content, it does one step of
 training or generation, and every storage that comes and goes is counted. This file only adds the operators that meta
 tensors compute differently from a CPU or a GPU (``doubles``, ``WORKSPACE``), and the shares of several processes.
 """

@@ -60,7 +60,7 @@ class ModelFolder:
 def open_model(
     name: str | Path | ModelFolder, revision: str = "main", cache_dir: str | None = None, config_name: str | None = None
 ) -> ModelFolder:
-    """A demo, a folder, or a model on a hub, of which only the small files are downloaded.
+    """A demo, a folder, or a model on a hub; of that, only the small files are downloaded.
 
     ``config_name``: another model, whose config.json counts instead. Raises UserError for a model that is not
     supported or not whole. Of weight files only the ends are read.

@@ -1,4 +1,4 @@
-"""The output folder: who owns it, with which settings it was written, and from where a training continues."""
+"""The output folder: its owner, its recorded settings, and the checkpoint that a training continues from."""
 
 import re
 import shutil
@@ -78,7 +78,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """What the Trainer saved on its way, whole or not, oldest first."""
+    """The checkpoints of a training, whole or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -168,7 +168,7 @@ def is_saved(folder: Path, files: Iterable[str]) -> bool:
 
 
 def copy_trained(checkpoint: Path, folder: Path) -> None:
-    """Copies the result out of a checkpoint, without what is there to continue from it."""
+    """Copies the result out of a checkpoint, without the states that only a training needs."""
     trainer = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json")
     states = shutil.ignore_patterns(*trainer, "latest", "zero_to_*", "global_step*")
     shutil.copytree(checkpoint, folder, ignore=states, dirs_exist_ok=True)

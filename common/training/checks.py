@@ -5,7 +5,7 @@ from pathlib import Path
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.dataset import read_manifest
 from common.data.rows import find_files
-from common.errors import UserError, say
+from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
 from common.models.quantization import checkpointing_of
@@ -47,7 +47,7 @@ def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelF
     """
     bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
     if folder.bits and bits != folder.bits and args.process_index == 0:
-        say(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
+        note(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
     if args.activation_checkpointing is None:
         args.activation_checkpointing = bool(args.do_train and bits)
     args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
@@ -56,7 +56,7 @@ def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelF
 def check_quantization(
     method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
 ) -> None:
-    """Quantized weights are neither trained nor sharded."""
+    """Raises UserError if quantized weights would be trained or sharded."""
     if not (model_args.quantization_bit or folder.bits):
         return
     source = f"{folder.path} is packed in {folder.bits} bit" if folder.bits else "--quantization_bit"
@@ -69,7 +69,7 @@ def check_quantization(
 
 
 def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
-    """Something is to be done, and the files for it are there."""
+    """Raises UserError if no job is asked for, or a file for it is missing."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
     shards = data_args.train_datasets if args.do_train else None
@@ -88,7 +88,7 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
 
 
 def check_devices(args: TrainingArguments) -> None:
-    """As many processes run as were asked for, with one device each."""
+    """Raises UserError unless the right number of processes run, with one device each."""
     if args.fp16 and args.device.type == "cpu":
         raise UserError("--fp16 needs a GPU, and none is visible here: leave the flag out.")
     if args.processes != args.world_size and not args.dry_run:
@@ -101,7 +101,7 @@ def check_devices(args: TrainingArguments) -> None:
 
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
-    """The engine can do what is asked of it."""
+    """Raises UserError if the engine can't do what the flags ask."""
     engine = args.engine
     if engine.name == "DDP":
         return

@@ -1,4 +1,4 @@
-"""What a person at a terminal reads: the settings, the first row, the scores side by side, the final summary."""
+"""The reports in the terminal: settings, first row, scores side by side, final summary."""
 
 import resource
 import sys
@@ -32,7 +32,7 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 
 
 def print_prepared(split: str, data: Prepared) -> None:
-    """How many rows there are, and what was cut or left out: never in silence."""
+    """Prints the number of rows, and of those that were cut or left out."""
     found, left = data.summary, len(data.questions) or len(data.rows)
     count = f"{left:,}" if left == found["rows"] else f"{left:,} of {found['rows']:,}"
     notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{found['truncated']:,} truncated"]
@@ -117,7 +117,7 @@ def peak_memory() -> dict[str, int]:
 def print_settings(
     method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments, memory: str
 ) -> None:
-    """What is about to run, in numbers."""
+    """Prints the settings of the run."""
     total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
         "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",

@@ -1,4 +1,4 @@
-"""The Trainer of transformers: it saves only what was trained, and scores generated answers."""
+"""The Trainer of transformers: it saves only the trained parameters, and scores generated answers."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from common.training.checkpoints import complete_checkpoints
 class FiniteLoss(TrainerCallback):
     """Ends a training whose loss or gradients are no longer finite before that is saved or evaluated.
 
-    It looks at what is logged, which the Trainer has gathered from all processes; a look at each step would wait for
+    It reads the logs, which the Trainer has gathered from all processes; a look at each step would wait for
     the GPU. A nan or inf of any step since the last log stays in the logged mean.
     """
 
@@ -71,7 +71,7 @@ class FinetuneTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves what was trained; private, because save_model gathers the weights and pushes to the hub around it.
+        """Saves the trained parameters; private, because save_model gathers weights and pushes to the hub around it.
 
         ``state_dict``: the gathered weights under ZeRO and FSDP2, in the process that saves.
         """
@@ -98,7 +98,7 @@ class FinetuneTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def load_trained(self, folder: Path) -> None:
-        """Reads what was trained from a checkpoint into the model."""
+        """Reads the trained parameters of a checkpoint into the model."""
         self.method.restore(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
