@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from common.errors import UserError
+from common.errors import UserError, note
 from common.files import read_json, short_hash, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
