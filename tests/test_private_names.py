@@ -71,6 +71,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "transformers.utils.generic.merge_with_config_defaults": "the config's defaults do not reach forward()",
     "transformers.utils.output_capturing.capture_outputs": "output_hidden_states is ignored",
     "transformers.PreTrainedConfig._attn_implementation": "attn_implementation is ignored",
+    f"{MODEL}._input_embed_layer": "the input embedding is not found, or not replaced",
     f"{MODEL}._no_split_modules": "FSDP2 and device maps split layers",
     f"{MODEL}._skip_keys_device_placement": "the cache is moved between devices",
     f"{MODEL}._supports_sdpa": "attention falls back to eager",
