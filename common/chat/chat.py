@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
@@ -79,8 +85,9 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
     """
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
-    sampling = {"do_sample": True, "top_p": top_p, "temperature": temperature} if temperature else {"do_sample": False}
-    return {"max_new_tokens": max_new_tokens, **sampling}
+    if temperature == 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "top_p": top_p, "temperature": temperature}
 
 
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
@@ -102,6 +109,16 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
     return forgotten
 
 
+class StopOnEvent(StoppingCriteria):
+    """Ends a generation when an event is set."""
+
+    def __init__(self, event: Event):
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
 def stream_chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,12 +135,8 @@ def stream_chat(
     inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()
-
-    def is_unwanted(input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        return torch.full((len(input_ids),), unwanted.is_set(), device=input_ids.device)
-
     generation = {"eos_token_id": stop_ids(tokenizer)} | generation
-    stopping = StoppingCriteriaList([is_unwanted])
+    stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
     with ThreadPoolExecutor(1) as thread:
         answer = ""
         written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)

@@ -27,7 +27,6 @@ from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, note
 from common.loading import load_model
 from common.locking import take_port
-from common.methods import Method
 from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
 from common.trained import base_of
@@ -180,9 +179,10 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
-    speakers = [Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))]
+    tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
+    speakers = [tuned]
     if trained and args.compare != "false":  # the same model without prefix or adapter
-        speakers.append(Speaker("基座 / base", partial(method_of(trained).base, model)))
+        speakers.append(Speaker("基座 / base", partial(base_context(trained), model)))
     elif args.checkpoint and args.compare == "true":
         name = base_of(args.checkpoint, args.model_name_or_path)
         base = load_model(name, compute_dtype(model.device), args.quantization_bit, device=model.device)
@@ -190,12 +190,13 @@ def load(args: argparse.Namespace) -> Chat:
     return Chat(speakers, tokenizer, model.config.max_position_embeddings, threading.Lock())
 
 
-def method_of(trained: dict[str, str]) -> Method:
+def base_context(trained: dict[str, str]) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
+    """The context manager in which a tuned model is its base, in the same memory."""
     if "ptuning_checkpoint" in trained:
-        return PTuning(PrefixArguments())
+        return PTuning(PrefixArguments()).base
     from common.methods.lora import Lora  # PEFT takes two seconds to import
 
-    return Lora(LoraArguments())
+    return Lora(LoraArguments()).base
 
 
 def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
@@ -239,11 +240,15 @@ def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.C
     )
     longest = max(args.max_new_tokens, chat.context // 2)
     with gr.Row():
-        labels = ("最大生成长度 / max new tokens", "温度 / temperature (0: 贪心 greedy)")
-        length = gr.Slider(1, longest, args.max_new_tokens, step=1, label=labels[0], min_width=220)
-        temperature = gr.Slider(0, 2, args.temperature, step=0.01, label=labels[1], min_width=220)
-        top_p = gr.Slider(0.01, 1, args.top_p, step=0.01, label="top_p", min_width=220)
-    return [system, length, temperature, top_p]
+        sliders = [
+            gr.Slider(least, most, value, step=step, label=label, min_width=220)
+            for least, most, value, step, label in (
+                (1, longest, args.max_new_tokens, 1, "最大生成长度 / max new tokens"),
+                (0, 2, args.temperature, 0.01, "温度 / temperature (0: 贪心 greedy)"),
+                (0.01, 1, args.top_p, 0.01, "top_p"),
+            )
+        ]
+    return [system, *sliders]
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
