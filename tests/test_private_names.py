@@ -36,7 +36,6 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "deepspeed.ops.__compatible_ops__": "DeepSpeed compiles for a minute on CPUs",
     "deepspeed.ops.op_builder.builder.OpBuilder": "several jobs compile one extension at once",
     "deepspeed.ops.op_builder.cpu.ShareMemCommBuilder": "DeepSpeed compiles for a minute on CPUs",
-    "deepspeed.runtime.zero.partition_parameters.is_zero_param": "parameters under ZeRO-3 are counted wrong",
     "accelerate.utils.fsdp_utils.save_fsdp_optimizer": "checkpoints of FSDP2 hold frozen weights twice",
     "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": "DDP unshares weights",
     # the Trainer
