@@ -321,7 +321,7 @@ def test_a_prefix_is_no_model(whole_run, tmp_path):
     ("flags", "says"),
     [
         ("--pre_seq_len 9 --ptuning_checkpoint {run}", "with --pre_seq_len 8, not 9"),
-        ("--prefix_projection --ptuning_checkpoint {run}", "without --prefix_projection"),
+        ("--prefix_projection --ptuning_checkpoint {run}", "--prefix_projection False, not True"),
         ("--ptuning_checkpoint nowhere", "nowhere holds no prefix"),
         ("--test_file nowhere.json", "no data file nowhere.json"),
         ("--quantization_bit 3", "only 4 and 8"),

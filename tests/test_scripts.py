@@ -29,10 +29,10 @@ def predictions(folder: Path) -> list[dict[str, str]]:
 
 
 def check_same_answers(first: list[dict[str, str]], second: list[dict[str, str]]) -> None:
-    """To the same 50 questions, up to two: other rows share a batch, which changes the last digits."""
-    assert len(first) == len(second) == 50
+    """To the same 24 questions, up to one: other rows share a batch, which changes the last digits."""
+    assert len(first) == len(second) == 24
     assert [row["labels"] for row in first] == [row["labels"] for row in second]
-    assert sum(one == other for one, other in zip(first, second, strict=True)) >= 48
+    assert sum(one == other for one, other in zip(first, second, strict=True)) >= 23
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ def house(tmp_path_factory) -> Path:
 JOBS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # folder of the result -> script, flags, variables
     "ptuning/output/adgen-demo-pt-32-2e-2": (
         "ptuning/train.sh",
-        ["--max_predict_samples", "50"],
-        {"MAX_STEPS": "80", "NUM_PROCESSES": ""},
+        ["--max_predict_samples", "24"],
+        {"MAX_STEPS": "60", "NUM_PROCESSES": ""},
     ),
     "lora/output/adgen-demo3-lora-8-5e-3": (
         "lora/train.sh",
-        ["--max_predict_samples", "50"],
-        {"MODEL": "demo3", "MAX_STEPS": "40", "BATCH_SIZE": "8", "NUM_PROCESSES": "2"},
+        ["--max_predict_samples", "24"],
+        {"MODEL": "demo3", "MAX_STEPS": "24", "BATCH_SIZE": "8", "NUM_PROCESSES": "2"},
     ),
     "full/output/adgen-demo-full-1e-3": (
         "full/train.sh",
@@ -87,9 +87,9 @@ def trained(house) -> dict[str, str]:
 
 
 def test_the_demo_learns_the_advertising_style(house, trained):
-    """In a third of the steps that `bash ptuning/train.sh` takes."""
+    """In a quarter of the steps that `bash ptuning/train.sh` takes."""
     scores = read(house / PREFIX, "predict_results.json")
-    assert scores["predict_samples"] == 50
+    assert scores["predict_samples"] == 24
     assert scores["predict_rouge-l"] >= 1.5 * scores["predict_base_rouge-l"]
     assert scores["predict_bleu-4"] > scores["predict_base_bleu-4"]
     for part in ("training finished", "tokens/s", "samples/s", "peak host memory", "tuned / base", "ROUGE-L"):
@@ -107,7 +107,7 @@ def test_trainings_that_start_at_once_on_an_empty_cache_share_it(house, trained)
 def test_lora_learns_the_advertising_style(house, trained):
     """In two processes."""
     scores = read(house / ADAPTER, "predict_results.json")
-    assert scores["predict_samples"] == 50
+    assert scores["predict_samples"] == 24
     assert scores["predict_rouge-l"] >= 1.5 * scores["predict_base_rouge-l"]
     assert read(house / ADAPTER, "run_settings.json")["rows_per_step"] == 16
     assert "LoRA" in trained[ADAPTER]
@@ -126,14 +126,14 @@ def test_every_weight_is_trained_and_scored_beside_the_base(house, trained):
 
 def test_evaluate_without_variables_repeats_the_answers_of_the_newest_training(house, trained):
     before = predictions(house / PREFIX)
-    said = bash("ptuning/evaluate.sh", "--max_predict_samples", "50", root=house)
+    said = bash("ptuning/evaluate.sh", "--max_predict_samples", "24", root=house)
     assert f"newest training: {house / PREFIX}" in said.stderr
     check_same_answers(before, predictions(house / PREFIX))
 
 
 def test_one_process_answers_as_two_did(house, trained, tmp_path):
     variables = {"CHECKPOINT": str(house / ADAPTER), "OUTPUT_DIR": str(tmp_path)}
-    bash("lora/evaluate.sh", "--max_predict_samples", "50", root=house, **variables)
+    bash("lora/evaluate.sh", "--max_predict_samples", "24", root=house, **variables)
     check_same_answers(predictions(house / ADAPTER), predictions(tmp_path))
     before, after = (read(folder, "predict_results.json") for folder in (house / ADAPTER, tmp_path))
     assert after["predict_rouge-l"] == pytest.approx(before["predict_rouge-l"], abs=0.5)
@@ -197,11 +197,11 @@ OFFICIAL_TRAIN = """CUDA_VISIBLE_DEVICES=0 python3 main.py
 --prompt_column content --response_column summary --overwrite_cache --model_name_or_path {model}
 --output_dir {output} --overwrite_output_dir --max_source_length 64 --max_target_length 64
 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 16
---predict_with_generate --max_steps 3 --logging_steps 10 --save_steps 1000 --learning_rate 2e-2 --pre_seq_len 128
+--predict_with_generate --max_steps 1 --logging_steps 10 --save_steps 1000 --learning_rate 2e-2 --pre_seq_len 128
 --quantization_bit 4"""
 OFFICIAL_EVALUATE = """CUDA_VISIBLE_DEVICES=0 python3 main.py
 --do_predict --validation_file {data}/few.json --test_file {data}/few.json --overwrite_cache --prompt_column content
---response_column summary --model_name_or_path {model} --ptuning_checkpoint {output}/checkpoint-3
+--response_column summary --model_name_or_path {model} --ptuning_checkpoint {output}/checkpoint-1
 --output_dir {output} --overwrite_output_dir --max_source_length 64 --max_target_length 64
 --per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 128 --quantization_bit 4"""
 
