@@ -136,6 +136,11 @@ class Chat(NamedTuple):
     def undo(self, conversation: Conversation) -> list:
         return [take_back(conversation), *self.show(conversation)]
 
+    def clear(self, conversation: Conversation) -> list:
+        """Empties the conversation itself, so that the last words of a cancelled answer show nothing."""
+        conversation.clear()
+        return self.show(conversation)
+
 
 def take_back(conversation: Conversation) -> str:
     """Removes the last round and returns its question."""
@@ -262,9 +267,8 @@ def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
     at_once = {"cancels": [sent, again], "show_progress": "hidden", **hidden}
     stop.click(None, **at_once)
     undo.click(chat.undo, conversation, outputs, **at_once)
-    emptied = [conversation, *columns]
     for event in (clear.click, *(column.clear for column in columns)):
-        event(lambda: [[] for _ in emptied], None, emptied, **at_once)
+        event(chat.clear, conversation, columns, **at_once)
 
 
 def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
