@@ -321,6 +321,8 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
         with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.gpu) as allocations:
             evaluation_step(model, setup)
         peaks.append(allocations.peak)
+        if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
+            peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the packed head of evaluation.py
     peak = max(peaks, key=Counter.total)
     parts = {name: peak[name] for name in ("gradients", "activations", "logits", "workspace")}
     plan = Plan(frozen, trained, optimizer=8 * numel * bool(setup.batch_size), offloaded=0, **parts)

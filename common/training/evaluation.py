@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +21,36 @@ from common.encoding import stop_ids
 from common.metrics import score
 from common.training.report import peak_memory, print_scores
 from common.training.trainer import FinetuneTrainer
+
+
+class PackedLinear(nn.Module):
+    """A Linear without bias whose weight is stored in the order of oneDNN, once for all calls.
+
+    For the few rows of a generation step and a large vocabulary it takes half the time of a Linear on a CPU.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, None, "none", [], "")
+
+
+@contextmanager
+def packed_head(model: PreTrainedModel, rows: int) -> Iterator[None]:
+    """On a CPU, gives the model a packed output layer, for generation in batches of ``rows``."""
+    head = model.get_output_embeddings()
+    packable = type(head) is nn.Linear and head.bias is None and torch.backends.mkldnn.is_available()
+    whole = packable and type(head.weight) is nn.Parameter and head.weight.ndim == 2  # no shard of it
+    if not whole or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
+        yield
+        return
+    model.set_output_embeddings(PackedLinear(head, rows))
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)
 
 
 @torch.no_grad()
@@ -45,16 +76,17 @@ def generate_answers(
     model.eval()
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
-    for start in range(0, len(batches), state.num_processes):
-        # Processes that share the weights must generate equally often: the last batch is done again by some.
-        batch = batches[min(start + state.process_index, len(batches) - 1)]
-        inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if start + state.process_index < len(batches):
-            answers += zip(batch, (text.strip() for text in texts), strict=True)
-        bar.update(len(batch) * state.num_processes)
+    with packed_head(model, batch_size):
+        for start in range(0, len(batches), state.num_processes):
+            # Processes that share the weights must generate equally often: the last batch is done again by some.
+            batch = batches[min(start + state.process_index, len(batches) - 1)]
+            inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            if start + state.process_index < len(batches):
+                answers += zip(batch, (text.strip() for text in texts), strict=True)
+            bar.update(len(batch) * state.num_processes)
     bar.close()
     model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]
