@@ -41,9 +41,9 @@ def base_of(folder: Path, given: str | None = None, named: str | None = None) ->
 
     Raises UserError if there is no such model.
     """
-    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json") or {}
-    names = ("base_model_name_or_path",) if adapter is not None else ("base_model_name_or_path", "_name_or_path")
-    base = given or named or next((value for name in names if (value := (adapter or config).get(name))), None)
+    config = read_json(folder / "adapter_config.json") or read_json(folder / "config.json") or {}
+    of_prefix = config.get("_name_or_path") if config.get("pre_seq_len") else None  # a whole model's is its own name
+    base = given or named or config.get("base_model_name_or_path") or of_prefix
     if base and is_model_name(base):
         return base
     problem = f"was trained on {base}, which does not exist any more" if base else "does not name its base model"

@@ -11,6 +11,7 @@ from shell import ROOT, flags_of, run_here
 from common.arguments import LoraArguments, PrefixArguments
 from common.errors import UserError
 from common.flags import parse_arguments
+from common.trained import base_of
 
 ROW = {"question": "类型#裙*颜色#白色", "answer": "一条白色的裙子。"}
 
@@ -139,3 +140,12 @@ def test_no_training_yet_is_one_sentence_everywhere(tmp_path, capsys):
         assert error_of(capsys) == said
     with pytest.raises(UserError, match="no training in"):
         parse_arguments(PrefixArguments, flags_of("ptuning/evaluate.sh", CHECKPOINT=str(tmp_path / "nowhere")))
+
+
+def test_a_whole_model_is_not_its_own_base(tmp_path):
+    """_name_or_path names the base of a prefix; in the config of a whole model it is the model's own name."""
+    (tmp_path / "config.json").write_text('{"_name_or_path": "demo"}')
+    with pytest.raises(UserError, match="does not name its base model"):
+        base_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"_name_or_path": "demo", "pre_seq_len": 8}')
+    assert base_of(tmp_path) == "demo"
