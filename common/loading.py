@@ -53,20 +53,30 @@ def load_model(
     ``device``: see ``load_base``. Raises UserError for an unusable folder, and for parts that do not fit.
     """
     folder = open_model(model)
-    method: Method | None = None
     if adapter and (ptuning_checkpoint or pre_seq_len):
         raise UserError("a model takes a LoRA adapter or a prefix, not both.")
-    if adapter:
-        from common.methods.lora import Lora  # PEFT takes two seconds to import
-
-        method = Lora(LoraArguments(lora_checkpoint=str(adapter)))
-    elif ptuning_checkpoint or pre_seq_len or holds_prefix(folder):
-        checkpoint = str(ptuning_checkpoint) if ptuning_checkpoint else None
-        method = PTuning(PrefixArguments(checkpoint, pre_seq_len, prefix_projection))
+    method: Method | None = None
+    if adapter or ptuning_checkpoint or pre_seq_len or holds_prefix(folder):
+        method = method_of(adapter, ptuning_checkpoint, pre_seq_len, prefix_projection)
     if method:
         method.check(folder, do_train=bool(pre_seq_len))
     base = load_base(fetch_weights(folder), dtype, quantization_bit, device)
     return method.attach(base) if method else base
+
+
+def method_of(
+    adapter: str | Path | None = None,
+    ptuning_checkpoint: str | Path | None = None,
+    pre_seq_len: int | None = None,
+    prefix_projection: bool = False,
+) -> Method:
+    """LoRA for an adapter, else P-Tuning v2; the parameters are those of ``load_model``."""
+    if adapter:
+        from common.methods.lora import Lora  # PEFT takes two seconds to import
+
+        return Lora(LoraArguments(lora_checkpoint=str(adapter)))
+    checkpoint = str(ptuning_checkpoint) if ptuning_checkpoint else None
+    return PTuning(PrefixArguments(checkpoint, pre_seq_len, prefix_projection))
 
 
 def find_trained(path: str, base: str | None = None) -> tuple[str, dict[str, Any]]:

@@ -21,13 +21,11 @@ import gradio as gr
 import psutil
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, note
-from common.loading import load_model
+from common.loading import load_model, method_of
 from common.locking import take_port
-from common.methods.prefix import PTuning
 from common.models.precision import compute_dtype
 from common.trained import base_of
 
@@ -187,21 +185,12 @@ def load(args: argparse.Namespace) -> Chat:
     tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
     speakers = [tuned]
     if trained and args.compare != "false":  # the same model without prefix or adapter
-        speakers.append(Speaker("基座 / base", partial(base_context(trained), model)))
+        speakers.append(Speaker("基座 / base", partial(method_of(**trained).base, model)))
     elif args.checkpoint and args.compare == "true":
         name = base_of(args.checkpoint, args.model_name_or_path)
         base = load_model(name, compute_dtype(model.device), args.quantization_bit, device=model.device)
         speakers.append(Speaker("基座 / base", partial(nullcontext, base)))
     return Chat(speakers, tokenizer, model.config.max_position_embeddings, threading.Lock())
-
-
-def base_context(trained: dict[str, str]) -> Callable[[PreTrainedModel], AbstractContextManager[PreTrainedModel]]:
-    """The context manager in which a tuned model is its base, in the same memory."""
-    if "ptuning_checkpoint" in trained:
-        return PTuning(PrefixArguments()).base
-    from common.methods.lora import Lora  # PEFT takes two seconds to import
-
-    return Lora(LoraArguments()).base
 
 
 def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
