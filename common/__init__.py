@@ -1,8 +1,11 @@
 """The parts that all methods and all models share."""
 
 import logging
+import os
 import warnings
 
+# bitsandbytes hands a function to torch.compile at import, which would load the compiler: a third of every start.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # bitsandbytes reports a missing CPU kernel at import, and LLM.int8() its fp16 in every layer and step.
 for _module in ("autograd._functions", "backends.cpu.ops"):
     logging.getLogger(f"bitsandbytes.{_module}").setLevel(logging.ERROR)

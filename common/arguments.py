@@ -195,6 +195,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
         self.accelerator_config = read_config("accelerator_config", self.accelerator_config)
         super().__post_init__()
+        if self.torch_compile:
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)  # of common/__init__.py
         self.deepspeed = self.engine.config or None
         self.activation_checkpointing = checkpointing  # None, which transformers makes False, is decided by checks.py
         half = half_dtype(self)
