@@ -162,7 +162,7 @@ def build_trainer(
         processing_class=tokenizer,
     )
     if args.predict_with_generate and validation and len(validation.questions):
-        trainer.score_answers = lambda model: score_rows(trainer, model, validation, data_args)
+        trainer.score_answers = lambda: score_rows(trainer, validation, data_args)
     return trainer
 
 

@@ -93,13 +93,12 @@ def generate_answers(
 
 
 @contextmanager
-def base_model(trainer: FinetuneTrainer) -> Iterator[PreTrainedModel]:
-    """The base model, in the trainer too, for a while."""
+def base_model(trainer: FinetuneTrainer) -> Iterator[None]:
+    """Gives the trainer the base model for a while."""
     tuned = trainer.model
-    with trainer.method.base(tuned) as base:
-        trainer.model = base
+    with trainer.method.base(tuned) as trainer.model:
         try:
-            yield base
+            yield
         finally:
             trainer.model = tuned
 
@@ -119,7 +118,7 @@ def evaluate(trainer: FinetuneTrainer, data_args: DataArguments) -> None:
 
 
 def answer_rows(
-    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments, description: str
+    trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments, description: str = "generating"
 ) -> list[str]:
     """The model's answers to the questions of a split: greedy, with beams, or sampled, as the flags ask."""
     args, tokenizer = trainer.args, trainer.processing_class
@@ -132,14 +131,12 @@ def answer_rows(
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
     prompts, rows = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
-    return generate_answers(model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
+    return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
-def score_rows(
-    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments
-) -> dict[str, float]:
+def score_rows(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> dict[str, float]:
     """Scores of the model's answers to the questions of a split."""
-    return score(answer_rows(trainer, model, data, data_args, "generating"), list(data.questions["reference"]))
+    return score(answer_rows(trainer, data, data_args), list(data.questions["reference"]))
 
 
 def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> None:
@@ -149,8 +146,8 @@ def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) 
     for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
         if name == "base" and not data_args.evaluate_base:
             continue
-        with base_model(trainer) if name == "base" else nullcontext(trainer.model) as model:
-            answers = answer_rows(trainer, model, data, data_args, f"{name} model")
+        with base_model(trainer) if name == "base" else nullcontext():
+            answers = answer_rows(trainer, data, data_args, f"{name} model")
         if trainer.is_world_process_zero():
             with open(output_dir / file_name, "w", encoding="utf-8") as file:
                 for reference, answer in zip(references, answers, strict=True):
