@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NewType
+from typing import Any, Literal, NewType
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -78,11 +78,9 @@ class LoraArguments:
 
 @dataclass
 class FullArguments:
-    save_format: str = flag("Format of the weights: safetensors, or bin, which the original code reads", "safetensors")
-
-    def __post_init__(self):
-        if self.save_format not in ("safetensors", "bin"):
-            raise ValueError(f"--save_format {self.save_format}: there are safetensors and bin")
+    save_format: Literal["safetensors", "bin"] = flag(
+        "Format of the weights: safetensors, or bin, which the original code reads", "safetensors"
+    )
 
 
 @dataclass

@@ -42,7 +42,7 @@ class PTuning(Method):
                 f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder.path} is a {folder.spec.name}."
             )
         if args.ptuning_checkpoint:
-            check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
+            check_prefix(args.ptuning_checkpoint, args)
         elif do_train and not args.pre_seq_len:
             raise UserError(
                 "--do_train needs --pre_seq_len, the number of virtual tokens to train (full/main.py trains weights)."
@@ -57,7 +57,7 @@ class PTuning(Method):
         if source is None and model.config.pre_seq_len and read_prefix(model.name_or_path):
             source = model.name_or_path
         if source:
-            load_prefix(model, source, args.pre_seq_len, args.prefix_projection or None)
+            load_prefix(model, source, args)
         elif args.pre_seq_len:
             attach_prefix(model, args.pre_seq_len, args.prefix_projection)
         return model
@@ -156,30 +156,24 @@ def prefix_files(folder: Path) -> list[Path]:
     return [file for file in files if file.exists()]
 
 
-def check_prefix(
-    folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a saved prefix; they tell its length and kind.
-
-    Raises UserError if the folder holds no prefix, and if ``pre_seq_len`` or ``projection`` are given and differ.
-    """
+def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]:
+    """The tensors of a saved prefix. Raises UserError if the folder holds none, and if a flag that is given differs."""
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
     stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
-    for name, given in (("pre_seq_len", pre_seq_len), ("prefix_projection", projection)):
-        if given not in (None, stored[name]):
+    for name, value in stored.items():
+        given = vars(args)[name]
+        if given and given != value:
             raise UserError(
-                f"the prefix in {folder} was trained with --{name} {stored[name]}, not {given}: leave the flag out."
+                f"the prefix in {folder} was trained with --{name} {value}, not {given}: leave the flag out."
             )
     return tensors
 
 
-def load_prefix(
-    model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
-) -> None:
+def load_prefix(model: PreTrainedModel, folder: str | Path, args: PrefixArguments | None = None) -> None:
     """Attaches the prefix of a checkpoint. Raises UserError like ``check_prefix``, and if the shapes differ."""
-    tensors = check_prefix(folder, pre_seq_len, projection)
+    tensors = check_prefix(folder, args or PrefixArguments())
     attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
     try:
         model.base_model.prefix_encoder.load_state_dict(tensors)
