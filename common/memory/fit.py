@@ -153,7 +153,7 @@ def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
         return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
     if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
-    parts = ", ".join(f"{name} {gb(size)}" for name, size in list(plan.parts().items())[:3])
+    parts = ", ".join(f"{name} {gb(size)}" for name, size in plan.largest()[:3])
     device = "a card of DEVICE_MEMORY" if card_memory(args) else args.device
     return f"this needs about {gb(plan.total)} of memory ({parts}) and {gb(available)} are free on {device}"
 

@@ -56,7 +56,7 @@ LABELS = {
 def print_plan(memory: Forecast) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
     (folder, method, setup), plan, available = memory
-    sizes_of: dict[str, float] = {LABELS.get(name, name): size for name, size in plan.parts().items()}
+    sizes_of = {LABELS.get(name, name): size for name, size in plan.largest()}
     sizes_of["a process on its device"] = plan.total
     if setup.gpu:
         sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
