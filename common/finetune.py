@@ -1,6 +1,5 @@
 """The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
 
-import json
 import os
 import time
 import warnings
@@ -11,7 +10,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import TrainCollator
@@ -79,7 +78,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             return
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            print_settings(method.name, model, folder.path, data_args, args, memory.sentence)
+            print_settings(folder, model, memory, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.predicted_memory = memory.plan.total
         if args.do_train:
@@ -168,9 +167,9 @@ def build_trainer(
 
 def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
     """Trains, from a checkpoint if there is one, and saves the result into the output folder."""
-    args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
+    args, start = trainer.args, TrainerState()
     if checkpoint:
-        start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        start = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if is_finished(start, args):
             finish_again(trainer, checkpoint, start)
             return
@@ -183,24 +182,24 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
-    tokens = trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"]
+    tokens = trainer.state.num_input_tokens_seen - start.num_input_tokens_seen
     memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
     trainer.save_metrics("train", metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     trainer.save_state()
     if trainer.is_world_process_zero():
-        steps = trainer.state.global_step - start["global_step"]
+        steps = trainer.state.global_step - start.global_step
         print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
 
 
-def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: dict) -> None:
+def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:
     """Leaves trainer and output folder as after the training that ended in ``checkpoint``."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
         raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}.")
-    best = state.get("best_model_checkpoint") if args.load_best_model_at_end else None
+    result = Path(args.load_best_model_at_end and state.best_model_checkpoint or checkpoint)
     if args.engine.name == "DDP":
-        trainer.load_trained(Path(best or checkpoint))
+        trainer.load_trained(result)
     if args.should_save and not is_saved(output_dir, trainer.method.files):
-        copy_trained(Path(best or checkpoint), output_dir)  # it was interrupted after its last step
+        copy_trained(result, output_dir)  # it was interrupted after its last step
     if trainer.is_world_process_zero():
         print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)

@@ -57,10 +57,6 @@ class Forecast(NamedTuple):
     plan: Plan
     available: int
 
-    @property
-    def sentence(self) -> str:
-        return f"{gb(self.plan.total)} predicted at the peak, {gb(self.available)} free"
-
 
 def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str | None) -> ModelFolder:
     """The model to plan for. The three 6B models need no folder and no hub."""

@@ -3,7 +3,6 @@
 import resource
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -17,6 +16,7 @@ from common.launch.engines import sizes
 from common.memory.fit import Forecast
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
+from common.models.registry import ModelFolder
 
 
 def console() -> Console:
@@ -115,21 +115,22 @@ def peak_memory() -> dict[str, int]:
 
 
 def print_settings(
-    method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments, memory: str
+    folder: ModelFolder, model: PreTrainedModel, memory: Forecast, data_args: DataArguments, args: TrainingArguments
 ) -> None:
     """Prints the settings of the run."""
+    case, plan, available = memory
     total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
-        "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
+        "model": f"{folder.path}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
         f"{torch.get_num_threads()} threads each",
-        "memory": memory,
+        "memory": f"{gb(plan.total)} predicted at the peak, {gb(available)} free",
         "lengths": f"{data_args.max_source_length} + {data_args.max_target_length} tokens",
         "output": args.output_dir,
     }
     if args.do_train:
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        pairs["method"] = f"{method}, {trainable:,} trainable parameters"
+        pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
             f"{length} of {args.rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulated x {args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
