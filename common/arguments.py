@@ -138,11 +138,6 @@ class Engine:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def zero(self) -> dict[str, Any]:
-        """DeepSpeed's section zero_optimization."""
-        return self.config.get("zero_optimization", {})
-
-    @property
     def loss_flags(self) -> dict[str, bool]:
         """The flags that a model's loss is computed with."""
         return {"loss_only": True, "loss_in_parts": not self.sharded, "use_cache": False}
@@ -267,18 +262,14 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     config["zero_allow_untested_optimizer"] = True
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if found := contradictions(config, args):
-        raise UserError(f'{file} says {"; ".join(found)}: change one, or write "auto" there.')
-    return config
-
-
-def contradictions(config: dict[str, Any], args: TrainingArguments) -> list[str]:
-    """Each entry of a DeepSpeed file that contradicts a flag: ENTRY=VALUE, but --FLAG=VALUE."""
     compared = HfTrainerDeepSpeedConfig(config)
     compared.trainer_config_process(SimpleNamespace(**vars(args), world_size=args.processes))
-    rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
-    lines = [line.replace("train_batch_size (calculated)", rows).replace("|", " or --") for line in compared.mismatches]
-    return [line.removeprefix("- ds ").replace(" vs hf ", ", but --") for line in lines]
+    found = "; ".join(line.removeprefix("- ds ") for line in compared.mismatches)
+    if found:
+        rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
+        found = found.replace("train_batch_size (calculated)", rows).replace("|", " or --")
+        raise UserError(f'{file} says {found.replace(" vs hf ", ", but --")}: change one, or write "auto" there.')
+    return config
 
 
 def check_sections(config: dict[str, Any], file: Any) -> None:

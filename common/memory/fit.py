@@ -83,14 +83,12 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
     """Raises UserError if the prediction exceeds the free memory; only warns with ``--check_memory false``."""
     case, plan, available = found
     problem = shortage(plan, available, args)
-    if not problem:
-        return
-    if not args.check_memory:
+    if problem and not args.check_memory:
         note(f"warning: {problem}.")
-        return
-    note(f"{problem}: looking for a change that helps")
-    changes = advice(case, lambda plan: not shortage(plan, available, args), args)
-    raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
+    elif problem:
+        note(f"{problem}: looking for a change that helps")
+        changes = advice(case, lambda plan: not shortage(plan, available, args), args)
+        raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
 
 
 def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments, gpu: bool) -> Setup:

@@ -339,17 +339,17 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
         root = everything - sum(weight.numel() for unit in units for weight in unit.parameters())
         parts["workspace"] += size * (root + 2 * layer) + 4 * layer * bool(parts["gradients"])  # gathered, and whole
     else:
-        stage, size = engine.zero.get("stage", 0), setup.dtype.itemsize
+        zero = engine.config["zero_optimization"]
+        stage, size = zero["stage"], setup.dtype.itemsize
         parts["trained"] = size * trained
         parts["gradients"] = (size + 4 * (stage > 1)) * trained
         parts["optimizer"] = (8 + 4 * (size < 4)) * trained  # with the float32 weights that the optimizer works on
-        bucket = int(engine.zero.get("reduce_bucket_size", BUCKET))
+        bucket = int(zero.get("reduce_bucket_size", BUCKET))
         if not setup.gpu:  # there, memory that is never written to takes nothing
             bucket = min(bucket, trained)
-        parts["workspace"] += bucket * size * (2 if engine.zero.get("overlap_comm") and stage < 3 else 1) * bool(stage)
+        parts["workspace"] += bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1) * bool(stage)
         if stage == 3:
-            live = int(engine.zero.get("stage3_max_live_parameters", GATHERED))
-            parts["workspace"] += size * min(everything, live)
+            parts["workspace"] += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
     for kind, first_stage in SHARDED.items():
         parts[kind] //= n if stage >= first_stage else 1
     if engine.name == "FSDP2" and any(engine.offload):

@@ -144,17 +144,12 @@ def print_training_summary(
     """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     seconds = metrics["train_runtime"]
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    loss = f"{metrics['train_loss']:.4f} on average"
-    if losses:
-        loss = f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})"
-    print_pairs(
-        "training finished",
-        {
-            "loss": loss,
-            "steps": steps,
-            "time": f"{seconds:,.1f} s",
-            "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
-            **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
-            "saved to": args.output_dir,
-        },
-    )
+    pairs = {
+        "loss": f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})",
+        "steps": steps,
+        "time": f"{seconds:,.1f} s",
+        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
+        **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
+        "saved to": args.output_dir,
+    }
+    print_pairs("training finished", pairs)
