@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.methods import Method
+from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder
 
@@ -29,18 +29,17 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Lora(Method):
+    args: LoraArguments
     name = "LoRA"
     trains_base = False
     files = ("adapter_model.safetensors",)
 
-    def __init__(self, args: LoraArguments):
-        self.args = args
-        self.settings = vars(args)
-
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
-        if self.args.lora_checkpoint:
-            check_adapter(self.args.lora_checkpoint, self.args)
+        if checkpoint := self.args.lora_checkpoint:
+            config = adapter_config(checkpoint)
+            stored = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"]}
+            check_flags(f"the adapter in {checkpoint}", stored, self.args)
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Freezes the model and adds a trained or a new adapter, in float32."""
@@ -93,15 +92,6 @@ def adapter_config(folder: str | Path) -> dict:
         raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")
     check_complete(weights[0])
     return config
-
-
-def check_adapter(folder: str | Path, args: LoraArguments) -> None:
-    """Raises UserError if a flag contradicts the adapter."""
-    config = adapter_config(folder)
-    for flag, stored in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])):
-        given = vars(args)[flag]
-        if given not in (vars(LoraArguments())[flag], stored):
-            raise UserError(f"the adapter in {folder} was trained with --{flag} {stored}, not {given}: leave it out.")
 
 
 def linear_names(model: nn.Module) -> set[str]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.methods import Method
+from common.methods import Method, check_flags
 from common.models.registry import ModelFolder
 from common.models.weights import read_weights
 
@@ -27,13 +27,10 @@ KEY_PREFIX = "transformer.prefix_encoder."
 
 
 class PTuning(Method):
+    args: PrefixArguments
     name = "P-Tuning v2"
     trains_base = False
     files = ("pytorch_model.bin",)
-
-    def __init__(self, args: PrefixArguments):
-        self.args = args
-        self.settings = vars(args)
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         args = self.args
@@ -162,12 +159,7 @@ def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
     stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
-    for name, value in stored.items():
-        given = vars(args)[name]
-        if given and given != value:
-            raise UserError(
-                f"the prefix in {folder} was trained with --{name} {value}, not {given}: leave the flag out."
-            )
+    check_flags(f"the prefix in {folder}", stored, args)
     return tensors
 
 

@@ -28,7 +28,7 @@ def settings_of(
         "model": str(folder.path.resolve()),
         "method": method.name,
         "quantization_bit": model_args.quantization_bit,
-        **method.settings,
+        **{name: value for name, value in vars(method.args).items() if name != "save_format"},  # which may change
         "train_file": full_paths(data_args.train_file),
         "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
         **{name: vars(data_args)[name] for name in names},

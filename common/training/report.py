@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
@@ -87,17 +87,15 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
     """Scores of several models side by side; with two, their ratio too."""
-    table = Table(title="scores, 0 to 100", title_justify="left")
-    table.add_column("metric")
-    for name in columns:
-        table.add_column(name, justify="right")
-    names = list(columns)
-    if len(names) == 2:
-        table.add_column(f"{names[1]} / {names[0]}", justify="right")
+    ratio = [" / ".join([*columns][::-1])] if len(columns) == 2 else []
+    headers = [Column(name, justify="right") for name in (*columns, *ratio)]
+    table = Table("metric", *headers, title="scores, 0 to 100", title_justify="left")
     for metric in SCORES:
-        values = [columns[name][metric] for name in names]
-        ratio = [f"{values[1] / values[0]:.2f}x" if values[0] else "-"] if len(values) == 2 else []
-        table.add_row(metric.upper(), *(f"{value:.2f}" for value in values), *ratio)
+        values = [scores[metric] for scores in columns.values()]
+        cells = [f"{value:.2f}" for value in values]
+        if ratio:
+            cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
+        table.add_row(metric.upper(), *cells)
     console().print(table)
     for name, scores in columns.items():
         if scores["empty"]:
