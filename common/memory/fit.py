@@ -192,7 +192,6 @@ def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) ->
 def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """At most four changes, the cheapest first: in words, and the fields of ``Case.changed``."""
     setup = case.setup
-    trains_base = setup.batch_size > 0 and case.method.trains_base
     if setup.batch_size and not setup.checkpointing:
         yield "--activation_checkpointing true", {"checkpointing": True}
     rows = max(1, setup.batch_size // 4)
@@ -203,11 +202,10 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
     elif max(setup.generation_batch_size, setup.evaluation_batch_size) > 1:
         sizes = {name: min(1, vars(setup)[name]) for name in ("generation_batch_size", "evaluation_batch_size")}
         yield "--per_device_eval_batch_size 1", sizes
-    if trains_base:
+    if setup.batch_size and case.method.trains_base:
         from common.methods.lora import Lora  # PEFT takes two seconds to import
 
-        dtype = torch.bfloat16 if setup.gpu else torch.float32
-        half = {"dtype": dtype, "autocast": None}
+        half = {"dtype": torch.bfloat16 if setup.gpu else torch.float32, "autocast": None}
         if setup.gpu:
             zero = {"zero_optimization": {"stage": 3}}
             engine = Engine("DeepSpeed", sharded=True, offload=(True, True), config=zero)

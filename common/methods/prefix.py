@@ -125,8 +125,12 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     Reads our prefixes, those of the official script, and old full checkpoints that hold base and prefix.
     """
     folder = Path(folder)
+    files = [file for file in (folder / "pytorch_model.bin", folder / "model.safetensors") if file.exists()]
+    for index in sorted(folder.glob("*.index.json"))[:1]:  # it names the files exactly
+        names = (read_json(index) or {}).get("weight_map", {})
+        files = sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     tensors: dict[str, Tensor] = {}
-    for file in prefix_files(folder):
+    for file in files:
         check_complete(file)
         tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
@@ -142,15 +146,6 @@ def holds_prefix_only(folder: str | Path) -> bool:
     file = Path(folder) / "pytorch_model.bin"
     names = torch.load(file, map_location="meta", weights_only=True) if file.is_file() else {}
     return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
-
-
-def prefix_files(folder: Path) -> list[Path]:
-    """The weight files that may hold a prefix; an index names them exactly."""
-    for index in sorted(folder.glob("*.index.json")):
-        names = (read_json(index) or {}).get("weight_map", {})
-        return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
-    files = [folder / "pytorch_model.bin", folder / "model.safetensors"]
-    return [file for file in files if file.exists()]
 
 
 def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]:
