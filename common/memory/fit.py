@@ -71,9 +71,8 @@ def forecast(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Forecast:
     """Predicts the memory of this run; chooses the batch size if it is auto."""
-    card = card_memory(args)
-    setup = setup_of(method, model_args.quantization_bit, data_args, args, gpu=bool(card) or args.device.type != "cpu")
-    case, available = Case(folder, method, setup), card or free_memory(args)
+    case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args))
+    available = card_memory(args) or free_memory(args)
     if args.do_train and args.auto_batch_size:
         case = choose_batch_size(case, args, data_args, available)
     return Forecast(case, case.plan(), available)
@@ -91,8 +90,8 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
         raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
 
 
-def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments, gpu: bool) -> Setup:
-    """``gpu``: whether it runs on a GPU, here or elsewhere."""
+def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments) -> Setup:
+    gpu = bool(card_memory(args)) or args.device.type != "cpu"  # here or elsewhere
     trains = bool(args.do_train)
     generates = bool(args.do_predict or args.do_eval and args.predict_with_generate)
     dtype = base_dtype(args, method.trains_base)
