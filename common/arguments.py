@@ -208,11 +208,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return int(os.environ.get("EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
     @property
-    def owns_output(self) -> bool:
-        """Whether this process locks the output folder; checks on other machines, which may share it, do not."""
-        return self.should_save and not (self.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
-
-    @property
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes

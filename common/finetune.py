@@ -45,15 +45,14 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    # In the folder itself, where jobs with another cache, or on another machine, find it too.
+    # In the folder itself, where jobs with another cache, or on another machine, find it too. A check on another
+    # machine, which may share the folder, does not lock it.
     lock = hold(output_dir / ".lock", f"output folder {output_dir}", wait=False)
-    with lock if args.owns_output else nullcontext():
+    locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
+    with lock if locks else nullcontext():
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args)
-        checkpoint = (
-            checkpoints.resume_point(args, settings, method.files)
-            if args.do_train and args.process_index == 0
-            else None
-        )
+        looks = args.do_train and args.process_index == 0
+        checkpoint = checkpoints.resume_point(args, settings, method.files) if looks else None
         checkpoint = broadcast_object_list([checkpoint])[0]
         if checkpoint:
             checkpoints.check_checkpoint(args, checkpoint)

@@ -99,29 +99,21 @@ def linear_names(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def target_modules(model: PreTrainedModel, args: LoraArguments) -> str | list[str]:
-    """The layers that get an adapter, as PEFT names them. Raises UserError for a layer that does not exist."""
+def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
+    """The frozen model with a new adapter, float32 and trainable. Raises UserError for a layer that does not exist."""
     default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
-    targets = args.lora_target or default
-    if targets == "all-linear":
-        return targets
-    names = [name.strip() for name in targets.split(",")]
+    targets = [name.strip() for name in (args.lora_target or default).split(",")]
     known = linear_names(model)
-    for name in names:
+    for name in targets if targets != ["all-linear"] else ():
         if name.rpartition(".")[2] not in known:
             there = ", ".join(sorted(known))
             raise UserError(f"--lora_target: the model has no linear layer {name}; there are {there}, or all-linear.")
-    return names
-
-
-def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
-    """The frozen model with a new adapter, float32 and trainable. Raises UserError like ``target_modules``."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=target_modules(model, args),
+        target_modules=targets if targets != ["all-linear"] else "all-linear",
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )
