@@ -62,11 +62,10 @@ def generate_answers(
     state = PartialState()
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    was_training = model.training
-    model.eval()
+    model.eval()  # the Trainer calls train() before every step
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
-    with packed_head(model, batch_size):
+    with bar, packed_head(model, batch_size):
         for start in range(0, len(batches), state.num_processes):
             # Processes that share the weights must generate equally often: the last batch is done again by some.
             batch = batches[min(start + state.process_index, len(batches) - 1)]
@@ -77,8 +76,6 @@ def generate_answers(
             if start + state.process_index < len(batches):
                 answers += zip(batch, (text.strip() for text in texts), strict=True)
             bar.update(len(batch) * state.num_processes)
-    bar.close()
-    model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]
 
 
