@@ -331,7 +331,6 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     everything, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     if engine.name == "DDP":
         return Plan(parts + Counter(workspace=4 * trained * (n > 1)))  # its buckets
-    offloaded = 0
     if engine.name == "FSDP2":
         stage, size = 3, (setup.autocast or setup.dtype).itemsize
         units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
@@ -352,12 +351,8 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
             parts["workspace"] += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
     for kind, first_stage in SHARDED.items():
         parts[kind] //= n if stage >= first_stage else 1
-    if engine.name == "FSDP2" and any(engine.offload):
-        offloaded = sum(parts.pop(kind) for kind in SHARDED)
-    elif engine.offload[0]:
-        offloaded = 16 * trained // (n if stage else 1)
-        del parts["optimizer"], parts["gradients"]
-    if engine.name == "DeepSpeed" and engine.offload[1]:
-        offloaded += 2 * everything // n
-        del parts["weights"], parts["trained"]
+    moved = ("optimizer", "gradients") * engine.offload[0] + ("weights", "trained") * engine.offload[1]
+    offloaded = sum(parts.pop(kind) for kind in moved)
+    if engine.name == "DeepSpeed":  # it keeps more on the host: weights, gradients and both moments in float32
+        offloaded = 16 * trained // (n if stage else 1) * engine.offload[0] + 2 * everything // n * engine.offload[1]
     return Plan(parts, offloaded)
