@@ -1,5 +1,6 @@
 """The chat in the browser: the real script in a real browser, and the code behind the page."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -264,6 +265,17 @@ def test_only_models_with_roles_have_a_system_prompt(model, known):
     field = next(text for text in texts if "system prompt" in (text.label or ""))
     assert field.interactive is known
     assert ("no system prompt" in field.placeholder) is not known
+
+
+def test_one_column_is_undone_and_cleared_as_two_are():
+    """Gradio takes a list that is returned for a single field as its value, and for several as one value each."""
+    chat, args = load("--model_name_or_path", "demo")
+    page = web_demo.build_page(chat, args)
+    conversation = [web_demo.Round("first", ["好"], [0]), web_demo.Round("last", ["好"], [0])]
+    for method, shown in ((chat.undo, ["first", "好"]), (chat.refresh, ["first", "好"]), (chat.clear, [])):
+        event = next(event for event in page.fns.values() if event.fn == method)
+        _, column = asyncio.run(page.postprocess_data(event, method(conversation), None))
+        assert [message["content"][0]["text"] for message in column] == shown
 
 
 def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):

@@ -135,9 +135,12 @@ class Chat(NamedTuple):
         return [take_back(conversation), *self.show(conversation)]
 
     def clear(self, conversation: Conversation) -> list:
-        """Empties the conversation itself, so that the last words of a cancelled answer show nothing."""
         conversation.clear()
-        return self.show(conversation)
+        return self.refresh(conversation)
+
+    def refresh(self, conversation: Conversation) -> list:
+        """The conversation as it is. Ends every answer: the last words of a cancelled one can come late."""
+        return [gr.skip(), *self.show(conversation)]
 
 
 def take_back(conversation: Conversation) -> str:
@@ -254,10 +257,12 @@ def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
     sent = box.submit(chat.ask, [box, conversation, *settings], outputs, **generating, **hidden)
     again = retry.click(chat.ask_again, [conversation, *settings], outputs, cancels=[sent], **generating, **hidden)
     at_once = {"cancels": [sent, again], "show_progress": "hidden", **hidden}
+    for answer in (sent, again):
+        answer.then(chat.refresh, conversation, outputs, show_progress="hidden", **hidden)
     stop.click(None, **at_once)
     undo.click(chat.undo, conversation, outputs, **at_once)
     for event in (clear.click, *(column.clear for column in columns)):
-        event(chat.clear, conversation, columns, **at_once)
+        event(chat.clear, conversation, outputs, **at_once)
 
 
 def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
