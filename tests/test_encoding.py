@@ -13,15 +13,14 @@ from tiny_models import CHATGLM2, CHATGLM3
 from common.data.collator import TrainCollator, left_pad
 from common.data.formats import read_messages
 from common.encoding import (
-    Turn,
     conversation_of,
-    encode_batch,
     encode_chat,
     encode_eval,
     encode_texts,
     encode_train,
     stop_ids,
 )
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 CONTENT = "类型#裙*材质#棉*颜色#白色*风格#简约*裙长#连衣裙"
@@ -30,7 +29,7 @@ PAIR = [conversation_of(CONTENT, SUMMARY)]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
-    return encode_batch(tokenizer, [text])[0]
+    return tokenizer.encode_batch([text])[0]
 
 
 def pairs(contents: Sequence[str], summaries: Sequence[str]) -> list[list[Turn]]:
@@ -332,7 +331,7 @@ MESSAGES = [
 
 
 def message_ids(tokenizer, turns: Sequence[Turn]) -> list[list[int]]:
-    return [tokenizer.build_single_message(turn.role, turn.metadata, turn.content) for turn in turns]
+    return [message.ids for message in tokenizer.encode_turns([turns])[0]]
 
 
 def learn(*losses: bool) -> list[Turn]:

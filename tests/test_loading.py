@@ -19,11 +19,12 @@ from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM,
 
 from common.arguments import DataArguments
 from common.data.dataset import mask_pads
-from common.encoding import Turn, conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
+from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
 from common.models import chatglm, chatglm2
 from common.models.registry import is_model_name, lasting_name, make_config, open_model, read_config, spec_of
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 

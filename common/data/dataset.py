@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
 from common.data.rows import Rows, find_files, read_rows, text_of
-from common.encoding import TrainRow, Turn
+from common.encoding import TrainRow
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
+from common.tokenizers.base import Turn
 from common.trained import COLUMNS
 
 ENCODING_VERSION = 3  # part of the fingerprint: increase it when the encoding changes

@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.data.rows import check_text, json_of, text_of, value_of
-from common.encoding import Turn, conversation_of, has_roles
+from common.encoding import conversation_of, has_roles
 from common.errors import UserError
+from common.tokenizers.base import Turn
 
 ROLES = ("system", "user", "assistant", "observation", "tool")
 

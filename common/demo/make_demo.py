@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from AdvertiseGen import conversations, generate
 from common.data.collator import TrainCollator
 from common.data.formats import read_messages
-from common.encoding import Turn, conversation_of, encode_train
+from common.encoding import conversation_of, encode_train
 from common.models import chatglm, chatglm2
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 

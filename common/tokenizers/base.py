@@ -2,17 +2,36 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-Message = Mapping[str, str]
-"""One message of a conversation: role, content and metadata (the name of the tool that the assistant calls, or "")."""
 
-EncodedMessage = tuple[list[int], list[int]]
-"""The ids of a message: the header, which precedes the text that the model writes, and the body."""
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str  # system, user, assistant or observation
+    content: str
+    metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
+    loss: bool = False  # whether the model learns to write this turn
+
+
+Conversation = Sequence[Turn]
+
+
+class EncodedTurn(NamedTuple):
+    """A turn and its token ids. A prompt ends with the answer's header (the role token); the model writes the body."""
+
+    turn: Turn
+    header: list[int]
+    body: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.header + self.body
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):

@@ -1,13 +1,10 @@
 """The tokenizers of ChatGLM2-6B and ChatGLM3-6B, which read ``tokenizer.model``. They give the original ids."""
 
-import json
 import re
 from collections.abc import Sequence
 from itertools import groupby
 
-from transformers import BatchEncoding
-
-from common.tokenizers.base import EncodedMessage, Message, SentencePieceTokenizer
+from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -106,29 +103,13 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The end token, and the roles whose turn follows an answer."""
         return [self.eos_token_id, self.get_command("<|user|>"), self.get_command("<|observation|>")]
 
-    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[EncodedMessage]]:
-        """The header (the role token) and the body (metadata line and content) of every message."""
-        messages = [message for conversation in conversations for message in conversation]
-        lines = {name: self.encode_batch([f"{name}\n"])[0] for name in {message["metadata"] for message in messages}}
-        contents = iter(self.encode_batch([message["content"] for message in messages]))
+    def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        """Every turn with its token ids: the header is the role token, the body metadata line and content."""
+        turns = [turn for conversation in conversations for turn in conversation]
+        roles = {role: [self.get_command(f"<|{role}|>")] for role in ROLES}
+        lines = {name: self.encode_batch([f"{name}\n"])[0] for name in {turn.metadata for turn in turns}}
+        contents = iter(self.encode_batch([turn.content for turn in turns]))
         return [
-            [([self.get_command(f"<|{m['role']}|>")], lines[m["metadata"]] + next(contents)) for m in conversation]
+            [EncodedTurn(turn, roles[turn.role], lines[turn.metadata] + next(contents)) for turn in conversation]
             for conversation in conversations
         ]
-
-    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
-        """The ids of a message: role token, metadata line (the name of the called tool, or empty), content."""
-        [[(header, body)]] = self.encode_messages([[{"role": role, "metadata": metadata, "content": message}]])
-        return header + body
-
-    def build_chat_input(self, query: str, history: Sequence[dict] = (), role: str = "user") -> BatchEncoding:
-        """The ids [1, s] of a conversation: the history, the new message and the role token of the assistant."""
-        input_ids = list(self.prefix_ids)
-        for message in history:
-            content = message["content"]
-            if message["role"] == "system" and "tools" in message:
-                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
-            input_ids += self.build_single_message(message["role"], message.get("metadata", ""), content)
-        input_ids += self.build_single_message(role, "", query)
-        input_ids.append(self.get_command("<|assistant|>"))
-        return self.pad({"input_ids": [input_ids]}, return_tensors="pt")
