@@ -37,6 +37,10 @@ class EvalRow(NamedTuple):
     dropped_turns: int = 0
 
 
+Answers = Iterator[tuple[list[int], list[int], bool, int]]
+"""(prompt, answer, truncated, dropped turns): the prompt with its special tokens, the answer without."""
+
+
 def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
     """The history, a question and its answer. Only this answer is trained."""
     rounds = [(Turn("user", question), Turn("assistant", answer)) for question, answer in history]
@@ -69,10 +73,16 @@ def encode_eval(
     A prompt has at most ``max_source_length`` tokens; only tool calls in its last round are never cut.
 
     A reference is the decoded answer, cut to ``max_target_length`` tokens: as in the official scripts, the model is
-    scored against a text that it can write.
+    scored against a text that it can write. In numbered rounds two special tokens count in each length, as there.
     """
-    encode = eval_messages if has_roles(tokenizer) else eval_rounds
-    return list(encode(tokenizer, conversations, max_source_length, max_target_length))
+    if has_roles(tokenizer):
+        answers = answers_to_messages(tokenizer, conversations, max_source_length, max_target_length)
+    else:
+        answers = answers_to_rounds(tokenizer, conversations, max_source_length - 2, max_target_length - 2)
+    return [
+        EvalRow(prompt_ids, tokenizer.decode(answer, skip_special_tokens=True).strip(), truncated, dropped)
+        for prompt_ids, answer, truncated, dropped in answers
+    ]
 
 
 def has_roles(tokenizer: Tokenizer) -> bool:
@@ -126,10 +136,10 @@ def with_methods(tokenizer: Tokenizer) -> ChatGLMTokenizer | ChatGLM2Tokenizer |
 RoundsTokenizer = ChatGLMTokenizer | ChatGLM2Tokenizer
 
 
-def encode_rounds(
+def answers_to_rounds(
     tokenizer: RoundsTokenizer, conversations: Iterable[Conversation], max_prompt: int, max_answer: int
-) -> Iterator[tuple[list[int], list[int], bool, int]]:
-    """(prompt, answer, truncated, dropped turns) of every trained answer, without special tokens.
+) -> Answers:
+    """Every trained answer. The lengths count no special tokens.
 
     A prompt that is too long loses its oldest rounds, and then the end of its text.
     """
@@ -145,31 +155,22 @@ def encode_rounds(
             dropped += 1
             prompt = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
         truncated = len(prompt) > max_prompt or len(answer_ids) > max_answer
-        yield prompt[:max_prompt], answer_ids[:max_answer], truncated, 2 * dropped
+        prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
+        yield prompt_ids, answer_ids[:max_answer], truncated, 2 * dropped
 
 
 def train_rounds(
     tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> Iterator[TrainRow]:
     """One row per trained answer."""
-    # Special tokens that the official script counts in the prompt's length and in the answer's, and those beside the
-    # prompt that have no label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
-    in_prompt, in_answer, unlabelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 2)
+    # Special tokens that the official script counts in the prompt's length and in the answer's, and those of the
+    # prompt that have a label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
+    in_prompt, in_answer, labelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 0)
     limits = max_source_length - in_prompt, max_target_length - in_answer
-    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt, answer)
-        first = len(prompt) + unlabelled  # the first label
+    for prompt_ids, answer, truncated, dropped in answers_to_rounds(tokenizer, conversations, *limits):
+        input_ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
+        first = len(prompt_ids) - labelled  # the first label
         yield TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped)
-
-
-def eval_rounds(
-    tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> Iterator[EvalRow]:
-    """One prompt per trained answer; two special tokens count in each length, as in the official scripts."""
-    limits = max_source_length - 2, max_target_length - 2
-    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
-        reference = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        yield EvalRow(tokenizer.build_inputs_with_special_tokens(prompt), reference, truncated, dropped)
 
 
 # Messages: ChatGLM3-6B and GLM-4
@@ -231,10 +232,10 @@ def train_messages(
         yield TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept))
 
 
-def eval_messages(
+def answers_to_messages(
     tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> Iterator[EvalRow]:
-    """One prompt per trained answer, up to the role token of the assistant.
+) -> Answers:
+    """Every trained answer, after a prompt up to the role token of the assistant.
 
     Successive turns of the assistant (a thought, then a call) are one answer: the model writes them without a stop.
     """
@@ -248,9 +249,8 @@ def eval_messages(
                 header = turns[0].header
                 answer = ids_of(turns)[len(header) :]
                 kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
-                reference = tokenizer.decode(answer[:max_target_length], skip_special_tokens=True).strip()
                 truncated = cut or len(answer) > max_target_length
-                yield EvalRow(start + ids_of(kept) + header, reference, truncated, len(before) - len(kept))
+                yield start + ids_of(kept) + header, answer[:max_target_length], truncated, len(before) - len(kept)
             before += turns
 
 
