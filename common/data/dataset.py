@@ -67,9 +67,6 @@ class Prepared:
             self.rows, self.questions = self.rows.take(count), self.questions.take(count)
 
 
-# Reading
-
-
 Encoders = Mapping[str, Callable]  # of common.encoding, by table
 
 
@@ -121,9 +118,6 @@ def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenize
             last = max(index for index, turn in enumerate(turns) if turn.role == "user")
             turns[last] = turns[last]._replace(content=args.source_prefix + turns[last].content)
         yield place, turns
-
-
-# Writing
 
 
 def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
@@ -180,9 +174,6 @@ def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> N
         raise UserError(f"{source}: no row with {wanted}: {reason}.")
 
 
-# What decides the tokens
-
-
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
     """The settings that decide which tokens a row becomes once it is read; values are as JSON reads them back."""
     fast = tokenizer.is_fast  # GLM-4's, of the library tokenizers; ours have a file for sentencepiece
@@ -210,9 +201,6 @@ def fingerprint(split: Split) -> dict[str, Any]:
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
         "dataset": None if split.named is None else split.named._fingerprint,
     }
-
-
-# The cache
 
 
 def prepare_dataset(
