@@ -145,14 +145,6 @@ def test_conversations(tokenizer, tokenizer_goldens2):
         assert batch["position_ids"].tolist() == [list(range(len(golden["ids"])))]
 
 
-@only_chatglm3
-def test_encode_special_tokens(real_tokenizer2, tokenizer_goldens2):
-    """Role tokens in the text become one token each; [gMASK] and the others stay text."""
-    tokenizer = ChatGLM3Tokenizer(real_tokenizer2.vocab_file, encode_special_tokens=True)
-    goldens = tokenizer_goldens2["encode_special_tokens_true"]
-    assert [golden["text"] for golden in goldens if tokenizer.encode(golden["text"]) != golden["encode"]] == []
-
-
 # With any vocabulary
 
 TEXTS = [
@@ -255,18 +247,6 @@ def test_a_conversation_is_its_messages(small_tokenizer):
     expected = [*small_tokenizer.encode(""), system, *empty, *instructions]
     expected += [assistant, *name, *call, user, *empty, *query, assistant]
     assert prompt_ids(small_tokenizer, turns) == expected
-
-
-@only_chatglm3
-def test_role_tokens_are_recognised_only_when_asked_for(small_tokenizer):
-    text = "你好<|user|> hello<|assistant|><|system|>\n"
-    asked = ChatGLM3Tokenizer(small_tokenizer.vocab_file, encode_special_tokens=True)
-    greeting, hello, line = small_tokenizer.encode_batch(["你好", " hello", "\n"])
-    user, assistant, system = (small_tokenizer.get_command(f"<|{role}|>") for role in ("user", "assistant", "system"))
-    expected = [*greeting, user, *hello, assistant, system, *line]
-    assert asked.encode(text, add_special_tokens=False) == expected
-    assert small_tokenizer.encode_batch([text]) == asked.encode_batch([text])
-    assert asked.encode_batch([text]) != [expected]  # messages are encoded so
 
 
 def test_save_and_load(small_tokenizer, tmp_path):

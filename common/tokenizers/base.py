@@ -61,10 +61,6 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
-    def tokenize_parts(self, parts: Sequence[str]) -> list[str]:
-        """The tokens of text, special token, text, …, text."""
-        return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
-
     def _convert_token_to_id(self, token: str) -> int:
         return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)
 
@@ -77,6 +73,9 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         return self.decode_ids([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.decode(self.convert_tokens_to_ids(tokens), skip_special_tokens=True)
 
     def start_ids(self) -> list[int]:
         """The special tokens that every text begins with."""

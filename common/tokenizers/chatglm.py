@@ -39,13 +39,11 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         self._special_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.all_special_tokens))})\s*")
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.tokenize_parts(self._special_pattern.split(text))
+        parts = self._special_pattern.split(text)  # text, special token, text, …, text
+        return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(encode_whitespace(text), out_type=str)
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return decode_whitespace(self.sp_model.decode(tokens))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without added special tokens. Only texts without any go into one fast call."""

@@ -1,6 +1,5 @@
 """The tokenizers of ChatGLM2-6B and ChatGLM3-6B, which read ``tokenizer.model``. They give the original ids."""
 
-import re
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -33,9 +32,6 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         return self._tokenize(text)
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode([token for token in tokens if token not in self.special_token_ids])
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without added special tokens, from one call to sentencepiece."""
         return self.sp_model.encode(list(texts), num_threads=self.num_threads)
@@ -56,9 +52,8 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] = ()) -> str:
         """All rounds in the form ``[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：``."""
-        rounds = [*history, (query, "")]
-        texts = [f"[Round {i}]\n\n问：{question}\n\n答：{answer}" for i, (question, answer) in enumerate(rounds, 1)]
-        return "\n\n".join(texts)
+        rounds = enumerate([*history, (query, "")], 1)
+        return "\n\n".join(f"[Round {i}]\n\n问：{question}\n\n答：{answer}" for i, (question, answer) in rounds)
 
     def _pad(self, encoded_inputs, *args, **kwargs) -> dict:
         """Also pads ``position_ids``: a pad has position 0, as in the original."""
@@ -74,21 +69,10 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
-    """The same vocabulary and one token per role, which begins a message.
-
-    ``encode_special_tokens=True`` recognises role tokens in text too. Never use it for text that a user typed.
-    """
+    """The same vocabulary and one token per role, which begins a message."""
 
     model_family = "chatglm3"
     special_tokens = ChatGLM2Tokenizer.special_tokens + tuple(f"<|{role}|>" for role in ROLES)
-
-    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
-        self.encode_special_tokens = encode_special_tokens
-        self._role_pattern = re.compile(rf"(<\|(?:{'|'.join(ROLES)})\|>)")
-        super().__init__(vocab_file, **kwargs)
-
-    def tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.tokenize_parts(self._role_pattern.split(text) if self.encode_special_tokens else [text])
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Shows the special tokens unless ``skip_special_tokens``; ChatGLM2 never shows them."""
