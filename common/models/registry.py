@@ -106,8 +106,7 @@ def fetch_weights(folder: ModelFolder) -> ModelFolder:
 
 def make_config(spec: ModelSpec, content: dict[str, Any]) -> PreTrainedConfig:
     """The config object of the content of config.json."""
-    kind = type(AutoConfig.for_model(content["model_type"])) if spec.config is AutoConfig else spec.config
-    config = kind.from_dict(content)
+    config = type(AutoConfig.for_model(content["model_type"])).from_dict(content)
     if spec.key in ("chatglm2", "chatglm3"):
         config.generation = spec.key
     return config

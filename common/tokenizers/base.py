@@ -55,8 +55,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return self.sp_model.get_piece_size() + len(self.special_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
-        return pieces | self.special_token_ids
+        return {self._convert_id_to_token(index): index for index in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)

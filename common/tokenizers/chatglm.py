@@ -15,11 +15,6 @@ def encode_whitespace(text: str) -> str:
     return re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
 
-def decode_whitespace(text: str) -> str:
-    text = text.replace(LINE_FEED, "\n").replace(TAB, "\t")
-    return BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
-
-
 class ChatGLMTokenizer(SentencePieceTokenizer):
     """Prompts end with ``[gMASK] <sop>``.
 
@@ -54,7 +49,8 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else {self.pad_token_id}
         shown = [index for index in token_ids if index not in hidden and index < self.vocab_size]
-        text = decode_whitespace(self.sp_model.decode(shown))
+        text = self.sp_model.decode(shown).replace(LINE_FEED, "\n").replace(TAB, "\t")
+        text = BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
         return self.clean_up_tokenization(text) if self.clean_up_tokenization_spaces else text
 
     def build_inputs_with_special_tokens(
