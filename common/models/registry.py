@@ -47,7 +47,7 @@ SPECS = {
 class ModelFolder:
     """A model, opened and checked: every part of the program takes this value and opens nothing again."""
 
-    name: str  # the same model in any working directory and for other programs: an absolute path, a demo, or a hub id
+    name: str  # that adapters and prefixes remember as their base: an absolute path, a demo, or a hub id
     path: Path
     spec: ModelSpec
     config: PreTrainedConfig

@@ -46,9 +46,8 @@ class GLM4Adapter:
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
                 )
-            texts = (header, after.removeprefix(before).removeprefix(header))
-            header_ids, body_ids = (self.encode_batch([text])[0] if text else [] for text in texts)
-            encoded.append(EncodedTurn(turn, header_ids, body_ids))
+            body = after.removeprefix(before).removeprefix(header)
+            encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
             before = after
         return encoded
 
