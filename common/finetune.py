@@ -6,6 +6,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.collator import TrainCollator
+from common.data.collator import train_batch
 from common.data.dataset import Prepared, load_shards, prepare_dataset
 from common.encoding import encoders_of
 from common.errors import UserError
@@ -154,10 +155,11 @@ def build_trainer(
         args=args,
         train_dataset=data["train"].rows if "train" in data else None,
         eval_dataset=validation.rows if validation else None,
-        data_collator=TrainCollator(
-            tokenizer.pad_token_id,
-            -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-            data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
+        data_collator=partial(
+            train_batch,
+            pad_token_id=tokenizer.pad_token_id,
+            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            length=data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
         ),
         processing_class=tokenizer,
     )
