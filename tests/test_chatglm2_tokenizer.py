@@ -7,7 +7,6 @@ import pytest
 import sentencepiece
 from tiny_models import CHATGLM2, CHATGLM3, write_tokenizer_config
 
-from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ROLES, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 only_chatglm2 = pytest.mark.parametrize("spec", [CHATGLM2], ids=["chatglm2-6b"], indirect=True)
@@ -18,22 +17,6 @@ TYPED = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<s>", "</s>", "<unk>", *
 
 def lists_of(batch) -> dict:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
-
-
-def message_ids(tokenizer, turns: list[Turn]) -> list[list[int]]:
-    return [message.ids for message in tokenizer.encode_turns([turns])[0]]
-
-
-def prompt_ids(tokenizer, turns: list[Turn]) -> list[int]:
-    """The ids of a conversation, up to the role token of its last turn."""
-    *given, (role, *_) = message_ids(tokenizer, turns)
-    return [*tokenizer.prefix_ids, *(token for ids in given for token in ids), role]
-
-
-def turn_of(message: dict) -> Turn:
-    """A message of the original; the tools of a system message follow its text as indented JSON."""
-    tools = "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False) if "tools" in message else ""
-    return Turn(message["role"], message["content"] + tools, message.get("metadata", ""))
 
 
 # With the original vocabulary
@@ -78,9 +61,8 @@ def test_prompts_of_real_rows(tokenizer, real_items):
             assert tokenizer.build_prompt(item["text"]) == item["build_prompt"]
             assert tokenizer.encode(item["build_prompt"]) == item["build_prompt_ids"]
         else:
-            turns = [Turn("user", item["text"]), Turn("assistant", "")]
-            assert message_ids(tokenizer, turns)[0] == item["user_msg"]
-            assert prompt_ids(tokenizer, turns) == item["chat_input"]
+            assert tokenizer.build_single_message("user", "", item["text"]) == item["user_msg"]
+            assert tokenizer.build_chat_input(item["text"])["input_ids"].tolist() == [item["chat_input"]]
 
 
 def test_difficult_texts_are_as_sentencepiece_has_them(tokenizer, tokenizer_goldens):
@@ -129,20 +111,26 @@ def test_pair(tokenizer, tokenizer_goldens2):
 @only_chatglm3
 def test_messages(tokenizer, tokenizer_goldens2):
     for golden in tokenizer_goldens2["single_messages"]:
-        turn = Turn(golden["role"], golden["message"], golden["metadata"])
-        assert message_ids(tokenizer, [turn]) == [golden["ids"]], turn
+        message = [golden[name] for name in ("role", "metadata", "message")]
+        assert tokenizer.build_single_message(*message) == golden["ids"], message
 
 
 @only_chatglm3
 def test_conversations(tokenizer, tokenizer_goldens2):
     """With tools in the system message, calls, and results."""
     for golden in tokenizer_goldens2["chat_inputs"]:
-        history = [turn_of(message) for message in golden["history"]]
-        ids = prompt_ids(tokenizer, [*history, Turn(golden["role"], golden["query"]), Turn("assistant", "")])
-        batch = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt")
+        batch = tokenizer.build_chat_input(golden["query"], golden["history"], golden["role"])
         assert batch["input_ids"].tolist() == [golden["ids"]]
         assert batch["attention_mask"].tolist() == [[1] * len(golden["ids"])]
         assert batch["position_ids"].tolist() == [list(range(len(golden["ids"])))]
+
+
+@only_chatglm3
+def test_encode_special_tokens(real_tokenizer2, tokenizer_goldens2):
+    """Role tokens in the text become one token each; [gMASK] and the others stay text."""
+    tokenizer = ChatGLM3Tokenizer(real_tokenizer2.vocab_file, encode_special_tokens=True)
+    goldens = tokenizer_goldens2["encode_special_tokens_true"]
+    assert [golden["text"] for golden in goldens if tokenizer.encode(golden["text"]) != golden["encode"]] == []
 
 
 # With any vocabulary
@@ -239,14 +227,30 @@ def test_rounds_of_a_prompt(small_tokenizer):
 
 @only_chatglm3
 def test_a_conversation_is_its_messages(small_tokenizer):
-    """A message is its role token, the line of its metadata, and its content."""
-    turns = [Turn("system", "你好"), Turn("assistant", "x", "get_weather"), Turn("user", "天气"), Turn("assistant", "")]
+    """The system message contains the tools as indented JSON, after a line feed."""
+    tools = [{"name": "天气"}]
+    history = [
+        {"role": "system", "content": "你好", "tools": tools},
+        {"role": "assistant", "metadata": "get_weather", "content": "x"},
+    ]
     system, user, assistant = (small_tokenizer.get_command(f"<|{role}|>") for role in ("system", "user", "assistant"))
-    texts = ["\n", "你好", "get_weather\n", "x", "天气"]
+    texts = ["\n", "你好\n" + json.dumps(tools, indent=4, ensure_ascii=False), "get_weather\n", "x", "天气"]
     empty, instructions, name, call, query = small_tokenizer.encode_batch(texts)
     expected = [*small_tokenizer.encode(""), system, *empty, *instructions]
     expected += [assistant, *name, *call, user, *empty, *query, assistant]
-    assert prompt_ids(small_tokenizer, turns) == expected
+    assert small_tokenizer.build_chat_input("天气", history)["input_ids"].tolist() == [expected]
+
+
+@only_chatglm3
+def test_role_tokens_are_recognised_only_when_asked_for(small_tokenizer):
+    text = "你好<|user|> hello<|assistant|><|system|>\n"
+    asked = ChatGLM3Tokenizer(small_tokenizer.vocab_file, encode_special_tokens=True)
+    greeting, hello, line = small_tokenizer.encode_batch(["你好", " hello", "\n"])
+    user, assistant, system = (small_tokenizer.get_command(f"<|{role}|>") for role in ("user", "assistant", "system"))
+    expected = [*greeting, user, *hello, assistant, system, *line]
+    assert asked.encode(text, add_special_tokens=False) == expected
+    assert small_tokenizer.encode_batch([text]) == asked.encode_batch([text])
+    assert asked.encode_batch([text]) != [expected]  # messages are encoded so
 
 
 def test_save_and_load(small_tokenizer, tmp_path):

@@ -60,6 +60,10 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
 
+    def tokenize_parts(self, parts: Sequence[str]) -> list[str]:
+        """The tokens of text, special token, text, …, text."""
+        return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
+
     def _convert_token_to_id(self, token: str) -> int:
         return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)
 

@@ -34,8 +34,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         self._special_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.all_special_tokens))})\s*")
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        parts = self._special_pattern.split(text)  # text, special token, text, …, text
-        return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
+        return self.tokenize_parts(self._special_pattern.split(text))
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(encode_whitespace(text), out_type=str)

@@ -1,9 +1,13 @@
 """The tokenizers of ChatGLM2-6B and ChatGLM3-6B, which read ``tokenizer.model``. They give the original ids."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer
+from transformers import BatchEncoding
+
+from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer, Turn
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -69,10 +73,21 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
-    """The same vocabulary and one token per role, which begins a message."""
+    """The same vocabulary and one token per role, which begins a message.
+
+    ``encode_special_tokens=True`` recognises role tokens in text too. Never use it for text that a user typed.
+    """
 
     model_family = "chatglm3"
     special_tokens = ChatGLM2Tokenizer.special_tokens + tuple(f"<|{role}|>" for role in ROLES)
+
+    def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
+        self.encode_special_tokens = encode_special_tokens
+        super().__init__(vocab_file, **kwargs)
+
+    def tokenize(self, text: str, **kwargs) -> list[str]:
+        roles = rf"(<\|(?:{'|'.join(ROLES)})\|>)"
+        return self.tokenize_parts(re.split(roles, text) if self.encode_special_tokens else [text])
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Shows the special tokens unless ``skip_special_tokens``; ChatGLM2 never shows them."""
@@ -97,3 +112,18 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             [EncodedTurn(turn, roles[turn.role], lines[turn.metadata] + next(contents)) for turn in conversation]
             for conversation in conversations
         ]
+
+    def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
+        """The ids of a message: role token, metadata line (the name of the called tool, or empty), content."""
+        [[encoded]] = self.encode_turns([[Turn(role, message, metadata)]])
+        return encoded.ids
+
+    def build_chat_input(self, query: str, history: Sequence[Mapping] = (), role: str = "user") -> BatchEncoding:
+        """The ids [1, s] of a conversation: the history, the new message and the role token of the assistant."""
+        input_ids = list(self.prefix_ids)
+        for message in (*history, {"role": role, "content": query}):
+            content = message["content"]
+            if message["role"] == "system" and "tools" in message:
+                content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+            input_ids += self.build_single_message(message["role"], message.get("metadata", ""), content)
+        return self.pad({"input_ids": [[*input_ids, self.get_command("<|assistant|>")]]}, return_tensors="pt")
