@@ -234,15 +234,11 @@ def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.C
     )
     longest = max(args.max_new_tokens, chat.context // 2)
     with gr.Row():
-        sliders = [
-            gr.Slider(least, most, value, step=step, label=label, min_width=220)
-            for least, most, value, step, label in (
-                (1, longest, args.max_new_tokens, 1, "最大生成长度 / max new tokens"),
-                (0, 2, args.temperature, 0.01, "温度 / temperature (0: 贪心 greedy)"),
-                (0.01, 1, args.top_p, 0.01, "top_p"),
-            )
-        ]
-    return [system, *sliders]
+        slider = partial(gr.Slider, min_width=220)
+        length = slider(1, longest, args.max_new_tokens, step=1, label="最大生成长度 / max new tokens")
+        temperature = slider(0, 2, args.temperature, step=0.01, label="温度 / temperature (0: 贪心 greedy)")
+        top_p = slider(0.01, 1, args.top_p, step=0.01, label="top_p")
+    return [system, length, temperature, top_p]
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
