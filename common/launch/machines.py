@@ -3,8 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from common.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -19,22 +22,20 @@ class Machines:
     silence: float = 60.0  # seconds without a sign of life after which a machine counts as dead
 
 
-def number(environ: Mapping[str, str], name: str, default: float) -> float:
-    """The value of a variable, 0 or more; ``default`` where it is unset or empty. Raises UserError for other values."""
+def number(environ: Mapping[str, str], name: str, default: Number) -> Number:
+    """The value of a variable, 0 or more, and whole if ``default`` is an int; ``default`` where it is unset or empty.
+
+    Raises UserError for other values.
+    """
     try:
         value = float(environ.get(name) or default)
     except ValueError:
         value = float("nan")
     if not 0 <= value < float("inf"):
         raise UserError(f"{name}={environ[name]} is no number from 0 up.")
-    return value
-
-
-def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    value = number(environ, name, default)
-    if not value.is_integer():
+    if isinstance(default, int) and not value.is_integer():
         raise UserError(f"{name}={environ[name]} is no whole number.")
-    return int(value)
+    return type(default)(value)
 
 
 def read_machines(environ: Mapping[str, str]) -> Machines:
@@ -42,12 +43,12 @@ def read_machines(environ: Mapping[str, str]) -> Machines:
     if "NUM_MACHINES" not in environ:
         environ = slurm_variables(environ) | dict(environ)
     machines = Machines(
-        count=whole_number(environ, "NUM_MACHINES", 1),
-        rank=whole_number(environ, "MACHINE_RANK", 0),
+        count=number(environ, "NUM_MACHINES", Machines.count),
+        rank=number(environ, "MACHINE_RANK", Machines.rank),
         main_ip=environ.get("MAIN_IP", ""),
-        main_port=whole_number(environ, "MAIN_PORT", 29500),
-        patience=number(environ, "RDZV_TIMEOUT", 600),
-        silence=number(environ, "PEER_TIMEOUT", 60),
+        main_port=number(environ, "MAIN_PORT", Machines.main_port),
+        patience=number(environ, "RDZV_TIMEOUT", Machines.patience),
+        silence=number(environ, "PEER_TIMEOUT", Machines.silence),
     )
     if machines.rank >= machines.count:
         raise UserError(f"MACHINE_RANK={machines.rank} of NUM_MACHINES={machines.count}: ranks start at 0.")
