@@ -73,30 +73,27 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with hold(folder / ".lock", f"folder {folder}"):
+        complete = read_json(folder / MANIFEST)
+        if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
+            raise UserError(
+                f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
+                "--overwrite_cache to make it again."
+            )
         bounds = shard_bounds(sum(1 for _ in split.read()), own_args.num_shards)
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
         job = Job(split, split.read(), bounds, files, short_hash(json.dumps(settings).encode()))
-        remove_other(job, folder, settings)
+        for file in folder.glob("shard-*-of-*.arrow"):  # those of other settings, and what a kill left incomplete
+            if args.overwrite_cache or read_summary(file, job.key) is None:
+                file.unlink()
         make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
-        write_manifest(job, settings)
+        summaries = {file.name: read_summary(file, job.key) or {} for file in files}
+        totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
+        dataset.check_any(totals, args, split.source)
+        totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
+        shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
+        write_json(folder / MANIFEST, settings | totals | {"shards": shards})
         print_prepared("train", dataset.load_shards(args, folder, tokenizer))
-
-
-def remove_other(job: Job, folder: Path, settings: dict[str, Any]) -> None:
-    """Removes the shards that are not complete or have other settings, and with --overwrite_cache all.
-
-    Raises UserError if that would remove a complete data set, unless it is to be overwritten.
-    """
-    overwrite, complete = job.split.args.overwrite_cache, read_json(folder / MANIFEST)
-    if complete and not overwrite and (differing := differences(complete, settings)):
-        raise UserError(
-            f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
-            "--overwrite_cache to make it again."
-        )
-    for file in folder.glob("shard-*-of-*.arrow"):
-        if overwrite or read_summary(file, job.key) is None:
-            file.unlink()
 
 
 def shard_bounds(rows: int, shards: int) -> list[int]:
@@ -136,19 +133,7 @@ def make_missing(job: Job, workers: int) -> None:
             raise
 
 
-def write_manifest(job: Job, settings: dict[str, Any]) -> None:
-    summaries = {file.name: read_summary(file, job.key) or {} for file in job.files}
-    totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
-    dataset.check_any(totals, job.split.args, job.split.source)
-    totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
-    shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-    write_json(job.files[0].with_name(MANIFEST), settings | totals | {"shards": shards})
-
-
-# In the workers
-
-
-_job: Job
+_job: Job  # of a worker
 
 
 def set_up_worker(job: Job) -> None:
