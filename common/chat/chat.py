@@ -69,10 +69,7 @@ def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    """The arguments of ``model.generate``; temperature 0 means greedy search.
-
-    Raises UserError if a value is out of range.
-    """
+    """The arguments of ``model.generate``; temperature 0: greedy search. Raises UserError for a value out of range."""
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
     if temperature == 0:

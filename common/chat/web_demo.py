@@ -182,8 +182,7 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
-    tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
-    speakers = [tuned]
+    speakers = [Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))]
     if trained and args.compare != "false":  # the same model without prefix or adapter
         speakers.append(Speaker("基座 / base", partial(method_of(**trained).base, model)))
     elif args.checkpoint and args.compare == "true":
@@ -217,28 +216,23 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
             labels = ("停止 / stop", "重新回答 / retry", "撤回 / undo", "新对话 / new")
             buttons = [gr.Button(label, size="sm", min_width=130) for label in labels]
         with gr.Accordion("设置 / settings", open=False):
-            settings = build_settings(chat, args)
+            known = has_roles(chat.tokenizer)
+            system = gr.Textbox(
+                args.system_prompt,
+                label="系统提示 / system prompt",
+                placeholder="" if known else "此模型没有系统提示 / ChatGLM-6B and ChatGLM2-6B have no system prompt",
+                interactive=known,
+                lines=2 if known else 1,
+            )
+            longest = max(args.max_new_tokens, chat.context // 2)
+            with gr.Row():
+                slider = partial(gr.Slider, min_width=220)
+                length = slider(1, longest, args.max_new_tokens, step=1, label="最大生成长度 / max new tokens")
+                temperature = slider(0, 2, args.temperature, step=0.01, label="温度 / temperature (0: 贪心 greedy)")
+                top_p = slider(0.01, 1, args.top_p, step=0.01, label="top_p")
+        settings = [system, length, temperature, top_p]  # in the order of the parameters of ``Chat.ask``
         connect(chat, conversation, box, columns, settings, buttons)
     return page
-
-
-def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.Component]:
-    """The fields of the system prompt and of sampling, in the order of the parameters of ``Chat.ask``."""
-    known = has_roles(chat.tokenizer)
-    system = gr.Textbox(
-        args.system_prompt,
-        label="系统提示 / system prompt",
-        placeholder="" if known else "此模型没有系统提示 / ChatGLM-6B and ChatGLM2-6B have no system prompt",
-        interactive=known,
-        lines=2 if known else 1,
-    )
-    longest = max(args.max_new_tokens, chat.context // 2)
-    with gr.Row():
-        slider = partial(gr.Slider, min_width=220)
-        length = slider(1, longest, args.max_new_tokens, step=1, label="最大生成长度 / max new tokens")
-        temperature = slider(0, 2, args.temperature, step=0.01, label="温度 / temperature (0: 贪心 greedy)")
-        top_p = slider(0.01, 1, args.top_p, step=0.01, label="top_p")
-    return [system, length, temperature, top_p]
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
