@@ -81,8 +81,7 @@ def main() -> int:
     if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":  # conda's base is not the user's own
         own = own or os.environ.get("CONDA_PREFIX")
     if own:
-        missing = missing_packages(files)
-        if missing:
+        if missing := missing_packages(files):
             note(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
             return 2
         print(sys.executable)

@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import psutil
 
 from common.errors import UserError, exit_on_user_error, note
-from common.launch.machines import Machines, number, read_machines
-from common.launch.meeting import Peers
+from common.launch.machines import Machines, Peers, number, read_machines
 
 ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
 
@@ -145,8 +144,7 @@ def main() -> int:
     if "LOCAL_RANK" in os.environ:
         os.execv(sys.executable, command)
     if "--plan" in program:  # for devices that may not be here
-        expected = {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"}
-        os.execve(sys.executable, command, first_gpu() | expected)
+        os.execve(sys.executable, command, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
     machines = read_machines(os.environ)
     processes = count_processes()
     set_environment(processes, machines)
