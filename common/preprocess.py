@@ -24,14 +24,13 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
-from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Split
 from common.data.rows import Rows
 from common.encoding import encoders_of
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
-from common.locking import hold
+from common.locking import guard
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.report import print_prepared
@@ -53,7 +52,7 @@ class PreprocessArguments:
 class Job:
     """What a worker needs. Each has its own copy, whose ``rows`` it reads once, because its shards come in order."""
 
-    split: Split
+    split: dataset.Split
     rows: Rows
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
@@ -72,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)
-    with hold(folder / ".lock", f"folder {folder}"):
-        complete = read_json(folder / MANIFEST)
+    with guard("folder", folder, inside=True):
+        complete = read_json(folder / dataset.MANIFEST)
         if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
             raise UserError(
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
@@ -92,15 +91,15 @@ def main(argv: list[str] | None = None) -> None:
         dataset.check_any(totals, args, split.source)
         totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
         shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-        write_json(folder / MANIFEST, settings | totals | {"shards": shards})
+        write_json(folder / dataset.MANIFEST, settings | totals | {"shards": shards})
         print_prepared("train", dataset.load_shards(args, folder, tokenizer))
 
 
 def shard_bounds(rows: int, shards: int) -> list[int]:
     """The first row of every shard, and the number of rows. Shards hold whole batches."""
-    batches = -(-rows // ROWS_PER_BATCH)
+    batches = -(-rows // dataset.ROWS_PER_BATCH)
     shards = max(1, min(shards, batches))
-    return [min(rows, batches * index // shards * ROWS_PER_BATCH) for index in range(shards + 1)]
+    return [min(rows, batches * index // shards * dataset.ROWS_PER_BATCH) for index in range(shards + 1)]
 
 
 def read_summary(file: Path, key: str) -> dict[str, Any] | None:
@@ -118,7 +117,7 @@ def make_missing(job: Job, workers: int) -> None:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
     if not missing:
         return
-    job.files[0].with_name(MANIFEST).unlink(missing_ok=True)
+    job.files[0].with_name(dataset.MANIFEST).unlink(missing_ok=True)
     fork = multiprocessing.get_context("fork")  # other ways import everything again, seconds for each worker
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)
