@@ -25,7 +25,6 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from common.errors import UserError, exit_on_user_error, note
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
 from common.hub import hubs
-from common.hub.hubs import HubFile, is_weight_file, on_modelscope
 from common.locking import cache_folder, guard
 
 EDITABLE = (".json", ".jinja")  # text that its user may change after the download
@@ -37,7 +36,7 @@ def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str
     """The plain folder of a model; its last part is the model's name, which tells ChatGLM2 and 3 apart."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
-    cache, ours = (cache_folder(), "modelscope") if on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
+    cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
     return Path(cache_dir or cache).expanduser().resolve() / ours / revision / hubs.repository_of(name)
 
 
@@ -98,8 +97,8 @@ def find_complete(
     """
     folder = model_folder(name, revision, cache_dir, local_dir)
     record, known = open_record(folder, revision)
-    digests = {path: entry["digest"] for path, entry in known.items() if weights or not is_weight_file(path)}
-    whole = any(map(is_weight_file, digests)) if weights else bool(digests)
+    digests = {path: entry["digest"] for path, entry in known.items() if weights or not hubs.is_weight_file(path)}
+    whole = any(map(hubs.is_weight_file, digests)) if weights else bool(digests)
     if not whole or wrong_files(folder, digests, known):
         return None
     if weights:
@@ -111,7 +110,7 @@ def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".incomplete")
 
 
-def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
+def receive(file: hubs.HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     """Appends what ``partial`` lacks, over as many connections as it takes, while they bring something.
 
     huggingface_hub (2.4) starts a file again after a kill: it writes to a name that each process draws.
@@ -121,7 +120,7 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     while (start := size_of(partial)) < file.size:
         failure: Exception = UserError(f"{file.url} ends after {start:,} bytes instead of {file.size:,}.")
         # The user's token is for Hugging Face. A compressed answer could not be resumed.
-        headers = build_hf_headers(token=False if on_modelscope() else None) | {"Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=False if hubs.on_modelscope() else None) | {"Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={start}-"} if start else {}
         try:
             with get_session().stream("GET", file.url, headers=headers, timeout=hubs.TIMEOUT) as reply:
@@ -144,7 +143,7 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
         time.sleep(fruitless)
 
 
-def fetch(file: HubFile, target: Path, bar: tqdm, stop: Event) -> None:
+def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
     """Puts one file in its place, whole and with the right hash; a wrong one is deleted and fetched once more."""
     partial = partial_of(target)
     for _ in range(2):
@@ -157,7 +156,7 @@ def fetch(file: HubFile, target: Path, bar: tqdm, stop: Event) -> None:
     raise UserError(f"{file.url} came twice with another content than its hash says: try again, or from another hub.")
 
 
-def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
+def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
     """Fetches what is missing or wrong.
 
     Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
@@ -175,7 +174,7 @@ def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict
     left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
     free = shutil.disk_usage(folder).free
     if left > free:
-        variable = "CHATGLM_CACHE" if on_modelscope() else "HF_HOME"
+        variable = "CHATGLM_CACHE" if hubs.on_modelscope() else "HF_HOME"
         raise UserError(
             f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
