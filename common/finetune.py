@@ -21,7 +21,7 @@ from common.encoding import encoders_of
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
-from common.locking import hold
+from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
 from common.models.precision import base_dtype
@@ -64,8 +64,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    # In the folder itself, where jobs with another cache, or on another machine, find it too.
-    lock = hold(output_dir / ".lock", f"output folder {output_dir}", wait=False)
+    lock = guard("output folder", output_dir, wait=False, inside=True)
     with lock if args.owns_output else nullcontext():
         settings = settings_of(folder, method, model_args, data_args, args)
         checkpoint = resume_point(args, settings, method.files) if args.do_train and args.process_index == 0 else None
