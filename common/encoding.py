@@ -6,12 +6,13 @@ ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.errors import UserError
-from common.tokenizers.base import SentencePieceTokenizer
+from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer, Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from common.tokenizers.glm4 import GLM4Adapter
@@ -19,17 +20,6 @@ from common.tokenizers.glm4 import GLM4Adapter
 History = Sequence[Sequence[str]]
 """The earlier rounds of a conversation: [[query, answer], …]."""
 
-
-class Turn(NamedTuple):
-    """One message of a conversation."""
-
-    role: str  # system, user, assistant or observation
-    content: str
-    metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
-    loss: bool = False  # whether the model learns to write this turn
-
-
-Conversation = Sequence[Turn]
 Conversations = Sequence[Conversation]
 
 
@@ -45,6 +35,10 @@ class EvalRow(NamedTuple):
     reference: str
     truncated: bool = False
     dropped_turns: int = 0
+
+
+Answers = Iterator[tuple[list[int], list[int], bool, int]]
+"""(prompt, answer, truncated, dropped turns): the prompt with its special tokens, the answer without."""
 
 
 def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
@@ -68,7 +62,7 @@ def encode_train(
     conversation that is too long loses its oldest rounds first.
     """
     encode = train_messages if has_roles(tokenizer) else train_rounds
-    return encode(tokenizer, conversations, max_source_length, max_target_length)
+    return list(encode(tokenizer, conversations, max_source_length, max_target_length))
 
 
 def encode_eval(
@@ -79,10 +73,16 @@ def encode_eval(
     A prompt has at most ``max_source_length`` tokens; only tool calls in its last round are never cut.
 
     A reference is the decoded answer, cut to ``max_target_length`` tokens: as in the official scripts, the model is
-    scored against a text that it can write.
+    scored against a text that it can write. In numbered rounds two special tokens count in each length, as there.
     """
-    encode = eval_messages if has_roles(tokenizer) else eval_rounds
-    return encode(tokenizer, conversations, max_source_length, max_target_length)
+    if has_roles(tokenizer):
+        answers = answers_to_messages(tokenizer, conversations, max_source_length, max_target_length)
+    else:
+        answers = answers_to_rounds(tokenizer, conversations, max_source_length - 2, max_target_length - 2)
+    return [
+        EvalRow(prompt_ids, tokenizer.decode(answer, skip_special_tokens=True).strip(), truncated, dropped)
+        for prompt_ids, answer, truncated, dropped in answers
+    ]
 
 
 def has_roles(tokenizer: Tokenizer) -> bool:
@@ -109,11 +109,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) ->
 
     Every block begins with the start tokens of the model, and the last block of a text ends with the end token.
     """
-    start, end = with_methods(tokenizer).start_ids(), tokenizer.eos_token_id
+    adapter = with_methods(tokenizer)
+    start = adapter.start_ids()
     size = block_size - len(start)
     rows = []
-    for ids in encode_batch(tokenizer, texts):
-        ids = [*ids, end]
+    for ids in adapter.encode_batch(texts):
+        ids = [*ids, tokenizer.eos_token_id]
         for begin in range(0, len(ids), size):
             block = ids[begin : begin + size]
             rows.append(TrainRow(start + block, [-100] * len(start) + block))
@@ -123,11 +124,6 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) ->
 def stop_ids(tokenizer: Tokenizer) -> list[int]:
     """The tokens that end an answer."""
     return with_methods(tokenizer).stop_ids()
-
-
-def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without added special tokens."""
-    return with_methods(tokenizer).encode_batch(texts)
 
 
 def with_methods(tokenizer: Tokenizer) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
@@ -140,20 +136,17 @@ def with_methods(tokenizer: Tokenizer) -> ChatGLMTokenizer | ChatGLM2Tokenizer |
 RoundsTokenizer = ChatGLMTokenizer | ChatGLM2Tokenizer
 
 
-def encode_rounds(
+def answers_to_rounds(
     tokenizer: RoundsTokenizer, conversations: Iterable[Conversation], max_prompt: int, max_answer: int
-) -> Iterator[tuple[list[int], list[int], bool, int]]:
-    """(prompt, answer, truncated, dropped turns) of every trained answer, without special tokens.
+) -> Answers:
+    """Every trained answer. The lengths count no special tokens.
 
     A prompt that is too long loses its oldest rounds, and then the end of its text.
     """
     rounds = []
-    for conversation in conversations:
-        history: list[list[str]] = []
-        for question, answer in zip(conversation[::2], conversation[1::2], strict=True):
-            if answer.loss:
-                rounds.append((list(history), question.content, answer.content))
-            history.append([question.content, answer.content])
+    for turns in conversations:
+        pairs = [(question.content, answer.content) for question, answer in zip(turns[::2], turns[1::2], strict=True)]
+        rounds += [(pairs[:i], *pairs[i]) for i, answer in enumerate(turns[1::2]) if answer.loss]
     prompts = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for history, query, _ in rounds])
     answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
     for (history, query, _), prompt, answer_ids in zip(rounds, prompts, answers, strict=True):
@@ -162,74 +155,42 @@ def encode_rounds(
             dropped += 1
             prompt = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
         truncated = len(prompt) > max_prompt or len(answer_ids) > max_answer
-        yield prompt[:max_prompt], answer_ids[:max_answer], truncated, 2 * dropped
+        prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
+        yield prompt_ids, answer_ids[:max_answer], truncated, 2 * dropped
 
 
 def train_rounds(
     tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> list[TrainRow]:
+) -> Iterator[TrainRow]:
     """One row per trained answer."""
-    # Special tokens that the official script counts in the prompt's length and in the answer's, and those beside the
-    # prompt that have no label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
-    in_prompt, in_answer, unlabelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 2)
+    # Special tokens that the official script counts in the prompt's length and in the answer's, and those of the
+    # prompt that have a label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
+    in_prompt, in_answer, labelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 0)
     limits = max_source_length - in_prompt, max_target_length - in_answer
-    rows = []
-    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
-        input_ids = tokenizer.build_inputs_with_special_tokens(prompt, answer)
-        first = len(prompt) + unlabelled  # the first label
-        rows.append(TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped))
-    return rows
-
-
-def eval_rounds(
-    tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> list[EvalRow]:
-    """One prompt per trained answer; two special tokens count in each length, as in the official scripts."""
-    rows = []
-    limits = max_source_length - 2, max_target_length - 2
-    for prompt, answer, truncated, dropped in encode_rounds(tokenizer, conversations, *limits):
-        reference = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        rows.append(EvalRow(tokenizer.build_inputs_with_special_tokens(prompt), reference, truncated, dropped))
-    return rows
+    for prompt_ids, answer, truncated, dropped in answers_to_rounds(tokenizer, conversations, *limits):
+        input_ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
+        first = len(prompt_ids) - labelled  # the first label
+        yield TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped)
 
 
 # Messages: ChatGLM3-6B and GLM-4
 
 
-class EncodedTurn(NamedTuple):
-    """A turn and its token ids. A prompt ends with the answer's header (the role token); the model writes the body."""
+def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[EncodedTurn], bool]:
+    """The messages that fit into ``room`` tokens, and whether the last round was cut.
 
-    turn: Turn
-    header: list[int]
-    body: list[int]
-
-    @property
-    def length(self) -> int:
-        return len(self.header) + len(self.body)
-
-
-def encode_messages(tokenizer: Tokenizer, conversations: Conversations) -> list[list[EncodedTurn]]:
-    """All turns of all conversations as token ids."""
-    adapter = with_methods(tokenizer)
-    encoded = adapter.encode_messages([[turn._asdict() for turn in conversation] for conversation in conversations])
-    return [
-        [EncodedTurn(turn, header, body) for turn, (header, body) in zip(conversation, messages, strict=True)]
-        for conversation, messages in zip(conversations, encoded, strict=True)
-    ]
-
-
-def drop_oldest_rounds(messages: list[EncodedTurn], excess: int) -> list[EncodedTurn]:
-    """Drops the oldest rounds until ``excess`` tokens are saved, but never a system turn or the last round.
-
-    A round is a turn of the user and all turns up to the user's next one.
+    The oldest rounds go first, but never a system turn or the last round. A round is a turn of the user and all turns
+    up to the user's next one. The given messages of the last round keep ``keep`` tokens, even if the result is longer
+    than ``room``.
     """
     system = [message for message in messages if message.turn.role == "system"]
     rest = messages[len(system) :]
-    first = 0
-    for index, message in enumerate(rest):
-        if message.turn.role == "user" and sum(message.length for message in rest[:first]) < excess:
-            first = index
-    return system + rest[first:]
+    for first in (0, *(index for index, message in enumerate(rest) if message.turn.role == "user")):
+        kept = system + rest[first:]
+        excess = sum(len(message.ids) for message in kept) - room
+        if excess <= 0:
+            return kept, False
+    return cut_given(kept, excess, keep), True
 
 
 def cut_given(messages: list[EncodedTurn], excess: int, keep: int) -> list[EncodedTurn]:
@@ -237,75 +198,61 @@ def cut_given(messages: list[EncodedTurn], excess: int, keep: int) -> list[Encod
 
     Given are questions, system prompts and tool results that are not trained; they keep ``keep`` tokens together.
     """
-    given = [i for i, (turn, _, _) in enumerate(messages) if turn.role != "assistant" and not turn.loss]
-    lengths = {i: len(messages[i].body) for i in given}
+    lengths = {i: len(body) for i, (turn, _, body) in enumerate(messages) if turn.role != "assistant" and not turn.loss}
     for _ in range(min(excess, sum(lengths.values()) - keep)):
-        lengths[max(given, key=lambda i: lengths[i])] -= 1
-    return [
-        message._replace(body=message.body[: lengths.get(i, len(message.body))]) for i, message in enumerate(messages)
-    ]
-
-
-def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[EncodedTurn], bool]:
-    """The messages that fit into ``room`` tokens, and whether the last round was cut.
-
-    The given messages of the last round keep ``keep`` tokens, even if the result is longer than ``room``.
-    """
-    excess = sum(message.length for message in messages) - room
-    kept = drop_oldest_rounds(messages, excess) if excess > 0 else messages
-    excess = sum(message.length for message in kept) - room
-    return (cut_given(kept, excess, keep), True) if excess > 0 else (kept, False)
+        lengths[max(lengths, key=lambda i: lengths[i])] -= 1
+    return [message._replace(body=message.body[: lengths.get(i)]) for i, message in enumerate(messages)]
 
 
 def train_messages(
     tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> list[TrainRow]:
+) -> Iterator[TrainRow]:
     """One row per conversation: ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
     The role token of a trained turn has no label. The token after the turn has one, because it ends the turn. If the
     last round alone is too long, its given messages are cut to ``max_source_length`` tokens, then the end of the row.
     """
-    start, end = with_methods(tokenizer).start_ids(), tokenizer.eos_token_id
+    adapter, end = with_methods(tokenizer), tokenizer.eos_token_id
+    start = adapter.start_ids()
     limit = max_source_length + max_target_length + 1
-    rows = []
-    for messages in encode_messages(tokenizer, conversations):
+    for messages in adapter.encode_turns(conversations):
         kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # whether the next token ends a trained turn
-        for turn, header, body in kept:
-            given = len(header) or 1  # tokens at the start of a turn that the model does not write
-            ids = header + body
+        for message in kept:
+            given = len(message.header) or 1  # tokens at the start of a turn that the model does not write
+            ids, learned = message.ids, message.turn.loss
             input_ids += ids
-            labels += [-100] * given + ids[given:] if turn.loss else [-100] * len(ids)
+            labels += [-100] * given + ids[given:] if learned else [-100] * len(ids)
             if ends_answer and ids:
                 labels[-len(ids)] = ids[0]
-            ends_answer = turn.loss
+            ends_answer = learned
         input_ids.append(end)
         labels.append(end if ends_answer else -100)
-        rows.append(TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept)))
-    return rows
+        yield TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept))
 
 
-def eval_messages(
+def answers_to_messages(
     tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
-) -> list[EvalRow]:
-    """One prompt per trained answer, up to the role token of the assistant.
+) -> Answers:
+    """Every trained answer, after a prompt up to the role token of the assistant.
 
     Successive turns of the assistant (a thought, then a call) are one answer: the model writes them without a stop.
     """
-    start = with_methods(tokenizer).start_ids()
-    rows = []
-    for messages in encode_messages(tokenizer, conversations):
-        written = [message.turn.role == "assistant" and message.turn.loss for message in messages]
-        for index, (_, header, body) in enumerate(messages):
-            if not written[index] or (index and written[index - 1]):
-                continue
-            end = next((i for i in range(index, len(messages)) if not written[i]), len(messages))
-            answer = body + [token for _, head, text in messages[index + 1 : end] for token in head + text]
-            before = messages[:index]
-            kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
-            prompt_ids = start + [token for _, head, text in kept for token in head + text] + header
-            reference = tokenizer.decode(answer[:max_target_length], skip_special_tokens=True).strip()
-            truncated = cut or len(answer) > max_target_length
-            rows.append(EvalRow(prompt_ids, reference, truncated, len(before) - len(kept)))
-    return rows
+    adapter = with_methods(tokenizer)
+    start = adapter.start_ids()
+    for messages in adapter.encode_turns(conversations):
+        before: list[EncodedTurn] = []
+        for is_answer, run in groupby(messages, lambda message: message.turn.role == "assistant" and message.turn.loss):
+            turns = list(run)
+            if is_answer:
+                header = turns[0].header
+                answer = ids_of(turns)[len(header) :]
+                kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
+                truncated = cut or len(answer) > max_target_length
+                yield start + ids_of(kept) + header, answer[:max_target_length], truncated, len(before) - len(kept)
+            before += turns
+
+
+def ids_of(messages: Iterable[EncodedTurn]) -> list[int]:
+    return [token for message in messages for token in message.ids]

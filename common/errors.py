@@ -60,8 +60,7 @@ def exit_on_user_error() -> Iterator[None]:
         note("interrupted")
         sys.exit(130)
     except Exception as error:  # some errors of DeepSpeed have no narrower class
-        sentence = describe(error)
-        if sentence is None:
+        if (sentence := describe(error)) is None:
             raise
         note(f"error: {sentence}")
         sys.exit(2)

@@ -47,8 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
     If a folder has both formats, the safetensors files count, because transformers reads those.
     """
     for index in sorted(folder.glob("*.index.json"))[:1]:  # model.safetensors… comes before pytorch_model.bin…
-        named = indexed_files(index)
-        if named is None:
+        if (named := indexed_files(index)) is None:
             raise UserError(f"{index} is broken: copy or download it again.")
         return named
     safetensors = sorted(folder.glob("*.safetensors"))

@@ -5,6 +5,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -13,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.collator import TrainCollator
+from common.data.collator import train_batch
 from common.data.dataset import Prepared, load_shards, prepare_dataset
 from common.encoding import encoders_of
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
-from common.locking import hold
+from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
 from common.models.precision import base_dtype
@@ -45,9 +46,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
-    # In the folder itself, where jobs with another cache, or on another machine, find it too. A check on another
-    # machine, which may share the folder, does not lock it.
-    lock = hold(output_dir / ".lock", f"output folder {output_dir}", wait=False)
+    lock = guard("output folder", output_dir, wait=False, inside=True)
+    # A check on another machine, which may share the folder, does not lock it.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
     with lock if locks else nullcontext():
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args)
@@ -139,10 +139,11 @@ def build_trainer(
         args=args,
         train_dataset=data["train"].rows if "train" in data else None,
         eval_dataset=validation.rows if validation else None,
-        data_collator=TrainCollator(
-            tokenizer.pad_token_id,
-            -100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-            data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
+        data_collator=partial(
+            train_batch,
+            pad_token_id=tokenizer.pad_token_id,
+            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+            length=data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
         ),
         processing_class=tokenizer,
     )

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -23,10 +23,7 @@ REMIND_EVERY = 30.0  # seconds between two messages while waiting
 
 
 def cache_folder() -> Path:
-    """The folder of locks and prepared data: CHATGLM_CACHE, or a folder in the user's cache.
-
-    Raises UserError if it can't be written.
-    """
+    """The folder of locks and data: CHATGLM_CACHE, or one in ~/.cache. Raises UserError if it can't be written."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm-tuning"
     folder = Path(os.environ.get("CHATGLM_CACHE") or default)
     try:
@@ -37,7 +34,7 @@ def cache_folder() -> Path:
 
 
 def lock_file(kind: str, resource: str | Path) -> Path:
-    """The lock file of a resource; every spelling of a path gets the same lock."""
+    """The lock file of a resource in the cache; every spelling of a path gets the same lock."""
     is_path = isinstance(resource, Path) or os.path.isabs(resource) or os.path.exists(resource)
     name = os.path.realpath(resource) if is_path else str(resource)
     return cache_folder() / "locks" / f"{kind.replace(' ', '-')}-{short_hash(name.encode())[:16]}.lock"
@@ -57,11 +54,13 @@ def make_lock(path: Path) -> BaseFileLock:
 
 
 @contextmanager
-def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
-    """Holds the lock at ``path``; ``name`` stands in messages, which also name the process that it waits for.
+def guard(kind: str, resource: str | Path, wait: bool = True, inside: bool = False) -> Iterator[None]:
+    """Holds the lock of a resource; messages name the resource and the process that it waits for.
 
+    ``inside``: the lock lies in the folder itself, where jobs with another cache, or on another machine, find it too.
     With ``wait=False`` it raises UserError if another process holds the lock.
     """
+    name, path = f"{kind} {resource}", Path(resource, ".lock") if inside else lock_file(kind, resource)
     lock, record = make_lock(path), path.with_suffix(".holder")
     hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""
     timeout = WAIT_IN_SILENCE if wait else 0
@@ -80,11 +79,6 @@ def hold(path: Path, name: str, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def guard(kind: str, resource: str | Path, wait: bool = True) -> AbstractContextManager[None]:
-    """Holds the lock of a resource, whose file is in the cache; see ``hold``."""
-    return hold(lock_file(kind, resource), f"{kind} {resource}", wait)
 
 
 def take_port(host: str, port: int) -> int | None:

@@ -24,14 +24,13 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
-from common.data.dataset import MANIFEST, ROWS_PER_BATCH, Split
 from common.data.rows import Rows
 from common.encoding import encoders_of
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
-from common.locking import hold
+from common.locking import guard
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.report import print_prepared
@@ -53,7 +52,7 @@ class PreprocessArguments:
 class Job:
     """What a worker needs. Each has its own copy, whose ``rows`` it reads once, because its shards come in order."""
 
-    split: Split
+    split: dataset.Split
     rows: Rows
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
@@ -72,38 +71,35 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)
-    with hold(folder / ".lock", f"folder {folder}"):
+    with guard("folder", folder, inside=True):
+        complete = read_json(folder / dataset.MANIFEST)
+        if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
+            raise UserError(
+                f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
+                "--overwrite_cache to make it again."
+            )
         bounds = shard_bounds(sum(1 for _ in split.read()), own_args.num_shards)
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
         job = Job(split, split.read(), bounds, files, short_hash(json.dumps(settings).encode()))
-        remove_other(job, folder, settings)
+        for file in folder.glob("shard-*-of-*.arrow"):  # those of other settings, and what a kill left incomplete
+            if args.overwrite_cache or read_summary(file, job.key) is None:
+                file.unlink()
         make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
-        write_manifest(job, settings)
+        summaries = {file.name: read_summary(file, job.key) or {} for file in files}
+        totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
+        dataset.check_any(totals, args, split.source)
+        totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
+        shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
+        write_json(folder / dataset.MANIFEST, settings | totals | {"shards": shards})
         print_prepared("train", dataset.load_shards(args, folder, tokenizer))
-
-
-def remove_other(job: Job, folder: Path, settings: dict[str, Any]) -> None:
-    """Removes the shards that are not complete or have other settings, and with --overwrite_cache all.
-
-    Raises UserError if that would remove a complete data set, unless it is to be overwritten.
-    """
-    overwrite, complete = job.split.args.overwrite_cache, read_json(folder / MANIFEST)
-    if complete and not overwrite and (differing := differences(complete, settings)):
-        raise UserError(
-            f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
-            "--overwrite_cache to make it again."
-        )
-    for file in folder.glob("shard-*-of-*.arrow"):
-        if overwrite or read_summary(file, job.key) is None:
-            file.unlink()
 
 
 def shard_bounds(rows: int, shards: int) -> list[int]:
     """The first row of every shard, and the number of rows. Shards hold whole batches."""
-    batches = -(-rows // ROWS_PER_BATCH)
+    batches = -(-rows // dataset.ROWS_PER_BATCH)
     shards = max(1, min(shards, batches))
-    return [min(rows, batches * index // shards * ROWS_PER_BATCH) for index in range(shards + 1)]
+    return [min(rows, batches * index // shards * dataset.ROWS_PER_BATCH) for index in range(shards + 1)]
 
 
 def read_summary(file: Path, key: str) -> dict[str, Any] | None:
@@ -121,7 +117,7 @@ def make_missing(job: Job, workers: int) -> None:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
     if not missing:
         return
-    job.files[0].with_name(MANIFEST).unlink(missing_ok=True)
+    job.files[0].with_name(dataset.MANIFEST).unlink(missing_ok=True)
     fork = multiprocessing.get_context("fork")  # other ways import everything again, seconds for each worker
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)
@@ -136,19 +132,7 @@ def make_missing(job: Job, workers: int) -> None:
             raise
 
 
-def write_manifest(job: Job, settings: dict[str, Any]) -> None:
-    summaries = {file.name: read_summary(file, job.key) or {} for file in job.files}
-    totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
-    dataset.check_any(totals, job.split.args, job.split.source)
-    totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
-    shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-    write_json(job.files[0].with_name(MANIFEST), settings | totals | {"shards": shards})
-
-
-# In the workers
-
-
-_job: Job
+_job: Job  # of a worker
 
 
 def set_up_worker(job: Job) -> None:

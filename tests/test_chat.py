@@ -9,6 +9,7 @@ from common.chat.chat import chat_parser, count_forgotten, load_chat, process_re
 from common.encoding import encode_chat
 from common.errors import UserError
 from common.loading import load_model
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
@@ -78,8 +79,9 @@ def test_an_error_while_generating_is_raised(demo_tokenizer):
 def test_a_system_prompt_comes_before_the_conversation(small_vocabulary):
     tokenizer = ChatGLM3Tokenizer(str(small_vocabulary))
     history = [["u", "a"]]
-    messages = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"))]
-    expected = tokenizer.build_chat_input("v", history=messages)["input_ids"][0].tolist()
+    turns = [Turn("system", "s"), Turn("user", "u"), Turn("assistant", "a"), Turn("user", "v")]
+    given = [token for turn in tokenizer.encode_turns([turns])[0] for token in turn.ids]
+    expected = [*tokenizer.prefix_ids, *given, tokenizer.get_command("<|assistant|>")]
     assert encode_chat(tokenizer, "v", history, "s") == expected
     assert encode_chat(tokenizer, "v", history) != expected
 

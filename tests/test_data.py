@@ -11,7 +11,7 @@ import pytest
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
 from common.data.rows import find_files, read_rows
-from common.encoding import encode_batch, encoders_of
+from common.encoding import encoders_of
 from common.errors import UserError
 from common.loading import load_tokenizer
 
@@ -117,7 +117,7 @@ def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, s
     assert counts(prepared, "dropped", "truncated", "unlabelled") == [2, 0, 0]
     assert all(len(ids) <= 16 for ids in prepared.rows["input_ids"])
     together = [token for ids in prepared.rows["input_ids"] for token in ids[2:]]
-    ids = encode_batch(demo_tokenizer, [lines[0], lines[2]])
+    ids = demo_tokenizer.encode_batch([lines[0], lines[2]])
     assert together == [*ids[0], demo_tokenizer.eos_token_id, *ids[1], demo_tokenizer.eos_token_id]
 
 

@@ -10,18 +10,17 @@ import torch
 from conftest import load_arrays, load_real_tokenizer
 from tiny_models import CHATGLM2, CHATGLM3
 
-from common.data.collator import TrainCollator, left_pad
+from common.data.collator import left_pad, train_batch
 from common.data.formats import read_messages
 from common.encoding import (
-    Turn,
     conversation_of,
-    encode_batch,
     encode_chat,
     encode_eval,
     encode_texts,
     encode_train,
     stop_ids,
 )
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 CONTENT = "类型#裙*材质#棉*颜色#白色*风格#简约*裙长#连衣裙"
@@ -30,7 +29,7 @@ PAIR = [conversation_of(CONTENT, SUMMARY)]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
-    return encode_batch(tokenizer, [text])[0]
+    return tokenizer.encode_batch([text])[0]
 
 
 def pairs(contents: Sequence[str], summaries: Sequence[str]) -> list[list[Turn]]:
@@ -81,8 +80,7 @@ def original3(tmp_path_factory) -> ChatGLM3Tokenizer:
 def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
     """Every row is equal if padded to 64 + 64, as in the official script."""
     rows = encode_train(real_tokenizer, pairs(dev_rows[0][:4], dev_rows[1][:4]), 64, 64)
-    collate = TrainCollator(real_tokenizer.pad_token_id, pad_to=128)
-    batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    batch = train_batch([row._asdict() for row in rows], real_tokenizer.pad_token_id, length=128)
     assert torch.equal(batch["input_ids"], model_goldens["train_64_64/input_ids"])
     assert torch.equal(batch["labels"], model_goldens["train_64_64/labels"])
     assert rows[0].input_ids == model_goldens["train_single_nopad/input_ids"][0].tolist()
@@ -112,8 +110,7 @@ def test_official_conversation(real_tokenizer, generation_goldens):
 def check_official_rows(rows, case: str, pad_to: int) -> None:
     """The rows equal the first rows of a golden, padded as in the official script of ChatGLM2: with labels of -100."""
     golden = load_arrays(original(f"chatglm2-6b/{case}.npz"))
-    collate = TrainCollator(pad_token_id=0, pad_to=pad_to)
-    batch = collate([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    batch = train_batch([row._asdict() for row in rows], pad_token_id=0, length=pad_to)
     assert torch.equal(batch["input_ids"], golden["input_ids"][: len(rows)])
     assert torch.equal(batch["labels"], golden["labels"][: len(rows)])
 
@@ -332,7 +329,7 @@ MESSAGES = [
 
 
 def message_ids(tokenizer, turns: Sequence[Turn]) -> list[list[int]]:
-    return [tokenizer.build_single_message(turn.role, turn.metadata, turn.content) for turn in turns]
+    return [message.ids for message in tokenizer.encode_turns([turns])[0]]
 
 
 def learn(*losses: bool) -> list[Turn]:
@@ -491,7 +488,7 @@ ROWS = [
 
 
 def test_training_batch_is_padded_on_the_right():
-    batch = TrainCollator(pad_token_id=3)(ROWS)
+    batch = train_batch(ROWS, pad_token_id=3)
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 1, 2, 7, 9], [5, 1, 2, 9, 3, 3]],
         "labels": [[-100, -100, -100, 2, 7, 9], [-100, -100, 2, 9, -100, -100]],
@@ -503,7 +500,7 @@ def test_training_batch_is_padded_on_the_right():
 @pytest.mark.parametrize("pad_to, length", [(0, 6), (4, 6), (6, 6), (9, 9)])
 def test_training_batch_of_a_fixed_length(pad_to, length):
     """A longer row is not cut."""
-    batch = TrainCollator(pad_token_id=3, pad_to=pad_to)(ROWS)
+    batch = train_batch(ROWS, pad_token_id=3, length=pad_to)
     assert {value.shape for value in batch.values()} == {(2, length)}
     assert batch["attention_mask"].sum(-1).tolist() == [6, 4]
     assert batch["input_ids"][1].tolist() == [5, 1, 2, 9] + [3] * (length - 4)
@@ -512,7 +509,7 @@ def test_training_batch_of_a_fixed_length(pad_to, length):
 
 def test_pads_that_count():
     """With ignore_pad_token_for_loss=False the official script pads labels with the pad token."""
-    batch = TrainCollator(pad_token_id=3, label_pad_token_id=3)(ROWS)
+    batch = train_batch(ROWS, pad_token_id=3, label_pad_token_id=3)
     assert batch["labels"][1].tolist() == [-100, -100, 2, 9, 3, 3]
 
 
@@ -531,5 +528,5 @@ def test_padding_does_not_change_the_loss(small_model):
     rows = [[5, 6, config.gmask_token_id, config.bos_token_id, 7, 8, 9, config.eos_token_id]]
     rows.append([5, config.gmask_token_id, config.bos_token_id, 4, config.eos_token_id])
     rows = [{"input_ids": ids, "labels": [-100] * (len(ids) - 3) + ids[-3:]} for ids in rows]
-    short, long = (TrainCollator(3, pad_to=pad_to)(rows) for pad_to in (0, 20))
+    short, long = (train_batch(rows, 3, length=length) for length in (0, 20))
     torch.testing.assert_close(small_model(**long).loss, small_model(**short).loss)

@@ -257,8 +257,8 @@ def test_a_chosen_checkpoint_is_not_continued_with_other_settings(full_run):
 HOLD = """
 import sys, time
 from pathlib import Path
-from common.locking import hold
-with hold(Path(sys.argv[1]) / ".lock", "the output folder"):
+from common.locking import guard
+with guard("output folder", Path(sys.argv[1]), inside=True):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -11,8 +11,9 @@ from test_data import counts, prepare, write_lines
 
 from common.arguments import DataArguments
 from common.data.formats import read_messages
-from common.encoding import Turn, encode_eval, encode_train
+from common.encoding import encode_eval, encode_train
 from common.errors import UserError
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from conftest import ROOT
 from engine_runs import command_of, losses
 
 from common.errors import UserError
-from common.launch import processes
+from common.launch import launcher
 from common.launch.machines import Machines
 from common.locking import free_port
 
@@ -113,22 +113,22 @@ def test_wrong_numbers_of_processes_are_said(monkeypatch, variables, says):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=says):
-        processes.count_processes()
+        launcher.count_processes()
 
 
 def test_the_cores_are_shared_out_as_threads(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    processes.set_environment(4, Machines(2, 1, "a"))
+    launcher.set_environment(4, Machines(2, 1, "a"))
     assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("3", "8")
     os.environ["OMP_NUM_THREADS"] = "5"
-    processes.set_environment(4, Machines())
+    launcher.set_environment(4, Machines())
     assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("5", "4")
 
 
 def test_every_process_is_told_its_rank_and_the_card_of_the_network(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")  # left behind by another program
-    told = processes.every_rank(2, Machines(3, 1, "10.0.0.1"), "127.0.0.1", 12345)
+    told = launcher.every_rank(2, Machines(3, 1, "10.0.0.1"), "127.0.0.1", 12345)
     assert [(rank["RANK"], rank["LOCAL_RANK"]) for rank in told] == [("2", "0"), ("3", "1")]
     assert {(rank["MASTER_ADDR"], rank["MASTER_PORT"], rank["WORLD_SIZE"]) for rank in told} == {
         ("10.0.0.1", "12345", "6")
@@ -144,8 +144,8 @@ def test_every_process_is_told_its_rank_and_the_card_of_the_network(monkeypatch)
     ],
 )
 def test_one_process_that_fails_ends_all(write, mark, capfd, second, code, says):
-    told = processes.every_rank(2, Machines(), "", 1)
-    assert processes.run([str(write(second))], [rank | {MARK: mark, "OMP_NUM_THREADS": "3"} for rank in told]) == code
+    told = launcher.every_rank(2, Machines(), "", 1)
+    assert launcher.run([str(write(second))], [rank | {MARK: mark, "OMP_NUM_THREADS": "3"} for rank in told]) == code
     said, errors = capfd.readouterr()
     assert sorted(said.splitlines()) == [f"rank {rank} [] threads 3" for rank in range(2)]
     assert errors.startswith(says) and len(errors.splitlines()) == 1

@@ -18,8 +18,7 @@ from conftest import ROOT
 from engine_runs import command_of, losses, train_here
 
 from common.errors import UserError
-from common.launch.machines import Machines, first_host, read_machines
-from common.launch.meeting import Peers
+from common.launch.machines import Machines, Peers, first_host, read_machines
 from common.locking import free_port
 from common.training.checkpoints import is_complete_checkpoint
 
@@ -47,7 +46,7 @@ class Machine(Peers):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("common.launch.meeting.CALL_EVERY", 0.1)
+    monkeypatch.setattr("common.launch.machines.CALL_EVERY", 0.1)
 
 
 @pytest.fixture
@@ -203,7 +202,7 @@ def test_a_stranger_answers_in_place_of_machine_0(start, port, answer, says):
 
 
 def test_strangers_at_machine_0_disturb_nobody(start, port, monkeypatch):
-    monkeypatch.setattr("common.launch.meeting.GREETED_WITHIN", 0.1)
+    monkeypatch.setattr("common.launch.machines.GREETED_WITHIN", 0.1)
     meeting = start(main := Machine(0, 2, port))
     nonsense = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b'{"machine": 1}\n', b"[" * 20000]
     strangers = [dial(port) for _ in range(5)]  # the first one is silent

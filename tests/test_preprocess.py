@@ -19,7 +19,7 @@ from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import load_tokenizer
-from common.locking import hold
+from common.locking import guard
 from common.methods.prefix import PTuning
 from common.preprocess import main, shard_bounds
 
@@ -198,7 +198,7 @@ def test_a_finished_folder_is_not_overwritten_by_accident(data, finished, folder
 
 
 def test_a_second_job_waits_and_finds_it_finished(data, finished, folder, capsys):
-    with hold(folder / ".lock", "the test"):
+    with guard("folder", folder, inside=True):
         second = threading.Thread(target=preprocess, args=(data, folder))
         second.start()
         while "waiting for folder" not in capsys.readouterr().err:

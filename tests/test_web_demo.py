@@ -1,5 +1,6 @@
 """The chat in the browser: the real script in a real browser, and the code behind the page."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -266,6 +268,19 @@ def test_only_models_with_roles_have_a_system_prompt(model, known):
     assert ("no system prompt" in field.placeholder) is not known
 
 
+def test_one_column_is_undone_and_cleared_as_two_are():
+    """Gradio takes a list that is returned for a single field as its value, and for several as one value each."""
+    chat, args = load("--model_name_or_path", "demo")
+    page = web_demo.build_page(chat, args)
+    conversation = [web_demo.Round("first", ["好"], [0]), web_demo.Round("last", ["好"], [0])]
+    with ThreadPoolExecutor(1) as thread:  # in this one the browser's event loop runs
+        for method, shown in ((chat.undo, ["first", "好"]), (chat.refresh, ["first", "好"]), (chat.clear, [])):
+            event = next(event for event in page.fns.values() if event.fn == method)
+            fields = page.postprocess_data(event, method(conversation), None)
+            _, column = thread.submit(asyncio.run, fields).result()
+            assert [message["content"][0]["text"] for message in column] == shown
+
+
 def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
     chat, _ = load("--checkpoint", str(prefix))
     settings = generation_settings(16, 0, 1)
@@ -296,7 +311,7 @@ def test_an_abandoned_answer_gives_the_model_back(prefix):
     while conversation[0].answers[1] is None:
         next(answering)
     answering.close()
-    with chat.speakers[0].model() as model:
+    with chat.speakers["微调后 / tuned"]() as model:
         assert model.base_model.prefix_encoder is not None
     assert not chat.turn.locked()
 
@@ -314,7 +329,7 @@ def test_rounds_that_no_longer_fit_are_forgotten_and_the_page_says_so():
     prompt = encode_chat(chat.tokenizer, QUESTION, remembered, "你是客服。")
     longer = encode_chat(chat.tokenizer, QUESTION, [[long[0].query, *long[0].answers], *remembered], "你是客服。")
     assert len(prompt) + 16 <= chat.context < len(longer) + 16
-    with chat.speakers[0].model() as model:
+    with chat.speakers["ChatGLM"]() as model:
         *_, alone = stream_chat(model, chat.tokenizer, QUESTION, remembered, "你是客服。", **settings)
     assert answer == alone
     notes = [message["content"][0]["text"] for message in web_demo.messages(conversation, 0)]
@@ -336,15 +351,15 @@ def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path)
     load_tokenizer("demo").save_pretrained(str(tmp_path))
     chat, _ = load("--checkpoint", str(tmp_path), "--compare", "true")
     weights = []
-    for speaker in chat.speakers:
-        with speaker.model() as model:
+    for ready_model in chat.speakers.values():
+        with ready_model() as model:
             weights.append(model.lm_head.weight)
     assert weights[0].count_nonzero() == 0
     base, _ = load("--model_name_or_path", "demo")
-    with base.speakers[0].model() as model:
+    with base.speakers["ChatGLM"]() as model:
         assert torch.equal(weights[1], model.lm_head.weight)
     alone, _ = load("--checkpoint", str(tmp_path))
-    assert [speaker.title for speaker in alone.speakers] == ["微调后 / tuned"]
+    assert list(alone.speakers) == ["微调后 / tuned"]
 
 
 def test_what_names_no_base_can_not_be_compared(demo_folder):

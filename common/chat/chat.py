@@ -9,16 +9,8 @@ from threading import Event
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from common.data.collator import left_pad
 from common.encoding import History, check_system, encode_chat, stop_ids
 from common.errors import UserError
 from common.loading import find_trained, load_model, load_tokenizer
@@ -28,7 +20,7 @@ from common.trained import find_training, recorded
 
 # The vocabulary of ChatGLM-6B has half-width punctuation only; beside Chinese characters people read the full width.
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
-CHINESE = "[\u4e00-\u9fff]"
+BESIDE_CHINESE = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 MAX_NEW_TOKENS = 512
 
 
@@ -71,18 +63,13 @@ def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
 def process_response(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The answer as the original code shows it: ChatGLM-6B gets full-width punctuation beside Chinese characters."""
     text = text.strip().replace("[[训练时间]]", "2023年")
-    if not isinstance(tokenizer, ChatGLMTokenizer):
-        return text
-    for half, full in FULL_WIDTH.items():
-        text = re.sub(rf"(?<={CHINESE}){re.escape(half)}|{re.escape(half)}(?={CHINESE})", full, text)
+    if isinstance(tokenizer, ChatGLMTokenizer):
+        text = BESIDE_CHINESE.sub(lambda half: FULL_WIDTH[half[0]], text)
     return text
 
 
 def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    """The arguments of ``model.generate``; temperature 0 means greedy search.
-
-    Raises UserError if a value is out of range.
-    """
+    """The arguments of ``model.generate``; temperature 0: greedy search. Raises UserError for a value out of range."""
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --max_new_tokens at least 1.")
     if temperature == 0:
@@ -109,16 +96,6 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
     return forgotten
 
 
-class StopOnEvent(StoppingCriteria):
-    """Ends a generation when an event is set."""
-
-    def __init__(self, event: Event):
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 def stream_chat(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,15 +108,14 @@ def stream_chat(
 
     A thread generates; it ends when this iterator ends, and its errors are raised here.
     """
-    prompt_ids = encode_chat(tokenizer, query, history, system)
-    inputs = {name: tensor.to(model.device) for name, tensor in left_pad([prompt_ids], tokenizer.pad_token_id).items()}
+    input_ids = torch.tensor([encode_chat(tokenizer, query, history, system)], device=model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     unwanted = Event()
-    generation = {"eos_token_id": stop_ids(tokenizer)} | generation
-    stopping = StoppingCriteriaList([StopOnEvent(unwanted)])
+    stopping = StoppingCriteriaList([lambda ids, scores, **_: torch.tensor([unwanted.is_set()], device=ids.device)])
+    generation = {"eos_token_id": stop_ids(tokenizer), "attention_mask": torch.ones_like(input_ids)} | generation
     with ThreadPoolExecutor(1) as thread:
         answer = ""
-        written = thread.submit(model.generate, **inputs, streamer=streamer, stopping_criteria=stopping, **generation)
+        written = thread.submit(model.generate, input_ids, streamer=streamer, stopping_criteria=stopping, **generation)
         written.add_done_callback(lambda _: streamer.end())  # after an error too, so that the loop below ends
         try:
             for piece in streamer:

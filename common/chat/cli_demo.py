@@ -12,8 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
 
-WELCOME = "输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)"
-
 
 def main() -> None:
     """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
@@ -21,7 +19,7 @@ def main() -> None:
     model, tokenizer, _ = load_chat(args)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
     room = model.config.max_position_embeddings - args.max_new_tokens
-    print(WELCOME)
+    print("输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)")
     history: list[list[str]] = []
     while True:
         try:

@@ -31,7 +31,6 @@ from common.trained import base_of
 
 USER = "chatglm"  # the user name if a password is set
 REFRESH = 0.03  # seconds between two views of a growing answer
-PORTS = 100  # how many ports are tried, from --port on
 
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
 # The browser loads nothing from other hosts, such as an image that an answer names.
@@ -52,13 +51,6 @@ CSS = """
 """
 
 
-class Speaker(NamedTuple):
-    """One column of the page. ``model`` opens a context in which the model is ready to answer."""
-
-    title: str
-    model: Callable[[], AbstractContextManager[PreTrainedModel]]
-
-
 class Round(NamedTuple):
     """A question and, per speaker, its answer (None: not begun) and how many oldest rounds its prompt left out."""
 
@@ -76,7 +68,7 @@ class Chat(NamedTuple):
     A conversation is changed in place, so an answer that was cancelled changes only its own round.
     """
 
-    speakers: list[Speaker]
+    speakers: dict[str, Callable[[], AbstractContextManager[PreTrainedModel]]]  # by title: opens a context to answer in
     tokenizer: PreTrainedTokenizerBase
     context: int  # tokens of prompt and answer together
     turn: threading.Lock  # a prefix or an adapter is on or off for one visitor at a time
@@ -94,10 +86,10 @@ class Chat(NamedTuple):
         conversation.append(Round(query, answers, forgotten))
         yield
         with self.turn:
-            for column, speaker in enumerate(self.speakers):
+            for column, ready_model in enumerate(self.speakers.values()):
                 remembered = histories[column][forgotten[column] :]
                 answer, shown = "", 0.0
-                with speaker.model() as model:
+                with ready_model() as model:
                     for answer in stream_chat(model, self.tokenizer, query, remembered, system, **generation):
                         if answer and time.monotonic() - shown > REFRESH:
                             answers[column] = answer
@@ -135,9 +127,12 @@ class Chat(NamedTuple):
         return [take_back(conversation), *self.show(conversation)]
 
     def clear(self, conversation: Conversation) -> list:
-        """Empties the conversation itself, so that the last words of a cancelled answer show nothing."""
         conversation.clear()
-        return self.show(conversation)
+        return self.refresh(conversation)
+
+    def refresh(self, conversation: Conversation) -> list:
+        """The conversation as it is. Ends every answer: the last words of a cancelled one can come late."""
+        return [gr.skip(), *self.show(conversation)]
 
 
 def take_back(conversation: Conversation) -> str:
@@ -182,14 +177,13 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
-    tuned = Speaker("微调后 / tuned" if args.checkpoint else "ChatGLM", partial(nullcontext, model))
-    speakers = [tuned]
+    speakers: dict[str, Callable] = {"微调后 / tuned" if args.checkpoint else "ChatGLM": partial(nullcontext, model)}
     if trained and args.compare != "false":  # the same model without prefix or adapter
-        speakers.append(Speaker("基座 / base", partial(method_of(**trained).base, model)))
+        speakers["基座 / base"] = partial(method_of(**trained).base, model)
     elif args.checkpoint and args.compare == "true":
         name = base_of(args.checkpoint, args.model_name_or_path)
         base = load_model(name, compute_dtype(model.device), args.quantization_bit, device=model.device)
-        speakers.append(Speaker("基座 / base", partial(nullcontext, base)))
+        speakers["基座 / base"] = partial(nullcontext, base)
     return Chat(speakers, tokenizer, model.config.max_position_embeddings, threading.Lock())
 
 
@@ -202,14 +196,14 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
         with gr.Row():
             columns = [
                 gr.Chatbot(
-                    label=speaker.title,
+                    label=title,
                     placeholder="输入问题，开始对话（Shift+回车换行）<br>ask away (Shift+Enter: new line)",
                     elem_classes=["chat", "pair"] if len(chat.speakers) == 2 else "chat",
                     buttons=["copy"],
                     feedback_options=None,
                     min_width=320,
                 )
-                for speaker in chat.speakers
+                for title in chat.speakers
             ]
         enter = "回车发送 / Enter sends"
         box = gr.Textbox(show_label=False, placeholder=enter, max_lines=8, submit_btn="发送 / send", autofocus=True)
@@ -217,32 +211,23 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
             labels = ("停止 / stop", "重新回答 / retry", "撤回 / undo", "新对话 / new")
             buttons = [gr.Button(label, size="sm", min_width=130) for label in labels]
         with gr.Accordion("设置 / settings", open=False):
-            settings = build_settings(chat, args)
+            known = has_roles(chat.tokenizer)
+            system = gr.Textbox(
+                args.system_prompt,
+                label="系统提示 / system prompt",
+                placeholder="" if known else "此模型没有系统提示 / ChatGLM-6B and ChatGLM2-6B have no system prompt",
+                interactive=known,
+                lines=2 if known else 1,
+            )
+            longest = max(args.max_new_tokens, chat.context // 2)
+            with gr.Row():
+                slider = partial(gr.Slider, min_width=220)
+                length = slider(1, longest, args.max_new_tokens, step=1, label="最大生成长度 / max new tokens")
+                temperature = slider(0, 2, args.temperature, step=0.01, label="温度 / temperature (0: 贪心 greedy)")
+                top_p = slider(0.01, 1, args.top_p, step=0.01, label="top_p")
+        settings = [system, length, temperature, top_p]  # in the order of the parameters of ``Chat.ask``
         connect(chat, conversation, box, columns, settings, buttons)
     return page
-
-
-def build_settings(chat: Chat, args: argparse.Namespace) -> list[gr.components.Component]:
-    """The fields of the system prompt and of sampling, in the order of the parameters of ``Chat.ask``."""
-    known = has_roles(chat.tokenizer)
-    system = gr.Textbox(
-        args.system_prompt,
-        label="系统提示 / system prompt",
-        placeholder="" if known else "此模型没有系统提示 / ChatGLM-6B and ChatGLM2-6B have no system prompt",
-        interactive=known,
-        lines=2 if known else 1,
-    )
-    longest = max(args.max_new_tokens, chat.context // 2)
-    with gr.Row():
-        sliders = [
-            gr.Slider(least, most, value, step=step, label=label, min_width=220)
-            for least, most, value, step, label in (
-                (1, longest, args.max_new_tokens, 1, "最大生成长度 / max new tokens"),
-                (0, 2, args.temperature, 0.01, "温度 / temperature (0: 贪心 greedy)"),
-                (0.01, 1, args.top_p, 0.01, "top_p"),
-            )
-        ]
-    return [system, *sliders]
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
@@ -254,10 +239,12 @@ def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
     sent = box.submit(chat.ask, [box, conversation, *settings], outputs, **generating, **hidden)
     again = retry.click(chat.ask_again, [conversation, *settings], outputs, cancels=[sent], **generating, **hidden)
     at_once = {"cancels": [sent, again], "show_progress": "hidden", **hidden}
+    for answer in (sent, again):
+        answer.then(chat.refresh, conversation, outputs, show_progress="hidden", **hidden)
     stop.click(None, **at_once)
     undo.click(chat.undo, conversation, outputs, **at_once)
     for event in (clear.click, *(column.clear for column in columns)):
-        event(chat.clear, conversation, columns, **at_once)
+        event(chat.clear, conversation, outputs, **at_once)
 
 
 def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
@@ -301,7 +288,7 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
 
 def find_port(host: str, first: int) -> int:
     """The first free port from ``first`` on. Raises UserError if none is free or the host is not of this machine."""
-    for port in range(first, min(first + PORTS, 65536)):
+    for port in range(first, 65536):
         try:
             taken = take_port(host, port)
         except OSError as error:

@@ -1,7 +1,6 @@
 """Rows of different lengths -> one batch, padded no further than its longest row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,21 +14,16 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", length: 
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-@dataclass
-class TrainCollator:
-    """``input_ids`` and ``labels`` padded on the right, with their ``attention_mask``; all [b, s], int64."""
-
-    pad_token_id: int
-    label_pad_token_id: int = -100
-    pad_to: int = 0  # at least this length: 0 pads to the longest row
-
-    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        input_ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": pad(input_ids, self.pad_token_id, length=self.pad_to),
-            "labels": pad([row["labels"] for row in rows], self.label_pad_token_id, length=self.pad_to),
-            "attention_mask": pad([[1] * len(ids) for ids in input_ids], 0, length=self.pad_to),
-        }
+def train_batch(
+    rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, label_pad_token_id: int = -100, length: int = 0
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels`` padded on the right, with their ``attention_mask``; all as ``pad`` returns it."""
+    input_ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": pad(input_ids, pad_token_id, length=length),
+        "labels": pad([row["labels"] for row in rows], label_pad_token_id, length=length),
+        "attention_mask": pad([[1] * len(ids) for ids in input_ids], 0, length=length),
+    }
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:

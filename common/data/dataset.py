@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
 from common.data.rows import Rows, find_files, read_rows, text_of
-from common.encoding import TrainRow, Turn
+from common.encoding import TrainRow
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
+from common.tokenizers.base import Turn
 from common.trained import COLUMNS
 
 ENCODING_VERSION = 3  # part of the fingerprint: increase it when the encoding changes
@@ -64,9 +65,6 @@ class Prepared:
         """Keeps only the first ``count`` rows and questions."""
         if count is not None:
             self.rows, self.questions = self.rows.take(count), self.questions.take(count)
-
-
-# Reading
 
 
 Encoders = Mapping[str, Callable]  # of common.encoding, by table
@@ -120,9 +118,6 @@ def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenize
             last = max(index for index, turn in enumerate(turns) if turn.role == "user")
             turns[last] = turns[last]._replace(content=args.source_prefix + turns[last].content)
         yield place, turns
-
-
-# Writing
 
 
 def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
@@ -179,9 +174,6 @@ def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> N
         raise UserError(f"{source}: no row with {wanted}: {reason}.")
 
 
-# What decides the tokens
-
-
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
     """The settings that decide which tokens a row becomes once it is read; values are as JSON reads them back."""
     fast = tokenizer.is_fast  # GLM-4's, of the library tokenizers; ours have a file for sentencepiece
@@ -209,9 +201,6 @@ def fingerprint(split: Split) -> dict[str, Any]:
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
         "dataset": None if split.named is None else split.named._fingerprint,
     }
-
-
-# The cache
 
 
 def prepare_dataset(

@@ -1,6 +1,5 @@
 """Rows of the official data formats -> checked conversations: pairs with history, messages with tools."""
 
-import ast
 import json
 import keyword
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from common.data.rows import check_text, json_of, text_of, value_of
-from common.encoding import Turn, conversation_of, has_roles
+from common.encoding import conversation_of, has_roles
 from common.errors import UserError
+from common.tokenizers.base import Turn
 
 ROLES = ("system", "user", "assistant", "observation", "tool")
 
@@ -46,7 +46,11 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
     messages = json_of(place, f"column {column!r}", value_of(place, row, column, "conversation_column"))
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{place}: column {column!r} must hold a list of messages, and not an empty one.")
-    turns = read_tools(place, row.get("tools"))
+    tools = json_of(place, "column 'tools'", row.get("tools"))
+    if tools and not isinstance(tools, (list, dict)):
+        raise UserError(f"{place}: column 'tools' must hold a list of tools, not {tools!r:.40}.")
+    text = check_text(place, "column 'tools'", json.dumps(tools, ensure_ascii=False))
+    turns = [Turn("system", text)] if tools else []
     spoken = False  # whether a turn other than the system prompt was read
     for number, message in enumerate(messages, 1):
         here = f"{place}, message {number}"
@@ -61,17 +65,6 @@ def read_messages(place: str, row: dict[str, Any], column: str) -> list[Turn]:
     if not spoken:
         raise UserError(f"{place}: column {column!r} holds a system message and nothing else.")
     return turns
-
-
-def read_tools(place: str, value: Any) -> list[Turn]:
-    """The system turn that lists a row's tools; [] without tools."""
-    tools = json_of(place, "column 'tools'", value)
-    if not tools:
-        return []
-    if not isinstance(tools, (list, dict)):
-        raise UserError(f"{place}: column 'tools' must hold a list of tools, not {tools!r:.40}.")
-    text = json.dumps(tools, ensure_ascii=False)
-    return [Turn("system", check_text(place, "column 'tools'", text))]
 
 
 def checked_message(place: str, message: Any) -> dict[str, Any]:
@@ -106,18 +99,14 @@ def read_message(place: str, role: str, message: dict[str, Any]) -> list[Turn]:
         raise UserError(f"{place}: {role} without content.")
     if not isinstance(calls, list) or len(calls) > 1:
         raise UserError(f"{place}: tool_calls must hold one call: ChatGLM3 waits for the result before the next.")
-    text = check_text(place, "content", message.get("content"))
-    calls = [read_openai_call(place, call, loss) for call in calls]
-    metadata = check_text(place, "metadata", message.get("metadata"))
-    return [*([Turn(role, text, metadata, loss)] if text or not calls else []), *calls]
-
-
-def read_openai_call(place: str, call: Any, loss: bool) -> Turn:
-    """{"function": {"name": …, "arguments": "{…}"}}"""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise UserError(f'{place}: tool_calls must hold [{{"function": {{"name": …, "arguments": …}}}}, …].')
-    return read_call(place, function.get("name"), function.get("arguments"), loss)
+    text, metadata = (check_text(place, name, message.get(name)) for name in ("content", "metadata"))
+    turns = [Turn(role, text, metadata, loss)] if text or not calls else []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise UserError(f'{place}: tool_calls must hold [{{"function": {{"name": …, "arguments": …}}}}, …].')
+        turns.append(read_call(place, function.get("name"), function.get("arguments"), loss))
+    return turns
 
 
 def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
@@ -127,18 +116,14 @@ def read_call(place: str, name: Any, parameters: Any, loss: bool) -> Turn:
     parameters = json_of(place, f"the parameters of {name}", parameters) or {}
     if not isinstance(parameters, dict):
         raise UserError(f'{place}: the parameters of {name} must be like {{"city": "北京"}}, not {parameters!r:.40}.')
-    given = {key: ast.Constant(value) for key, value in parameters.items() if value is not None}
-    keywords = [ast.keyword(key, value) for key, value in given.items() if is_parameter(key)]
-    other = {key: value for key, value in given.items() if not is_parameter(key)}
+    given = {key: value for key, value in parameters.items() if value is not None}
+    other = {key: value for key, value in given.items() if not key.isidentifier() or keyword.iskeyword(key)}
+    arguments = [f"{key}={value!r}" for key, value in given.items() if key not in other]
     if other:  # names that are no Python identifiers: tool_call(city='北京', **{'a-b': 1})
-        keywords.append(ast.keyword(None, ast.Dict(list(map(ast.Constant, other)), list(other.values()))))
-    call = ast.unparse(ast.Call(func=ast.Name("tool_call"), args=[], keywords=keywords))
-    content = check_text(place, f"the parameters of {name}", f"```python\n{call}\n```")
+        arguments.append(f"**{other!r}")
+    content = f"```python\ntool_call({', '.join(arguments)})\n```"
+    content = check_text(place, f"the parameters of {name}", content)
     return Turn("assistant", content, metadata=check_text(place, "name", name), loss=loss)
-
-
-def is_parameter(name: str) -> bool:
-    return name.isidentifier() and not keyword.iskeyword(name)
 
 
 def result_of(place: str, value: Any) -> str:

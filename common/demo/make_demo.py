@@ -27,10 +27,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from AdvertiseGen import conversations, generate
-from common.data.collator import TrainCollator
+from common.data.collator import train_batch
 from common.data.formats import read_messages
-from common.encoding import Turn, conversation_of, encode_train
+from common.encoding import conversation_of, encode_train
 from common.models import chatglm, chatglm2
+from common.tokenizers.base import Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
@@ -199,7 +200,6 @@ def pretrain(
     pieces: list[str],
 ) -> None:
     """``pieces``: if given, one conversation in eight repeats some of them."""
-    collate = TrainCollator(tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     model.train()
@@ -209,7 +209,7 @@ def pretrain(
         if pieces:
             examples[: batch_size // 8] = [echo_example(rng, pieces) for _ in range(batch_size // 8)]
         rows = encode_train(tokenizer, examples, max_source_length=192, max_target_length=128)
-        loss = model(**collate([row._asdict() for row in rows]), loss_only=True).loss
+        loss = model(**train_batch([row._asdict() for row in rows], tokenizer.pad_token_id), loss_only=True).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

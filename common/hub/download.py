@@ -25,7 +25,6 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 from common.errors import UserError, exit_on_user_error, note
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
 from common.hub import hubs
-from common.hub.hubs import HubFile, is_weight_file, on_modelscope
 from common.locking import cache_folder, guard
 
 EDITABLE = (".json", ".jinja")  # text that its user may change after the download
@@ -37,11 +36,8 @@ def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str
     """The plain folder of a model; its last part is the model's name, which tells ChatGLM2 and 3 apart."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
-    cache, ours = (cache_folder(), "modelscope") if on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
+    cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
     return Path(cache_dir or cache).expanduser().resolve() / ours / revision / hubs.repository_of(name)
-
-
-# Which files are right
 
 
 def size_of(file: Path) -> int:
@@ -79,19 +75,15 @@ def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -
         return {path for path, wrong in zip(digests, pool.map(is_wrong, digests), strict=True) if wrong}
 
 
-def record_file(folder: Path, revision: str) -> Path:
-    """The file that records which files of a folder have been verified."""
-    return cache_folder() / "models" / f"{short_hash(f'{revision} {folder}'.encode())}.json"
+def open_record(folder: Path, revision: str) -> tuple[Path, dict[str, dict]]:
+    """The record of a folder, and its {path: {digest, stamp}} of verified files: all, all but the weights, or none."""
+    record = cache_folder() / "models" / f"{short_hash(f'{revision} {folder}'.encode())}.json"
+    return record, (read_json(record) or {"files": {}})["files"]
 
 
-def read_record(record: Path) -> dict[str, dict]:
-    """{path: {digest, stamp}} for each verified file: all of a model, all but the weights, or none."""
-    return (read_json(record) or {"files": {}})["files"]
-
-
-def write_record(record: Path, folder: Path, digests: dict[str, str]) -> None:
+def write_record(record: Path, folder: Path, digests: dict[str, str], known: dict[str, dict]) -> None:
     files = {path: {"digest": digest, "stamp": stamp(folder / path)} for path, digest in digests.items()}
-    if files != read_record(record):
+    if files != known:
         record.parent.mkdir(exist_ok=True)
         write_json(record, {"folder": str(folder), "files": files})
 
@@ -104,24 +96,21 @@ def find_complete(
     Raises UserError for a name that can't be one of a hub.
     """
     folder = model_folder(name, revision, cache_dir, local_dir)
-    known = read_record(record := record_file(folder, revision))
-    digests = {path: entry["digest"] for path, entry in known.items() if weights or not is_weight_file(path)}
-    whole = any(map(is_weight_file, digests)) if weights else bool(digests)
+    record, known = open_record(folder, revision)
+    digests = {path: entry["digest"] for path, entry in known.items() if weights or not hubs.is_weight_file(path)}
+    whole = any(map(hubs.is_weight_file, digests)) if weights else bool(digests)
     if not whole or wrong_files(folder, digests, known):
         return None
     if weights:
-        write_record(record, folder, digests)  # a file with a new time is not read again
+        write_record(record, folder, digests, known)  # a file with a new time is not read again
     return folder
-
-
-# Fetching
 
 
 def partial_of(target: Path) -> Path:
     return target.with_name(target.name + ".incomplete")
 
 
-def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
+def receive(file: hubs.HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     """Appends what ``partial`` lacks, over as many connections as it takes, while they bring something.
 
     huggingface_hub (2.4) starts a file again after a kill: it writes to a name that each process draws.
@@ -131,7 +120,7 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
     while (start := size_of(partial)) < file.size:
         failure: Exception = UserError(f"{file.url} ends after {start:,} bytes instead of {file.size:,}.")
         # The user's token is for Hugging Face. A compressed answer could not be resumed.
-        headers = build_hf_headers(token=False if on_modelscope() else None) | {"Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=False if hubs.on_modelscope() else None) | {"Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={start}-"} if start else {}
         try:
             with get_session().stream("GET", file.url, headers=headers, timeout=hubs.TIMEOUT) as reply:
@@ -154,7 +143,7 @@ def receive(file: HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
         time.sleep(fruitless)
 
 
-def fetch(file: HubFile, target: Path, bar: tqdm, stop: Event) -> None:
+def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
     """Puts one file in its place, whole and with the right hash; a wrong one is deleted and fetched once more."""
     partial = partial_of(target)
     for _ in range(2):
@@ -167,18 +156,7 @@ def fetch(file: HubFile, target: Path, bar: tqdm, stop: Event) -> None:
     raise UserError(f"{file.url} came twice with another content than its hash says: try again, or from another hub.")
 
 
-def fetch_side_by_side(files: list[HubFile], folder: Path, bar: tqdm) -> None:
-    """If one file fails, or on Ctrl-C, the others stop; the bytes they brought stay for the next time."""
-    pool, stop = ThreadPoolExecutor(CONNECTIONS), Event()
-    try:
-        for job in as_completed([pool.submit(fetch, file, folder / file.path, bar, stop) for file in files]):
-            job.result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
+def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
     """Fetches what is missing or wrong.
 
     Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
@@ -196,7 +174,7 @@ def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict
     left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
     free = shutil.disk_usage(folder).free
     if left > free:
-        variable = "CHATGLM_CACHE" if on_modelscope() else "HF_HOME"
+        variable = "CHATGLM_CACHE" if hubs.on_modelscope() else "HF_HOME"
         raise UserError(
             f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
@@ -206,19 +184,13 @@ def fetch_wrong(repository: str, files: list[HubFile], folder: Path, known: dict
     note(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
     with tqdm(total=total, initial=total - left, unit="B", unit_scale=True, desc=repository, mininterval=pace) as bar:
-        fetch_side_by_side(missing, folder, bar)
-
-
-# Models
-
-
-def link_cached(files: list[HubFile], snapshot: Path, folder: Path) -> None:
-    """Links files of Hugging Face's cache into ours, so that they are verified and not downloaded again."""
-    for file in files:
-        cached, target = snapshot / file.path, folder / file.path
-        if cached.is_file() and not target.is_file():
-            target.unlink(missing_ok=True)  # a link to a file that was deleted
-            target.symlink_to(cached.resolve())
+        pool, stop = ThreadPoolExecutor(CONNECTIONS), Event()
+        try:
+            for job in as_completed([pool.submit(fetch, file, folder / file.path, bar, stop) for file in missing]):
+                job.result()
+        finally:  # if one file fails, or on Ctrl-C, the others stop; the bytes they brought stay for the next time
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def seems_whole(folder: Path, weights: bool) -> bool:
@@ -242,25 +214,27 @@ def download(
     with guard("model", repository), hubs.hub_errors(repository, revision):
         if complete := find_complete(name, revision, cache_dir, local_dir, weights):
             return complete
-        known = read_record(record := record_file(folder, revision))
+        record, known = open_record(folder, revision)
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         cached = None if local_dir else try_to_load_from_cache(repository, "config.json", cache, revision)
-        snapshot = Path(cached).parent if isinstance(cached, str) else None
+        snapshot = Path(cached).parent if isinstance(cached, str) else folder
         try:
-            files = hubs.checkpoint_files(repository, revision)
+            files = hubs.checkpoint_files(repository, revision, weights)
         except hubs.NO_ANSWER as error:
             candidates = [] if known or local_dir else [folder, snapshot]  # what we know to be incomplete is not taken
-            unverified = [found for found in candidates if found and seems_whole(found, weights)]
+            unverified = [found for found in candidates if seems_whole(found, weights)]
             if not unverified or not hubs.is_down(error):
                 raise
             note(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
-        files = [file for file in files if weights or not is_weight_file(file.path)]
         folder.mkdir(parents=True, exist_ok=True)
-        if snapshot:
-            link_cached(files, snapshot, folder)
+        for file in files:  # those of Hugging Face's cache are verified, and not downloaded again
+            origin, target = snapshot / file.path, folder / file.path
+            if origin.is_file() and not target.is_file():
+                target.unlink(missing_ok=True)  # a link to a file that was deleted
+                target.symlink_to(origin.resolve())
         fetch_wrong(repository, files, folder, known, ours=not local_dir)
-        write_record(record, folder, {file.path: file.digest for file in files})
+        write_record(record, folder, {file.path: file.digest for file in files}, known)
     return folder
 
 

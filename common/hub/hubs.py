@@ -3,10 +3,10 @@
 HUB=modelscope chooses the second one; HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors of them.
 """
 
+import fnmatch
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from json import JSONDecodeError
 from typing import NamedTuple
 from urllib.parse import quote
@@ -39,7 +39,7 @@ class HubFile(NamedTuple):
 
 
 def is_weight_file(path: str) -> bool:
-    return any(fnmatch(path, kind) for kind in WEIGHTS)
+    return any(fnmatch.fnmatch(path, kind) for kind in WEIGHTS)
 
 
 def is_hub_name(name: str) -> bool:
@@ -110,21 +110,20 @@ def list_modelscope(repository: str, revision: str) -> list[HubFile]:
     ]
 
 
-def checkpoint_files(repository: str, revision: str) -> list[HubFile]:
-    """The weights of a model in one format, config, vocabulary and chat template; no Python files and no folders.
+def checkpoint_files(repository: str, revision: str, weights: bool) -> list[HubFile]:
+    """Config, vocabulary, chat template and, if asked for, weights in one format; no Python files and no folders.
 
     Raises UserError if this is no model in the format of transformers.
     """
     files = (list_modelscope if on_modelscope() else list_huggingface)(repository, revision)
     top = {file.path: file for file in files if "/" not in file.path}
-    by_kind = ([path for path in top if fnmatch(path, kind)] for kind in WEIGHTS)
-    weights = next((paths for paths in by_kind if paths), [])
-    if "config.json" not in top or not weights:
+    heavy = next(filter(None, (fnmatch.filter(top, kind) for kind in WEIGHTS)), [])
+    if "config.json" not in top or not heavy:
         missing = "weights (model*.safetensors or pytorch_model*.bin)" if "config.json" in top else "config.json"
         raise UserError(f"{repository} is no model in the format of transformers: it has no {missing}.")
-    small = [path for path in top if any(fnmatch(path, kind) for kind in SMALL_FILES)]
-    other_index = ".bin.index.json" if weights[0].endswith(".safetensors") else ".safetensors.index.json"
-    return [top[path] for path in sorted({*small, *weights}) if not path.endswith(other_index)]
+    other_index = ".bin.index.json" if heavy[0].endswith(".safetensors") else ".safetensors.index.json"
+    small = [path for kind in SMALL_FILES for path in fnmatch.filter(top, kind) if not path.endswith(other_index)]
+    return [top[path] for path in sorted(small + heavy if weights else small)]
 
 
 def is_down(error: Exception) -> bool:

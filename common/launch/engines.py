@@ -37,29 +37,24 @@ def start_engine(args: TrainingArguments) -> torch.device:
     if engine != "DDP" and "LOCAL_RANK" not in os.environ:  # without a launcher, the process is the only one
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
-    if "LOCAL_RANK" in os.environ:
-        join(args)
+    if "LOCAL_RANK" in os.environ:  # before transformers would, which on a CPU would choose a backend of its own
+        timeout, backend = timedelta(seconds=args.ddp_timeout), args.ddp_backend
+        if engine == "DeepSpeed":
+            guard_compilation(args.use_cpu)
+            with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
+                PartialState(backend="gloo" if args.use_cpu else backend, timeout=timeout)
+        elif engine == "FSDP2":  # which moves tensors on the CPU too, for saving and offloading
+            with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
+                PartialState(backend=backend, timeout=timeout)
+        else:
+            PartialState(cpu=args.use_cpu, backend=backend, timeout=timeout)
+        args.accelerator_config.use_configured_state = True
     device = args.device  # asked for the first time: transformers looks now for the process group
     if engine == "DeepSpeed":  # transformers would do this while it parses, when no process has joined
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.engine.config)
         args.hf_deepspeed_config.trainer_config_process(args)
         args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=args.hf_deepspeed_config)
     return device
-
-
-def join(args: TrainingArguments) -> None:
-    """Joins the process group before transformers would, which on a CPU would choose a backend of its own."""
-    timeout, backend = timedelta(seconds=args.ddp_timeout), args.ddp_backend
-    if args.engine.name == "DeepSpeed":
-        guard_compilation(args.use_cpu)
-        with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
-            PartialState(backend="gloo" if args.use_cpu else backend, timeout=timeout)
-    elif args.engine.name == "FSDP2":  # which moves tensors on the CPU too, for saving and offloading
-        with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
-            PartialState(backend=backend, timeout=timeout)
-    else:
-        PartialState(cpu=args.use_cpu, backend=backend, timeout=timeout)
-    args.accelerator_config.use_configured_state = True
 
 
 def guard_compilation(on_cpu: bool) -> None:

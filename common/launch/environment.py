@@ -25,15 +25,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def active_environment() -> str | None:
-    """The folder of the user's own virtual or conda environment, if one is active; conda's base does not count."""
-    if os.environ.get("VIRTUAL_ENV"):
-        return os.environ["VIRTUAL_ENV"]
-    if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":
-        return os.environ.get("CONDA_PREFIX")
-    return None
-
-
 def missing_packages(files: list[Path]) -> list[str]:
     """The requirements that this Python lacks. For another version than the pinned one it only prints a note."""
     missing = []
@@ -53,23 +44,8 @@ def is_installed(files: list[Path]) -> bool:
     return all((copy := FOLDER / file.name).exists() and copy.read_text() == file.read_text() for file in files)
 
 
-def build(files: list[Path], lock: int) -> None:
-    """Creates .venv, unless a complete one exists, and installs the requirements into it."""
-    if not (FOLDER / files[0].name).exists():
-        note(f"creating {FOLDER} (once; about two minutes and 2 GB)")
-        venv.EnvBuilder(with_pip=True).create(FOLDER)
-    note(f"installing {', '.join(file.name for file in files)}")
-    command = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for file in files:
-        command += ["-r", str(file)]
-    # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
-    subprocess.run(command, check=True, stdout=sys.stderr, pass_fds=[lock])
-    for file in files:
-        shutil.copy(file, FOLDER)
-
-
 def ensure(files: list[Path]) -> None:
-    """Returns when .venv holds the requirements."""
+    """Returns when .venv holds the requirements: creates it, unless a complete one exists, and installs them."""
     if is_installed(files):
         return
     with open(ROOT / ".venv.lock", "a+") as holder:
@@ -82,8 +58,18 @@ def ensure(files: list[Path]) -> None:
         holder.truncate(0)
         holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
         holder.flush()
-        if not is_installed(files):
-            build(files, holder.fileno())
+        if is_installed(files):
+            return
+        if not (FOLDER / files[0].name).exists():
+            note(f"creating {FOLDER} (once; about two minutes and 2 GB)")
+            venv.EnvBuilder(with_pip=True).create(FOLDER)
+        note(f"installing {', '.join(file.name for file in files)}")
+        pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        requirements = [f"--requirement={file}" for file in files]
+        # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
+        subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr, pass_fds=[holder.fileno()])
+        for file in files:
+            shutil.copy(file, FOLDER)
 
 
 def main() -> int:
@@ -91,10 +77,11 @@ def main() -> int:
         note(f"error: Python 3.10 or newer is needed, python3 is {sys.version.split()[0]}.")
         return 2
     files = [ROOT / name for name in sys.argv[1:]]
-    own = active_environment()
+    own = os.environ.get("VIRTUAL_ENV")
+    if os.environ.get("CONDA_DEFAULT_ENV", "base") != "base":  # conda's base is not the user's own
+        own = own or os.environ.get("CONDA_PREFIX")
     if own:
-        missing = missing_packages(files)
-        if missing:
+        if missing := missing_packages(files):
             note(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
             return 2
         print(sys.executable)

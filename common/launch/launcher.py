@@ -5,36 +5,108 @@
 NUM_GPUS (default: all that are visible) or, on CPUs, NUM_PROCESSES (default: 1) is the number of processes on this
 machine; machines.py reads how several machines train together. Before several processes start, one checks the input
 and prepares the data, so that bad input is reported once. Under torchrun or deepspeed the program just runs.
+
+Processes are started here and not by the agent of torchrun or Accelerate, which ends one sentence about bad input with
+40 lines of traceback and exit code 1; Accelerate's also obeys a file in the user's home, and no flag turns that off.
 """
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.errors import UserError, exit_on_user_error
-from common.launch.machines import Machines, read_machines
-from common.launch.meeting import Peers
-from common.launch.processes import count_processes, every_rank, first_gpu, run, set_environment
+import psutil
+
+from common.errors import UserError, exit_on_user_error, note
+from common.launch.machines import Machines, Peers, number, read_machines
+
+ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
 
 
-def handle_signals() -> None:
-    """Lets the launcher end its processes before it ends itself."""
+def count_processes() -> int:
+    """The number of processes on this machine. Raises UserError if the environment asks for more GPUs than it has."""
+    if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
+        return 1  # without the import of torch, which a look at the devices needs
 
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
+    import torch
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, stop)
+    found = torch.accelerator.device_count()
+    gpus = number(os.environ, "NUM_GPUS", found)
+    processes = number(os.environ, "NUM_PROCESSES", max(1, gpus))
+    if processes < 1:
+        raise UserError(f"NUM_PROCESSES={processes}: at least one is needed.")
+    for name, count in (("NUM_GPUS", gpus), ("NUM_PROCESSES", processes if found else 0)):
+        if count > found:
+            raise UserError(f"{name}={count}, but {found} GPUs are visible here.")
+    return processes
 
 
-def run_here(program: list[str], environment: dict[str, str]) -> NoReturn:
-    os.execve(sys.executable, [sys.executable, *program], environment)
+def set_environment(processes: int, machines: Machines) -> None:
+    """Tells all processes how many they are, and how many threads each may use."""
+    # Threads that spin while they wait take the cores from other jobs: a step of 1.5 s would take 10 on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["EXPECTED_PROCESSES"] = str(processes * machines.count)
+    os.environ["PROCESSES_PER_MACHINE"] = str(processes)
+    os.environ["MACHINE_RANK"] = str(machines.rank)
+
+
+def first_gpu() -> dict[str, str]:
+    """The environment of a single process, which sees one GPU: with several it would fall into DataParallel."""
+    visible = "" if os.environ.get("NUM_GPUS") == "0" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return os.environ | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
+
+
+def every_rank(processes: int, machines: Machines, address: str, port: int) -> list[dict[str, str]]:
+    """The environment of each process of this machine, as ``torch.distributed`` reads it.
+
+    A store of ours listens at ``port`` of machine 0; ``address`` is that of this machine in the network of all.
+    """
+    shared: dict[str, str] = {}
+    for card, addresses in psutil.net_if_addrs().items():  # gloo would use 127.0.0.1
+        if address in [entry.address for entry in addresses]:
+            shared = {"GLOO_SOCKET_IFNAME": card, "NCCL_SOCKET_IFNAME": card}
+    shared |= os.environ
+    shared |= {"WORLD_SIZE": str(processes * machines.count), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": machines.main_ip or "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}  # or process 0 would open a store of its own there
+    first = machines.rank * processes
+    return [shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(processes)]
+
+
+def run(program: list[str], environments: list[dict[str, str]]) -> int:
+    """Runs a program once in each environment, and ends all when one fails, or at an exception from a signal.
+
+    Returns 0, or the exit code of the first that failed; 1 if it was killed, and says so.
+    """
+    running: list[subprocess.Popen] = []
+    try:
+        for environment in environments:
+            running.append(subprocess.Popen([sys.executable, "-u", *program], env=environment))
+        while None in (codes := [process.poll() for process in running]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(ENDED_WITHIN)
+            except (subprocess.TimeoutExpired, SystemExit):  # a second signal
+                process.kill()
+    for environment, code in zip(environments, codes, strict=True):
+        if code and code < 0:
+            name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
+            hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
+            note(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
+            return 1
+        if code:
+            return code
+    return 0
 
 
 def train_together(program: list[str], processes: int, machines: Machines) -> int:
@@ -59,28 +131,28 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
         code = run([*program, "--dry_run"], [first_gpu()]) or run(
             program, every_rank(processes, machines, peers.address, peers.wait(port))
         )
-    except BaseException:
-        if not peers.stopped:
-            raise
     finally:
         peers.leave(code)
-    if peers.stopped:
-        raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are whole.")
+        if peers.stopped:  # then the exception on its way here is that of ``on_stop``
+            raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are whole.")
     return code
 
 
 def main() -> int:
     program = sys.argv[1:]
+    command = [sys.executable, *program]
     if "LOCAL_RANK" in os.environ:
-        run_here(program, os.environ.copy())
+        os.execv(sys.executable, command)
     if "--plan" in program:  # for devices that may not be here
-        run_here(program, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
+        os.execve(sys.executable, command, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
     machines = read_machines(os.environ)
     processes = count_processes()
     set_environment(processes, machines)
     if processes * machines.count == 1:
-        run_here(program, first_gpu())
-    handle_signals()
+        os.execve(sys.executable, command, first_gpu())
+    for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if end != signal.SIGHUP or signal.getsignal(end) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(end, lambda code, _: sys.exit(128 + code))  # so that ``run`` ends its processes first
     return train_together(program, processes, machines)
 
 

@@ -128,7 +128,7 @@ def processes_here(args: TrainingArguments) -> int:
 
 def card_memory(args: TrainingArguments) -> int:
     """Bytes of the card that --plan is asked about by DEVICE_MEMORY (GB), without CUDA's own; 0: none."""
-    size = number(os.environ, "DEVICE_MEMORY", 0) if args.plan else 0
+    size = number(os.environ, "DEVICE_MEMORY", 0.0) if args.plan else 0
     return max(1, int(size * 1e9 - CUDA_CONTEXT)) if size else 0
 
 

@@ -28,6 +28,7 @@ class ChatGLMConfig(GLMConfig):
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "num_key_value_heads": "num_attention_heads",
+        "prefix_projection_size": "hidden_size",  # width of the embedding that a prefix with projection begins with
     }
 
     vocab_size: int = 130528
@@ -44,26 +45,6 @@ class ChatGLMConfig(GLMConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-    @property
-    def prefix_projection_size(self) -> int:
-        """Width of the embedding that a prefix with projection begins with."""
-        return self.hidden_size
-
-
-def rotary_angles(position_ids: Tensor, dim: int) -> Rotary:
-    """Cosines and sines of the 2D rotary embedding, in float32.
-
-    position_ids: [b, 2, s], position and block position; dim: rotary size, half of the head size.
-    Returns two tensors [b, 1, s, 2, dim] that broadcast over heads.
-
-    The original rounds the inverse frequencies to float16 even in a float32 run, and the weights were trained with
-    the rounded ones. Exact frequencies would change a cosine by 0.3 at position 2,000.
-    """
-    inv_freq = base.inverse_frequencies(dim, device=position_ids.device).half().float()
-    angles = position_ids[..., None].float() * inv_freq  # [b, 2, s, dim / 2]
-    angles = torch.cat((angles, angles), dim=-1).transpose(1, 2).unsqueeze(1)
-    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -149,7 +130,15 @@ class ChatGLMModel(GLMModel):
         return torch.stack((position, block), dim=1)
 
     def rotary(self, position_ids: Tensor) -> Rotary:
-        return rotary_angles(position_ids, self.config.head_dim // 2)
+        """position_ids: [b, 2, s]. Returns two tensors [b, 1, s, 2, d / 2] that broadcast over heads.
+
+        The original rounds the inverse frequencies to float16 even in a float32 run, and the weights were trained with
+        the rounded ones. Exact frequencies would change a cosine by 0.3 at position 2,000.
+        """
+        inv_freq = base.inverse_frequencies(self.config.head_dim // 2, device=position_ids.device).half().float()
+        angles = position_ids[..., None].float() * inv_freq  # [b, 2, s, d / 4]
+        angles = torch.cat((angles, angles), dim=-1).transpose(1, 2).unsqueeze(1)
+        return angles.cos(), angles.sin()
 
 
 class ChatGLMForConditionalGeneration(GLMForConditionalGeneration):

@@ -28,22 +28,16 @@ def next_token_loss(
     """
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     labelled = targets != -100
-    wanted = targets[labelled]
+    rows, wanted = (hidden_states if logits is None else logits)[labelled], targets[labelled]
     largest = LARGEST_PART // head.out_features  # labels per part
 
-    def loss_of(rows: Tensor, targets: Tensor) -> Tensor:
-        return summed_loss(head(rows), targets)
+    def summed_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        row_logits = head(rows) if logits is None else rows
+        return nn.functional.cross_entropy(row_logits.float(), targets, reduction="sum")
 
-    if logits is not None:
-        total = summed_loss(logits[labelled], wanted)
-    elif not in_parts or len(wanted) <= largest:
-        total = loss_of(hidden_states[labelled], wanted)
+    if logits is not None or not in_parts or len(wanted) <= largest:
+        total = summed_loss(rows, wanted)
     else:
-        parts = zip(hidden_states[labelled].split(largest), wanted.split(largest), strict=True)
-        total = torch.stack([checkpoint(loss_of, *part, use_reentrant=False) for part in parts]).sum()
+        parts = zip(rows.split(largest), wanted.split(largest), strict=True)
+        total = torch.stack([checkpoint(summed_loss, *part, use_reentrant=False) for part in parts]).sum()
     return total / (len(wanted) if num_items_in_batch is None else num_items_in_batch)
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross-entropies. logits: [labels, v]; targets: [labels]."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")

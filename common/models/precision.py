@@ -21,10 +21,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 def choose_precision(precision: str, device: torch.device) -> tuple[bool, bool]:
     """(bf16, fp16): which of the two half precisions auto, fp32, bf16 or fp16 stands for on a device."""
-    dtype = compute_dtype(device)
-    bf16 = precision == "bf16" or precision == "auto" and dtype == torch.bfloat16
-    fp16 = precision == "fp16" or precision == "auto" and dtype == torch.float16
-    return bf16, fp16
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": compute_dtype(device)}.get(precision)
+    return dtype == torch.bfloat16, dtype == torch.float16
 
 
 def half_dtype(args: Seq2SeqTrainingArguments) -> torch.dtype | None:

@@ -9,8 +9,6 @@ one in its low half.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,17 +59,3 @@ class PackedWeight:
             low = (numbers << 4) >> 4  # both shifts keep the sign
             numbers = torch.stack((numbers >> 4, low), dim=-1).flatten(-2)
         return (numbers * self.scale.float().unsqueeze(-1))[index]
-
-
-def unpackable(stored: dict[str, Tensor], bits: int | None, folder: Path) -> dict[str, Tensor | PackedWeight]:
-    """The stored tensors of a packed checkpoint as weights. Raises UserError if a packed one lacks its scales."""
-    if bits not in (4, 8):
-        raise UserError(f"{folder / 'config.json'}: quantization_bit is {bits}; only 4 and 8 exist.")
-    weights: dict[str, Any] = {name: x for name, x in stored.items() if not name.endswith(".weight_scale")}
-    for name in [name for name, x in weights.items() if x.dtype == torch.int8]:
-        tensor, scale = stored[name], stored.get(f"{name}_scale")
-        if scale is None or scale.shape != tensor.shape[:1]:
-            found = "is missing" if scale is None else f"has {scale.numel():,} values for {len(tensor):,} rows"
-            raise UserError(f"{folder} can't be unpacked: {name}_scale {found}; copy or download the checkpoint again.")
-        weights[name] = PackedWeight(tensor, scale, bits)
-    return weights

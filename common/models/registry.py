@@ -68,22 +68,24 @@ def open_model(
     if isinstance(name, ModelFolder):
         return name
     name = str(name)
-    on_hub = not is_local(name)
-    if on_hub and not is_hub_name(name):
+    complete: Path | None  # the folder, if its weights are here
+    if is_local(name):
+        complete = path = DEMOS.get(name) or Path(name)
+        lasting_name = name if name in DEMOS else str(path.resolve())
+    elif is_hub_name(name):
+        complete = find_complete(name, revision, cache_dir)
+        path = complete or download(name, revision, cache_dir, weights=False)
+        lasting_name = hub_id(name)
+    else:
         raise UserError(
             f"no model folder {name}: give demo, demo3, an existing folder, a name like chatglm3-6b, or a hub id like "
             "THUDM/chatglm3-6b."
         )
-    if on_hub:
-        complete = find_complete(name, revision, cache_dir)
-        path = complete or download(name, revision, cache_dir, weights=False)
-    else:
-        complete = path = DEMOS.get(name) or Path(name)
     content = read_config(path)
     spec = spec_of(path, content)
     check_vocabulary(path, spec)
     return ModelFolder(
-        name=lasting_name(name),
+        name=lasting_name,
         path=path,
         spec=spec,
         config=open_model(config_name).config if config_name else make_config(spec, content),
@@ -104,8 +106,7 @@ def fetch_weights(folder: ModelFolder) -> ModelFolder:
 
 def make_config(spec: ModelSpec, content: dict[str, Any]) -> PreTrainedConfig:
     """The config object of the content of config.json."""
-    kind = type(AutoConfig.for_model(content["model_type"])) if spec.config is AutoConfig else spec.config
-    config = kind.from_dict(content)
+    config = type(AutoConfig.for_model(content["model_type"])).from_dict(content)
     if spec.key in ("chatglm2", "chatglm3"):
         config.generation = spec.key
     return config
@@ -135,18 +136,6 @@ def check_vocabulary(path: Path, spec: ModelSpec) -> None:
 def is_local(name: str) -> bool:
     """Whether a name means a demo or an existing folder."""
     return name in DEMOS or bool(name) and Path(name).is_dir()
-
-
-def is_model_name(name: str) -> bool:
-    """Whether a model can have this name: a demo, an existing folder, or the form of a name on a hub."""
-    return is_local(name) or is_hub_name(name)
-
-
-def lasting_name(name: str) -> str:
-    """The name that means the same model in any working directory and to other programs."""
-    if name not in DEMOS and Path(name).is_dir():
-        return str(Path(name).resolve())
-    return hub_id(name) if is_hub_name(name) else name
 
 
 def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
@@ -207,18 +196,13 @@ def second_or_third(path: Path, config: dict[str, Any]) -> str:
     """chatglm2 or chatglm3, one architecture with two prompts: by their names or by the tokenizer's code as text."""
     tokenizer_config = read_json(path / "tokenizer_config.json") or {}
     code = path / "tokenization_chatglm.py"
-    for certain in (config.get("generation"), tokenizer_config.get("generation")):
-        if certain in ("chatglm2", "chatglm3"):
-            return certain
     source = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
-    for sign, key in (("<|assistant|>", "chatglm3"), ("def build_prompt", "chatglm2")):
-        if sign in source:
-            return key
+    of_code = "chatglm3" if "<|assistant|>" in source else "chatglm2" if "def build_prompt" in source else ""
     place = path.resolve()
     own_name = place.parents[1].name if place.parent.name == "snapshots" else place.name  # in Hugging Face's cache
-    for name in (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), own_name):
-        found = re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(name).lower())
-        if found:
+    named = (config.get("_name_or_path"), tokenizer_config.get("name_or_path"), own_name)
+    for hint in (config.get("generation"), tokenizer_config.get("generation"), of_code, *named):
+        if found := re.findall(r"chatglm-?([23])|(?:codegeex)(2)", str(hint).lower()):
             return f"chatglm{''.join(found[-1])}"
     raise UserError(
         f"{path} may be a ChatGLM2 or a ChatGLM3, which differ in their prompts only: "

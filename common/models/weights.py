@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from common.errors import UserError
-from common.models.quantization import PackedWeight, quantization_config, unpackable
+from common.models.quantization import PackedWeight, quantization_config
 from common.models.registry import ModelFolder, empty_model
 
 
@@ -28,29 +29,31 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
-    """The weights of a packed checkpoint. Raises UserError if a scale is missing or a shape contradicts config.json.
+    """The weights of a packed checkpoint. Raises UserError if bits, a scale or a shape contradict config.json.
 
     A wrong shape must be found here: quantized once more, it would pass unseen.
     """
-    stored: dict[str, Tensor] = {}
+    bits, stored = folder.bits, dict[str, Tensor]()
+    if bits not in (4, 8):
+        raise UserError(f"{folder.path / 'config.json'}: quantization_bit is {bits}; only 4 and 8 exist.")
     for file in folder.weights:
         stored |= read_weights(file)
-    weights = unpackable(stored, folder.bits, folder.path)
+    weights: dict[str, Any] = {name: x for name, x in stored.items() if not name.endswith(".weight_scale")}
     parameters = dict(empty_model(folder.spec, folder.config).named_parameters())
-    for name, weight in weights.items():
-        if isinstance(weight, PackedWeight) and name in parameters and weight.shape != parameters[name].shape:
+    for name in [name for name, x in weights.items() if x.dtype == torch.int8]:
+        tensor, scale = stored[name], stored.get(f"{name}_scale")
+        if scale is None or scale.shape != tensor.shape[:1]:
+            found = "is missing" if scale is None else f"has {scale.numel():,} values for {len(tensor):,} rows"
             raise UserError(
-                f"{folder.path}: {name} unpacks to {list(weight.shape)} with the {weight.bits} bit that config.json "
+                f"{folder.path} can't be unpacked: {name}_scale {found}; copy or download the checkpoint again."
+            )
+        weights[name] = weight = PackedWeight(tensor, scale, bits)
+        if name in parameters and weight.shape != parameters[name].shape:
+            raise UserError(
+                f"{folder.path}: {name} unpacks to {list(weight.shape)} with the {bits} bit that config.json "
                 f"says, and the model needs {list(parameters[name].shape)}."
             )
     return weights
-
-
-def generation_config(folder: ModelFolder) -> GenerationConfig:
-    """The defaults of generation: generation_config.json, or the fields of config.json."""
-    if (folder.path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder.path)
-    return GenerationConfig.from_model_config(folder.config)
 
 
 def load_base(
@@ -66,6 +69,10 @@ def load_base(
     ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
     """
     packed = packed_weights(folder) if folder.bits else None
+    if (folder.path / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder.path)
+    else:
+        generation = GenerationConfig.from_model_config(folder.config)
     try:
         model, report = folder.spec.model.from_pretrained(
             None if packed else folder.path,
@@ -74,7 +81,7 @@ def load_base(
             dtype=dtype,
             device_map=None if device is None else {"": torch.device(device)},
             quantization_config=quantization_config(quantization_bit or folder.bits, dtype),
-            generation_config=generation_config(folder),
+            generation_config=generation,
             output_loading_info=True,
         )
     except RuntimeError as error:

@@ -2,17 +2,36 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-Message = Mapping[str, str]
-"""One message of a conversation: role, content and metadata (the name of the tool that the assistant calls, or "")."""
 
-EncodedMessage = tuple[list[int], list[int]]
-"""The ids of a message: the header, which precedes the text that the model writes, and the body."""
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str  # system, user, assistant or observation
+    content: str
+    metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
+    loss: bool = False  # whether the model learns to write this turn
+
+
+Conversation = Sequence[Turn]
+
+
+class EncodedTurn(NamedTuple):
+    """A turn and its token ids. A prompt ends with the answer's header (the role token); the model writes the body."""
+
+    turn: Turn
+    header: list[int]
+    body: list[int]
+
+    @property
+    def ids(self) -> list[int]:
+        return self.header + self.body
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
@@ -36,8 +55,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return self.sp_model.get_piece_size() + len(self.special_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        pieces = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
-        return pieces | self.special_token_ids
+        return {self._convert_id_to_token(index): index for index in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
@@ -58,6 +76,9 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         return self.decode_ids([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.decode(self.convert_tokens_to_ids(tokens), skip_special_tokens=True)
 
     def start_ids(self) -> list[int]:
         """The special tokens that every text begins with."""

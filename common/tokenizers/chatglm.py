@@ -15,11 +15,6 @@ def encode_whitespace(text: str) -> str:
     return re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
 
-def decode_whitespace(text: str) -> str:
-    text = text.replace(LINE_FEED, "\n").replace(TAB, "\t")
-    return BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
-
-
 class ChatGLMTokenizer(SentencePieceTokenizer):
     """Prompts end with ``[gMASK] <sop>``.
 
@@ -44,9 +39,6 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(encode_whitespace(text), out_type=str)
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return decode_whitespace(self.sp_model.decode(tokens))
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without added special tokens. Only texts without any go into one fast call."""
         if any(self._special_pattern.search(text) for text in texts):
@@ -56,7 +48,8 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else {self.pad_token_id}
         shown = [index for index in token_ids if index not in hidden and index < self.vocab_size]
-        text = decode_whitespace(self.sp_model.decode(shown))
+        text = self.sp_model.decode(shown).replace(LINE_FEED, "\n").replace(TAB, "\t")
+        text = BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
         return self.clean_up_tokenization(text) if self.clean_up_tokenization_spaces else text
 
     def build_inputs_with_special_tokens(

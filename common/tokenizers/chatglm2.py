@@ -2,12 +2,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from transformers import BatchEncoding
 
-from common.tokenizers.base import EncodedMessage, Message, SentencePieceTokenizer
+from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer, Turn
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -36,9 +36,6 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         return self._tokenize(text)
 
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode([token for token in tokens if token not in self.special_token_ids])
-
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without added special tokens, from one call to sentencepiece."""
         return self.sp_model.encode(list(texts), num_threads=self.num_threads)
@@ -59,9 +56,8 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
     def build_prompt(self, query: str, history: Sequence[Sequence[str]] = ()) -> str:
         """All rounds in the form ``[Round 1]\\n\\n问：…\\n\\n答：…\\n\\n[Round 2]\\n\\n问：…\\n\\n答：``."""
-        rounds = [*history, (query, "")]
-        texts = [f"[Round {i}]\n\n问：{question}\n\n答：{answer}" for i, (question, answer) in enumerate(rounds, 1)]
-        return "\n\n".join(texts)
+        rounds = enumerate([*history, (query, "")], 1)
+        return "\n\n".join(f"[Round {i}]\n\n问：{question}\n\n答：{answer}" for i, (question, answer) in rounds)
 
     def _pad(self, encoded_inputs, *args, **kwargs) -> dict:
         """Also pads ``position_ids``: a pad has position 0, as in the original."""
@@ -87,11 +83,11 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def __init__(self, vocab_file: str, encode_special_tokens: bool = False, **kwargs):
         self.encode_special_tokens = encode_special_tokens
-        self._role_pattern = re.compile(rf"(<\|(?:{'|'.join(ROLES)})\|>)")
         super().__init__(vocab_file, **kwargs)
 
     def tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.tokenize_parts(self._role_pattern.split(text) if self.encode_special_tokens else [text])
+        roles = rf"(<\|(?:{'|'.join(ROLES)})\|>)"
+        return self.tokenize_parts(re.split(roles, text) if self.encode_special_tokens else [text])
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         """Shows the special tokens unless ``skip_special_tokens``; ChatGLM2 never shows them."""
@@ -106,29 +102,28 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The end token, and the roles whose turn follows an answer."""
         return [self.eos_token_id, self.get_command("<|user|>"), self.get_command("<|observation|>")]
 
-    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[EncodedMessage]]:
-        """The header (the role token) and the body (metadata line and content) of every message."""
-        messages = [message for conversation in conversations for message in conversation]
-        lines = {name: self.encode_batch([f"{name}\n"])[0] for name in {message["metadata"] for message in messages}}
-        contents = iter(self.encode_batch([message["content"] for message in messages]))
+    def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        """Every turn with its token ids: the header is the role token, the body metadata line and content."""
+        turns = [turn for conversation in conversations for turn in conversation]
+        roles = {role: [self.get_command(f"<|{role}|>")] for role in ROLES}
+        lines = {name: self.encode_batch([f"{name}\n"])[0] for name in {turn.metadata for turn in turns}}
+        contents = iter(self.encode_batch([turn.content for turn in turns]))
         return [
-            [([self.get_command(f"<|{m['role']}|>")], lines[m["metadata"]] + next(contents)) for m in conversation]
+            [EncodedTurn(turn, roles[turn.role], lines[turn.metadata] + next(contents)) for turn in conversation]
             for conversation in conversations
         ]
 
     def build_single_message(self, role: str, metadata: str, message: str) -> list[int]:
         """The ids of a message: role token, metadata line (the name of the called tool, or empty), content."""
-        [[(header, body)]] = self.encode_messages([[{"role": role, "metadata": metadata, "content": message}]])
-        return header + body
+        [[encoded]] = self.encode_turns([[Turn(role, message, metadata)]])
+        return encoded.ids
 
-    def build_chat_input(self, query: str, history: Sequence[dict] = (), role: str = "user") -> BatchEncoding:
+    def build_chat_input(self, query: str, history: Sequence[Mapping] = (), role: str = "user") -> BatchEncoding:
         """The ids [1, s] of a conversation: the history, the new message and the role token of the assistant."""
         input_ids = list(self.prefix_ids)
-        for message in history:
+        for message in (*history, {"role": role, "content": query}):
             content = message["content"]
             if message["role"] == "system" and "tools" in message:
                 content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
             input_ids += self.build_single_message(message["role"], message.get("metadata", ""), content)
-        input_ids += self.build_single_message(role, "", query)
-        input_ids.append(self.get_command("<|assistant|>"))
-        return self.pad({"input_ids": [input_ids]}, return_tensors="pt")
+        return self.pad({"input_ids": [[*input_ids, self.get_command("<|assistant|>")]]}, return_tensors="pt")

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.tokenizers.base import EncodedMessage, Message
+from common.tokenizers.base import Conversation, EncodedTurn
 
 
 class GLM4Adapter:
-    """Wraps the tokenizer that transformers loads, and encodes messages through its chat template."""
+    """Wraps the tokenizer that transformers loads, and encodes turns through its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -29,30 +29,29 @@ class GLM4Adapter:
         """The ids of each text, without added special tokens."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
-    def encode_messages(self, conversations: Sequence[Sequence[Message]]) -> list[list[EncodedMessage]]:
-        """The header and the body of every message. Raises UserError if the template rewrites earlier messages."""
+    def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
+        """Every turn with its token ids. Raises UserError if the template rewrites earlier turns."""
         return [self.encode_conversation(conversation) for conversation in conversations]
 
-    def encode_conversation(self, messages: Sequence[Message]) -> list[EncodedMessage]:
-        """Each message is the text that the template adds to the text of the messages before it."""
+    def encode_conversation(self, turns: Conversation) -> list[EncodedTurn]:
+        """Each turn is the text that the template adds to the text of the turns before it."""
         encoded = []
         before = self.render([])
-        for index, message in enumerate(messages):
+        for index, turn in enumerate(turns):
             header = ""
-            if message["role"] == "assistant":
-                header = self.render(messages[:index], add_generation_prompt=True).removeprefix(before)
-            after = self.render(messages[: index + 1])
+            if turn.role == "assistant":
+                header = self.render(turns[:index], add_generation_prompt=True).removeprefix(before)
+            after = self.render(turns[: index + 1])
             if not after.startswith(before):
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
                 )
-            texts = (header, after.removeprefix(before).removeprefix(header))
-            header_ids, body_ids = (self.encode_batch([text])[0] if text else [] for text in texts)
-            encoded.append((header_ids, body_ids))
+            body = after.removeprefix(before).removeprefix(header)
+            encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
             before = after
         return encoded
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text that the chat template makes of messages."""
-        batch = [list(messages)]  # an empty conversation is allowed only in a batch
+    def render(self, turns: Conversation, add_generation_prompt: bool = False) -> str:
+        """The text that the chat template makes of a conversation."""
+        batch = [[turn._asdict() for turn in turns]]  # an empty conversation is allowed only in a batch
         return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,7 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from common.arguments import DataArguments, LoraArguments
-from common.data.collator import TrainCollator
+from common.data.collator import train_batch
 from common.data.dataset import prepare_dataset, read_examples
 from common.data.rows import read_rows
 from common.encoding import encode_eval, encode_train, encoders_of
@@ -126,7 +127,7 @@ def report(title: str, unit: str, ways: dict[str, tuple[Callable[[int], None], i
 def bench_training(title: str, model, tokenizer, examples, repeats: int) -> None:
     rows = encode_train(tokenizer, examples, LENGTH, LENGTH)
     pad = tokenizer.pad_token_id
-    padded, dynamic = TrainCollator(pad, pad_to=2 * LENGTH), TrainCollator(pad)
+    padded, dynamic = (partial(train_batch, pad_token_id=pad, length=length) for length in (2 * LENGTH, 0))
     model.train()
 
     def checkpointed(step: Callable[[int], None]) -> Callable[[int], None]:
