@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NewType
+from typing import Any, Literal, NewType
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -78,11 +78,9 @@ class LoraArguments:
 
 @dataclass
 class FullArguments:
-    save_format: str = flag("Format of the weights: safetensors, or bin, which the original code reads", "safetensors")
-
-    def __post_init__(self):
-        if self.save_format not in ("safetensors", "bin"):
-            raise ValueError(f"--save_format {self.save_format}: there are safetensors and bin")
+    save_format: Literal["safetensors", "bin"] = flag(
+        "Format of the weights: safetensors, or bin, which the original code reads", "safetensors"
+    )
 
 
 @dataclass
@@ -138,11 +136,6 @@ class Engine:
     sharded: bool = False  # every process holds only its part of the weights: ZeRO-3, FSDP2
     offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, and of the weights, to the host
     config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def zero(self) -> dict[str, Any]:
-        """DeepSpeed's section zero_optimization."""
-        return self.config.get("zero_optimization", {})
 
     @property
     def loss_flags(self) -> dict[str, bool]:
@@ -215,11 +208,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return int(os.environ.get("EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
 
     @property
-    def owns_output(self) -> bool:
-        """Whether this process locks the output folder; checks on other machines, which may share it, do not."""
-        return self.should_save and not (self.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
-
-    @property
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
@@ -269,18 +257,14 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     config["zero_allow_untested_optimizer"] = True
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if found := contradictions(config, args):
-        raise UserError(f'{file} says {"; ".join(found)}: change one, or write "auto" there.')
-    return config
-
-
-def contradictions(config: dict[str, Any], args: TrainingArguments) -> list[str]:
-    """Each entry of a DeepSpeed file that contradicts a flag: ENTRY=VALUE, but --FLAG=VALUE."""
     compared = HfTrainerDeepSpeedConfig(config)
     compared.trainer_config_process(SimpleNamespace(**vars(args), world_size=args.processes))
-    rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
-    lines = [line.replace("train_batch_size (calculated)", rows).replace("|", " or --") for line in compared.mismatches]
-    return [line.removeprefix("- ds ").replace(" vs hf ", ", but --") for line in lines]
+    found = "; ".join(line.removeprefix("- ds ") for line in compared.mismatches)
+    if found:
+        rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
+        found = found.replace("train_batch_size (calculated)", rows).replace("|", " or --")
+        raise UserError(f'{file} says {found.replace(" vs hf ", ", but --")}: change one, or write "auto" there.')
+    return config
 
 
 def check_sections(config: dict[str, Any], file: Any) -> None:

@@ -1,6 +1,5 @@
 """The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
 
-import json
 import os
 import time
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import train_batch
@@ -27,26 +26,9 @@ from common.methods import Method
 from common.models.precision import base_dtype
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
-from common.training.checkpoints import (
-    check_checkpoint,
-    check_space,
-    copy_trained,
-    is_finished,
-    is_saved,
-    resume_point,
-    settings_of,
-    start_run,
-)
+from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete
 from common.training.evaluation import evaluate, predict, score_rows
-from common.training.report import (
-    peak_memory,
-    print_first_row,
-    print_plan,
-    print_prepared,
-    print_settings,
-    print_training_summary,
-)
 from common.training.trainer import FinetuneTrainer
 
 
@@ -58,19 +40,22 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     complete(model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
     if args.plan:
-        print_plan(memory)
+        report.print_plan(memory)
     check_fits(memory, args)
     if args.plan:
         return
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     lock = guard("output folder", output_dir, wait=False, inside=True)
-    with lock if args.owns_output else nullcontext():
-        settings = settings_of(folder, method, model_args, data_args, args)
-        checkpoint = resume_point(args, settings, method.files) if args.do_train and args.process_index == 0 else None
+    # A check on another machine, which may share the folder, does not lock it.
+    locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
+    with lock if locks else nullcontext():
+        settings = checkpoints.settings_of(folder, method, model_args, data_args, args)
+        looks = args.do_train and args.process_index == 0
+        checkpoint = checkpoints.resume_point(args, settings, method.files) if looks else None
         checkpoint = broadcast_object_list([checkpoint])[0]
         if checkpoint:
-            check_checkpoint(args, checkpoint)
+            checkpoints.check_checkpoint(args, checkpoint)
         set_seed(args.seed)
         tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
         data = prepare(data_args, args, tokenizer)
@@ -79,14 +64,14 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             return
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            print_settings(method.name, model, folder.path, data_args, args, memory.sentence)
+            report.print_settings(folder, model, memory, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.predicted_memory = memory.plan.total
         if args.do_train:
-            check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
+            checkpoints.check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
-                start_run(output_dir, settings, data_args, method.files, start_over)
+                checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
             train(trainer, data["train"], checkpoint)
         if args.do_eval:
             evaluate(trainer, data_args)
@@ -116,7 +101,7 @@ def prepare(
             prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
         prepared.limit(vars(data_args)[limit_flag])
         if args.process_index == 0:
-            print_prepared(split, prepared)
+            report.print_prepared(split, prepared)
         data[split] = prepared
     return data
 
@@ -163,20 +148,20 @@ def build_trainer(
         processing_class=tokenizer,
     )
     if args.predict_with_generate and validation and len(validation.questions):
-        trainer.score_answers = lambda model: score_rows(trainer, model, validation, data_args)
+        trainer.score_answers = lambda: score_rows(trainer, validation, data_args)
     return trainer
 
 
 def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
     """Trains, from a checkpoint if there is one, and saves the result into the output folder."""
-    args, start = trainer.args, {"global_step": 0, "num_input_tokens_seen": 0}
+    args, start = trainer.args, TrainerState()
     if checkpoint:
-        start = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        if is_finished(start, args):
+        start = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if checkpoints.is_finished(start, args):
             finish_again(trainer, checkpoint, start)
             return
     if trainer.is_world_process_zero():
-        print_first_row(data.rows[0], trainer.processing_class)
+        report.print_first_row(data.rows[0], trainer.processing_class)
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
     if checkpoint and args.engine.name != "DeepSpeed":  # which reads its own shards
@@ -184,24 +169,24 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.save_model()
-    tokens = trainer.state.num_input_tokens_seen - start["num_input_tokens_seen"]
-    memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
+    tokens = trainer.state.num_input_tokens_seen - start.num_input_tokens_seen
+    memory = {"predicted_memory": trainer.predicted_memory, **report.peak_memory()}
     trainer.save_metrics("train", metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     trainer.save_state()
     if trainer.is_world_process_zero():
-        steps = trainer.state.global_step - start["global_step"]
-        print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
+        steps = trainer.state.global_step - start.global_step
+        report.print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
 
 
-def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: dict) -> None:
+def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:
     """Leaves trainer and output folder as after the training that ended in ``checkpoint``."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
         raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}.")
-    best = state.get("best_model_checkpoint") if args.load_best_model_at_end else None
+    result = Path(args.load_best_model_at_end and state.best_model_checkpoint or checkpoint)
     if args.engine.name == "DDP":
-        trainer.load_trained(Path(best or checkpoint))
-    if args.should_save and not is_saved(output_dir, trainer.method.files):
-        copy_trained(Path(best or checkpoint), output_dir)  # it was interrupted after its last step
+        trainer.load_trained(result)
+    if args.should_save and not checkpoints.is_saved(output_dir, trainer.method.files):
+        checkpoints.copy_trained(result, output_dir)  # it was interrupted after its last step
     if trainer.is_world_process_zero():
         print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)

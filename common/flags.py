@@ -8,7 +8,7 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from transformers import HfArgumentParser
 
@@ -60,13 +60,6 @@ REMOVED = {  # old flag -> why it has no effect
 }
 
 
-class FlagParser(HfArgumentParser):
-    """A parser whose error is one sentence; argparse would list three hundred flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists all flags).")
-
-
 def parse_arguments(
     method_arguments: type, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
@@ -92,11 +85,14 @@ def parse_dataclasses(
     kinds: tuple[type, ...], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> tuple[Any, ...]:
     """One object of each dataclass, filled from the command line. Raises UserError like ``parse_arguments``."""
-    parser = FlagParser(kinds, usage=usage, allow_abbrev=False)
+    # With exit_on_error, argparse would list three hundred flags before its error.
+    parser = HfArgumentParser(kinds, usage=usage, allow_abbrev=False, exit_on_error=False)
     parser.set_defaults(**defaults or {})
     argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (--help lists all flags).") from error
     except ValueError as error:
         raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
     if unknown:
@@ -109,19 +105,13 @@ def parse_dataclasses(
 
 def translate_old_flags(argv: list[str]) -> list[str]:
     """Translates the flags that transformers 5 renamed or removed; see ``current_flag``."""
-    translated, tokens = [], iter(argv)
-    pending = next(tokens, None)
-    while (token := pending) is not None:
-        pending = next(tokens, None)
-        name, equals, value = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or name not in RENAMED | REMOVED:
-            translated.append(token)
-            continue
-        if not equals and pending is not None and not pending.startswith("--"):
-            value, pending = pending, next(tokens, None)
-        if current := current_flag(name, value):
-            translated += [f"--{current[0]}", *([current[1]] if current[1] else [])]
-    return translated
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in RENAMED | REMOVED:
+        parser.add_argument(f"--{name}", nargs="?", const="")
+    old, argv = parser.parse_known_args(argv)
+    for current in filter(None, (current_flag(*flag) for flag in vars(old).items())):
+        argv += [f"--{current[0]}", *filter(None, current[1:])]
+    return argv
 
 
 def current_flag(name: str, value: Any) -> tuple[str, Any] | None:

@@ -55,13 +55,11 @@ def load_model(
     folder = open_model(model)
     if adapter and (ptuning_checkpoint or pre_seq_len):
         raise UserError("a model takes a LoRA adapter or a prefix, not both.")
-    method: Method | None = None
-    if adapter or ptuning_checkpoint or pre_seq_len or holds_prefix(folder):
-        method = method_of(adapter, ptuning_checkpoint, pre_seq_len, prefix_projection)
-    if method:
-        method.check(folder, do_train=bool(pre_seq_len))
-    base = load_base(fetch_weights(folder), dtype, quantization_bit, device)
-    return method.attach(base) if method else base
+    if not (adapter or ptuning_checkpoint or pre_seq_len or holds_prefix(folder)):
+        return load_base(fetch_weights(folder), dtype, quantization_bit, device)
+    method = method_of(adapter, ptuning_checkpoint, pre_seq_len, prefix_projection)
+    method.check(folder, do_train=bool(pre_seq_len))
+    return method.attach(load_base(fetch_weights(folder), dtype, quantization_bit, device))
 
 
 def method_of(

@@ -59,13 +59,9 @@ def main() -> None:
     if difference > TOLERANCE:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
     dtype = DTYPES[args.dtype]
-    if model.config.model_type == "chatglm":  # with the names and the buffers of the original checkpoints
-        weights = model.original_state_dict(dtype)
-    else:
-        weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    model.save_pretrained(partial, state_dict=weights, max_shard_size=args.max_shard_size)
-    model.config.dtype = dtype  # save_pretrained takes that of the model in memory
-    model.config.save_pretrained(partial)
+    # With the names, the buffers and the float32 norms of the original checkpoints.
+    original = model.original_state_dict(dtype) if model.config.model_type == "chatglm" else None
+    model.to(dtype).save_pretrained(partial, state_dict=original, max_shard_size=args.max_shard_size)
     tokenizer.save_pretrained(str(partial))
     os.replace(partial, output_dir)
     print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")

@@ -18,8 +18,9 @@ from common.errors import UserError
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import find_trained, load_model, load_tokenizer
-from common.methods.lora import Lora, attach_lora, check_adapter, load_adapter
+from common.methods.lora import Lora, attach_lora, load_adapter
 from common.models import chatglm, chatglm2
+from common.models.registry import open_model
 
 METHOD = Lora(LoraArguments())
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,9 +301,10 @@ def test_a_folder_without_a_whole_adapter_is_refused(damage, says, tmp_path):
 
 def test_flags_that_contradict_a_trained_adapter_are_refused(tmp_path):
     METHOD.save(trained(make_model("chatglm2"), lora_rank=4), tmp_path)
+    demo, checkpoint = open_model("demo3"), str(tmp_path)
     with pytest.raises(UserError, match="was trained with --lora_rank 4, not 16: leave it out"):
-        check_adapter(tmp_path, LoraArguments(lora_rank=16))
-    check_adapter(tmp_path, LoraArguments(lora_rank=4))
+        Lora(LoraArguments(checkpoint, lora_rank=16)).check(demo, do_train=True)
+    Lora(LoraArguments(checkpoint, lora_rank=4)).check(demo, do_train=True)
 
 
 # Merging

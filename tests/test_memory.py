@@ -52,7 +52,7 @@ def case() -> Case:
 
 def test_the_6b_models_keep_their_limits(case):
     plan = case.plan()
-    assert plan.weights == 12_487_168_000  # bytes in 16 bit, but for the 64 of inv_freq
+    assert plan.parts["weights"] == 12_487_168_000  # bytes in 16 bit, but for the 64 of inv_freq
     assert plan.total < 14.0e9
     small = case.changed(bits=4, batch_size=1, source_length=64, target_length=65, generation_batch_size=0)
     assert small.plan().total < 5.2e9
@@ -82,8 +82,8 @@ def test_models_of_transformers_are_predicted_too(case):
     plan = case._replace(folder=folder).plan()
     with torch.device("meta"):
         parameters = GlmForCausalLM(config).num_parameters()
-    assert 2 * parameters <= plan.weights <= 2 * parameters + 1000  # with the frequencies of its rotary embedding
-    assert plan.activations > plan.trained > 0
+    assert 2 * parameters <= plan.parts["weights"] <= 2 * parameters + 1000  # with its rotary frequencies
+    assert plan.parts["activations"] > plan.parts["trained"] > 0
 
 
 FLAGS = """--do_train --train_file {data} --prompt_column content --response_column summary --model_name_or_path demo3

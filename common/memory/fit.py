@@ -57,10 +57,6 @@ class Forecast(NamedTuple):
     plan: Plan
     available: int
 
-    @property
-    def sentence(self) -> str:
-        return f"{gb(self.plan.total)} predicted at the peak, {gb(self.available)} free"
-
 
 def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str | None) -> ModelFolder:
     """The model to plan for. The three 6B models need no folder and no hub."""
@@ -75,9 +71,8 @@ def forecast(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Forecast:
     """Predicts the memory of this run; chooses the batch size if it is auto."""
-    card = card_memory(args)
-    setup = setup_of(method, model_args.quantization_bit, data_args, args, gpu=bool(card) or args.device.type != "cpu")
-    case, available = Case(folder, method, setup), card or free_memory(args)
+    case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args))
+    available = card_memory(args) or free_memory(args)
     if args.do_train and args.auto_batch_size:
         case = choose_batch_size(case, args, data_args, available)
     return Forecast(case, case.plan(), available)
@@ -87,18 +82,16 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
     """Raises UserError if the prediction exceeds the free memory; only warns with ``--check_memory false``."""
     case, plan, available = found
     problem = shortage(plan, available, args)
-    if not problem:
-        return
-    if not args.check_memory:
+    if problem and not args.check_memory:
         note(f"warning: {problem}.")
-        return
-    note(f"{problem}: looking for a change that helps")
-    changes = advice(case, lambda plan: not shortage(plan, available, args), args)
-    raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
+    elif problem:
+        note(f"{problem}: looking for a change that helps")
+        changes = advice(case, lambda plan: not shortage(plan, available, args), args)
+        raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
 
 
-def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments, gpu: bool) -> Setup:
-    """``gpu``: whether it runs on a GPU, here or elsewhere."""
+def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments) -> Setup:
+    gpu = bool(card_memory(args)) or args.device.type != "cpu"  # here or elsewhere
     trains = bool(args.do_train)
     generates = bool(args.do_predict or args.do_eval and args.predict_with_generate)
     dtype = base_dtype(args, method.trains_base)
@@ -153,7 +146,7 @@ def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
         return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
     if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
-    parts = ", ".join(f"{name} {gb(size)}" for name, size in list(plan.parts().items())[:3])
+    parts = ", ".join(f"{name} {gb(size)}" for name, size in plan.largest()[:3])
     device = "a card of DEVICE_MEMORY" if card_memory(args) else args.device
     return f"this needs about {gb(plan.total)} of memory ({parts}) and {gb(available)} are free on {device}"
 
@@ -198,7 +191,6 @@ def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) ->
 def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """At most four changes, the cheapest first: in words, and the fields of ``Case.changed``."""
     setup = case.setup
-    trains_base = setup.batch_size > 0 and case.method.trains_base
     if setup.batch_size and not setup.checkpointing:
         yield "--activation_checkpointing true", {"checkpointing": True}
     rows = max(1, setup.batch_size // 4)
@@ -209,11 +201,10 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
     elif max(setup.generation_batch_size, setup.evaluation_batch_size) > 1:
         sizes = {name: min(1, vars(setup)[name]) for name in ("generation_batch_size", "evaluation_batch_size")}
         yield "--per_device_eval_batch_size 1", sizes
-    if trains_base:
+    if setup.batch_size and case.method.trains_base:
         from common.methods.lora import Lora  # PEFT takes two seconds to import
 
-        dtype = torch.bfloat16 if setup.gpu else torch.float32
-        half = {"dtype": dtype, "autocast": None}
+        half = {"dtype": torch.bfloat16 if setup.gpu else torch.float32, "autocast": None}
         if setup.gpu:
             zero = {"zero_optimization": {"stage": 3}}
             engine = Engine("DeepSpeed", sharded=True, offload=(True, True), config=zero)

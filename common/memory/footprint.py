@@ -29,6 +29,8 @@ from common.models.quantization import NOT_QUANTIZED, checkpointing_of
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
+# Of these kinds, each process holds its share only, from the stage of ZeRO on that is named; FSDP2 is like stage 3.
+SHARDED = {"optimizer": 1, "gradients": 2, "weights": 3, "trained": 3}
 aten = torch.ops.aten
 # Bytes that an operator allocates and frees inside; like the doubles measured under torch 2.13, bitsandbytes 0.50.
 WORKSPACE: dict[str, Callable[..., float]] = {
@@ -60,27 +62,23 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted bytes of one process: on its device at the peak, by kind, and offloaded to the host."""
+    """Predicted bytes of one process: on its device at the peak, and offloaded to the host.
 
-    weights: int  # frozen
-    trained: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    workspace: int  # dequantized weights, buckets, gathered shards
-    offloaded: int  # in the host's memory
+    The kinds of ``parts``: weights (frozen), trained, gradients, optimizer, activations, logits, and workspace
+    (dequantized weights, buckets, gathered shards).
+    """
+
+    parts: Counter[str]
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        parts = (self.weights, self.trained, self.gradients, self.optimizer)
-        return sum(parts) + self.activations + self.logits + self.workspace
+        return self.parts.total()
 
-    def parts(self) -> dict[str, int]:
-        """Bytes on the device by kind, largest first, without the negligible ones."""
-        parts = {name: size for name, size in vars(self).items() if name != "offloaded" and size >= 5e6}
-        return dict(sorted(parts.items(), key=lambda part: -part[1]))
+    def largest(self) -> list[tuple[str, int]]:
+        """(kind, bytes) on the device, largest first, without the negligible ones."""
+        return [(kind, size) for kind, size in self.parts.most_common() if size >= 5e6]
 
 
 class Allocations(TorchDispatchMode):
@@ -305,10 +303,11 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     """The peak of one process. ``model``: on the meta device, quantized, with the parameters to train."""
     config = model.config
     labels = setup.target_length + setup.all_labelled * setup.source_length
-    stored = {id(tensor): (tensor.nbytes, tensor.requires_grad) for tensor in stored_tensors(model)}
-    frozen = sum(size for size, is_trained in stored.values() if not is_trained)
-    trained = sum(size for size, is_trained in stored.values() if is_trained)
-    numel = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    stored: Counter[str] = Counter()
+    for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
+        stored["trained" if tensor.requires_grad else "weights"] += tensor.nbytes
+    if setup.batch_size:
+        stored["optimizer"] = 8 * model.num_parameters(only_trainable=True)
     peaks = []
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
@@ -323,51 +322,37 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
         peaks.append(allocations.peak)
         if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
             peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the packed head of evaluation.py
-    peak = max(peaks, key=Counter.total)
-    parts = {name: peak[name] for name in ("gradients", "activations", "logits", "workspace")}
-    plan = Plan(frozen, trained, optimizer=8 * numel * bool(setup.batch_size), offloaded=0, **parts)
-    return spread(plan, model, numel, setup)
+    return spread(stored + max(peaks, key=Counter.total), model, setup)
 
 
-def spread(plan: Plan, model: PreTrainedModel, trained: int, setup: Setup) -> Plan:
-    """The plan of one of several processes. ``trained``: number of trained parameters."""
-    n, zero = setup.processes, setup.engine.zero
-    everything = model.num_parameters()
-    if setup.engine.name == "DDP":
-        return replace(plan, workspace=plan.workspace + 4 * trained * (n > 1))  # its buckets
-    if setup.engine.name == "FSDP2":
+def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
+    """The plan of one of several processes. ``parts``: bytes of a process that trains alone, by kind."""
+    n, engine = setup.processes, setup.engine
+    everything, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    if engine.name == "DDP":
+        return Plan(parts + Counter(workspace=4 * trained * (n > 1)))  # its buckets
+    if engine.name == "FSDP2":
+        stage, size = 3, (setup.autocast or setup.dtype).itemsize
         units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         layer = max(sum(weight.numel() for weight in unit.parameters()) for unit in units)
         root = everything - sum(weight.numel() for unit in units for weight in unit.parameters())
-        gathered = (setup.autocast or setup.dtype).itemsize * (root + 2 * layer)
-        whole_gradients = 4 * layer * bool(plan.gradients)
-        shards = {name: vars(plan)[name] // n for name in ("weights", "trained", "gradients", "optimizer")}
-        moved = sum(shards.values()) if any(setup.engine.offload) else 0
-        if moved:
-            shards = dict.fromkeys(shards, 0)
-        return replace(plan, **shards, workspace=plan.workspace + gathered + whole_gradients, offloaded=moved)
-    size, stage, shared = setup.dtype.itemsize, zero.get("stage", 0), n if zero.get("stage", 0) else 1
-    optimizer = (8 + 4 * (size < 4)) * trained // shared  # with the float32 weights that the optimizer works on
-    gradients = (size + 4) * trained // n if stage > 1 else size * trained
-    bucket = int(zero.get("reduce_bucket_size", BUCKET))
-    if not setup.gpu:  # there, memory that is never written to takes nothing
-        bucket = min(bucket, trained)
-    buckets = bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1)
-    weights, workspace, offloaded = plan.weights, plan.workspace + buckets * bool(stage), 0
-    own = size * trained
-    if stage == 3:
-        weights, own = weights // n, own // n
-        workspace += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
-    if setup.engine.offload[0]:
-        offloaded, optimizer, gradients = 16 * trained // shared, 0, 0
-    if setup.engine.offload[1]:
-        offloaded, weights, own = offloaded + 2 * everything // n, 0, 0
-    return replace(
-        plan,
-        weights=weights,
-        trained=own,
-        gradients=gradients,
-        optimizer=optimizer,
-        workspace=workspace,
-        offloaded=offloaded,
-    )
+        parts["workspace"] += size * (root + 2 * layer) + 4 * layer * bool(parts["gradients"])  # gathered, and whole
+    else:
+        zero = engine.config["zero_optimization"]
+        stage, size = zero["stage"], setup.dtype.itemsize
+        parts["trained"] = size * trained
+        parts["gradients"] = (size + 4 * (stage > 1)) * trained
+        parts["optimizer"] = (8 + 4 * (size < 4)) * trained  # with the float32 weights that the optimizer works on
+        bucket = int(zero.get("reduce_bucket_size", BUCKET))
+        if not setup.gpu:  # there, memory that is never written to takes nothing
+            bucket = min(bucket, trained)
+        parts["workspace"] += bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1) * bool(stage)
+        if stage == 3:
+            parts["workspace"] += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
+    for kind, first_stage in SHARDED.items():
+        parts[kind] //= n if stage >= first_stage else 1
+    moved = ("optimizer", "gradients") * engine.offload[0] + ("weights", "trained") * engine.offload[1]
+    offloaded = sum(parts.pop(kind) for kind in moved)
+    if engine.name == "DeepSpeed":  # it keeps more on the host: weights, gradients and both moments in float32
+        offloaded = 16 * trained // (n if stage else 1) * engine.offload[0] + 2 * everything // n * engine.offload[1]
+    return Plan(parts, offloaded)

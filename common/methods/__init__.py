@@ -1,5 +1,6 @@
 """The three methods of fine-tuning, one class each, with the same order of definitions; all else is shared."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.errors import UserError
 from common.models.registry import ModelFolder
+
+
+def check_flags(trained: str, stored: Mapping[str, Any], args: Any) -> None:
+    """Raises UserError if a flag is given, and is not the one that ``trained`` was trained with."""
+    for flag, value in stored.items():
+        given = vars(args)[flag]
+        if given not in (vars(type(args)())[flag], value):
+            raise UserError(f"{trained} was trained with --{flag} {value}, not {given}: leave it out.")
 
 
 class Method(Protocol):
@@ -17,7 +27,10 @@ class Method(Protocol):
     name: str
     trains_base: bool  # whether the model's own weights are trained
     files: tuple[str, ...]  # names that save() may write; one of them exists afterwards
-    settings: dict[str, Any]  # a continued training must share them with its beginning
+    args: Any  # its flags, an object of its dataclass
+
+    def __init__(self, args: Any):
+        self.args = args
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         """Raises UserError for flags that can't work with this model, before it is loaded."""

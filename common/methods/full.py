@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from common.arguments import FullArguments
 from common.errors import UserError
-from common.files import read_json, write_json
 from common.methods import Method
 from common.methods.prefix import holds_prefix
 from common.models.registry import ModelFolder, open_model
@@ -20,13 +19,10 @@ from common.trained import base_of
 
 
 class Full(Method):
+    args: FullArguments
     name = "full-parameter training"
     trains_base = True
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-    def __init__(self, args: FullArguments):
-        self.args = args
-        self.settings = {}
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
@@ -36,13 +32,15 @@ class Full(Method):
 
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that names its base; with its tokenizer beside it, it loads by itself."""
-        as_bin = self.args.save_format == "bin"
-        if as_bin and model.config.model_type == "chatglm":
-            weights = model.original_state_dict(model.dtype, weights)
         model.config.base_model_name_or_path = model.name_or_path
-        model.save_pretrained(folder, state_dict=weights)
-        if as_bin:
-            convert_to_bin(folder)
+        if self.args.save_format == "safetensors":
+            model.save_pretrained(folder, state_dict=weights)
+            return
+        if model.config.model_type == "chatglm":
+            weights = model.original_state_dict(model.dtype, weights)
+        model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")  # one file
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Copies file by file, without a second model in memory."""
@@ -61,17 +59,3 @@ def check_without_prefix(folder: ModelFolder) -> None:
     """Raises UserError for an old checkpoint of base and prefix in one: trained apart, both would be spoilt."""
     if holds_prefix(folder):
         raise UserError(f"{folder.path} holds a prefix beside the model: only P-Tuning v2 can go on from there.")
-
-
-def convert_to_bin(folder: Path) -> None:
-    """Replaces safetensors files one by one by the .bin files that the original code reads."""
-    renamed: dict[str, str] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        renamed[file.name] = f"pytorch_{file.stem}.bin"
-        torch.save(load_file(file), folder / renamed[file.name])
-        file.unlink()
-    index = folder / "model.safetensors.index.json"
-    if content := read_json(index):
-        content["weight_map"] = {name: renamed[file] for name, file in content["weight_map"].items()}
-        write_json(folder / "pytorch_model.bin.index.json", content)
-        index.unlink()

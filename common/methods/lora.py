@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.methods import Method
+from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder
 
@@ -29,18 +29,17 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Lora(Method):
+    args: LoraArguments
     name = "LoRA"
     trains_base = False
     files = ("adapter_model.safetensors",)
 
-    def __init__(self, args: LoraArguments):
-        self.args = args
-        self.settings = vars(args)
-
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
-        if self.args.lora_checkpoint:
-            check_adapter(self.args.lora_checkpoint, self.args)
+        if checkpoint := self.args.lora_checkpoint:
+            config = adapter_config(checkpoint)
+            stored = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"]}
+            check_flags(f"the adapter in {checkpoint}", stored, self.args)
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Freezes the model and adds a trained or a new adapter, in float32."""
@@ -95,43 +94,26 @@ def adapter_config(folder: str | Path) -> dict:
     return config
 
 
-def check_adapter(folder: str | Path, args: LoraArguments) -> None:
-    """Raises UserError if a flag contradicts the adapter."""
-    config = adapter_config(folder)
-    for flag, stored in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])):
-        given = vars(args)[flag]
-        if given not in (vars(LoraArguments())[flag], stored):
-            raise UserError(f"the adapter in {folder} was trained with --{flag} {stored}, not {given}: leave it out.")
-
-
 def linear_names(model: nn.Module) -> set[str]:
     """Names of the linear layers, last part only."""
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def target_modules(model: PreTrainedModel, args: LoraArguments) -> str | list[str]:
-    """The layers that get an adapter, as PEFT names them. Raises UserError for a layer that does not exist."""
+def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
+    """The frozen model with a new adapter, float32 and trainable. Raises UserError for a layer that does not exist."""
     default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
-    targets = args.lora_target or default
-    if targets == "all-linear":
-        return targets
-    names = [name.strip() for name in targets.split(",")]
+    targets = [name.strip() for name in (args.lora_target or default).split(",")]
     known = linear_names(model)
-    for name in names:
+    for name in targets if targets != ["all-linear"] else ():
         if name.rpartition(".")[2] not in known:
             there = ", ".join(sorted(known))
             raise UserError(f"--lora_target: the model has no linear layer {name}; there are {there}, or all-linear.")
-    return names
-
-
-def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
-    """The frozen model with a new adapter, float32 and trainable. Raises UserError like ``target_modules``."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=target_modules(model, args),
+        target_modules=targets if targets != ["all-linear"] else "all-linear",
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
     )

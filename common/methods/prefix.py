@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import check_complete, read_json
-from common.methods import Method
+from common.methods import Method, check_flags
 from common.models.registry import ModelFolder
 from common.models.weights import read_weights
 
@@ -27,13 +27,10 @@ KEY_PREFIX = "transformer.prefix_encoder."
 
 
 class PTuning(Method):
+    args: PrefixArguments
     name = "P-Tuning v2"
     trains_base = False
     files = ("pytorch_model.bin",)
-
-    def __init__(self, args: PrefixArguments):
-        self.args = args
-        self.settings = vars(args)
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         args = self.args
@@ -42,7 +39,7 @@ class PTuning(Method):
                 f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder.path} is a {folder.spec.name}."
             )
         if args.ptuning_checkpoint:
-            check_prefix(args.ptuning_checkpoint, args.pre_seq_len, args.prefix_projection or None)
+            check_prefix(args.ptuning_checkpoint, args)
         elif do_train and not args.pre_seq_len:
             raise UserError(
                 "--do_train needs --pre_seq_len, the number of virtual tokens to train (full/main.py trains weights)."
@@ -57,7 +54,7 @@ class PTuning(Method):
         if source is None and model.config.pre_seq_len and read_prefix(model.name_or_path):
             source = model.name_or_path
         if source:
-            load_prefix(model, source, args.pre_seq_len, args.prefix_projection or None)
+            load_prefix(model, source, args)
         elif args.pre_seq_len:
             attach_prefix(model, args.pre_seq_len, args.prefix_projection)
         return model
@@ -128,8 +125,12 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     Reads our prefixes, those of the official script, and old full checkpoints that hold base and prefix.
     """
     folder = Path(folder)
+    files = [file for file in (folder / "pytorch_model.bin", folder / "model.safetensors") if file.exists()]
+    for index in sorted(folder.glob("*.index.json"))[:1]:  # it names the files exactly
+        names = (read_json(index) or {}).get("weight_map", {})
+        files = sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     tensors: dict[str, Tensor] = {}
-    for file in prefix_files(folder):
+    for file in files:
         check_complete(file)
         tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
@@ -147,39 +148,19 @@ def holds_prefix_only(folder: str | Path) -> bool:
     return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
 
 
-def prefix_files(folder: Path) -> list[Path]:
-    """The weight files that may hold a prefix; an index names them exactly."""
-    for index in sorted(folder.glob("*.index.json")):
-        names = (read_json(index) or {}).get("weight_map", {})
-        return sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
-    files = [folder / "pytorch_model.bin", folder / "model.safetensors"]
-    return [file for file in files if file.exists()]
-
-
-def check_prefix(
-    folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
-) -> dict[str, Tensor]:
-    """The tensors of a saved prefix; they tell its length and kind.
-
-    Raises UserError if the folder holds no prefix, and if ``pre_seq_len`` or ``projection`` are given and differ.
-    """
+def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]:
+    """The tensors of a saved prefix. Raises UserError if the folder holds none, and if a flag that is given differs."""
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
     stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
-    for name, given in (("pre_seq_len", pre_seq_len), ("prefix_projection", projection)):
-        if given not in (None, stored[name]):
-            raise UserError(
-                f"the prefix in {folder} was trained with --{name} {stored[name]}, not {given}: leave the flag out."
-            )
+    check_flags(f"the prefix in {folder}", stored, args)
     return tensors
 
 
-def load_prefix(
-    model: PreTrainedModel, folder: str | Path, pre_seq_len: int | None = None, projection: bool | None = None
-) -> None:
+def load_prefix(model: PreTrainedModel, folder: str | Path, args: PrefixArguments | None = None) -> None:
     """Attaches the prefix of a checkpoint. Raises UserError like ``check_prefix``, and if the shapes differ."""
-    tensors = check_prefix(folder, pre_seq_len, projection)
+    tensors = check_prefix(folder, args or PrefixArguments())
     attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
     try:
         model.base_model.prefix_encoder.load_state_dict(tensors)

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers import TrainerState
+
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.rows import find_files
 from common.errors import UserError, differences
@@ -20,18 +22,18 @@ def settings_of(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> dict:
     """The settings that a continued training must share with its beginning; it may be prolonged."""
-    settings: dict[str, object] = {"model": str(folder.path.resolve()), "method": method.name}
-    settings |= {"quantization_bit": model_args.quantization_bit, **method.settings}
-    settings["train_file"] = full_paths(data_args.train_file)
-    settings["train_datasets"] = data_args.train_datasets and str(Path(data_args.train_datasets).resolve())
     lengths = ("max_source_length", "max_target_length", "max_train_samples")
     names = ("dataset_name", *COLUMNS, *lengths, "ignore_pad_token_for_loss")
-    return settings | {
+    return {
+        "model": str(folder.path.resolve()),
+        "method": method.name,
+        "quantization_bit": model_args.quantization_bit,
+        **{name: value for name, value in vars(method.args).items() if name != "save_format"},  # which may change
+        "train_file": full_paths(data_args.train_file),
+        "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
         **{name: vars(data_args)[name] for name in names},
-        "learning_rate": args.learning_rate,
+        **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
-        "weight_decay": args.weight_decay,
-        "seed": args.seed,
         "rows_per_step": args.rows_per_step,
     }
 
@@ -136,20 +138,21 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
         )
 
 
-def is_finished(state: dict, args: TrainingArguments) -> bool:
-    """Whether a checkpoint's trainer_state.json stands where this training is to end."""
+def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether the state of a checkpoint stands where this training is to end."""
     if args.max_steps > 0:
-        return state["global_step"] >= args.max_steps
-    return state["global_step"] >= state["max_steps"] and state["num_train_epochs"] >= args.num_train_epochs
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
 def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Iterable[str], start_over: bool) -> None:
     """Records the settings, and the files for an evaluation; removes the earlier training when starting over."""
-    for checkpoint in checkpoint_folders(folder) if start_over else ():
-        print(f"starting over: {checkpoint} is deleted", flush=True)
-        shutil.rmtree(checkpoint)
-    for file in [path for name in files for path in parts_of(folder / name)] if start_over else ():
-        file.unlink()
+    if start_over:
+        for checkpoint in checkpoint_folders(folder):
+            print(f"starting over: {checkpoint} is deleted", flush=True)
+            shutil.rmtree(checkpoint)
+        for file in [path for name in files for path in parts_of(folder / name)]:
+            file.unlink()
     evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in ("test_file", "validation_file")}
     write_json(folder / SETTINGS_FILE, settings | evaluated)
 

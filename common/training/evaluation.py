@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,34 +23,24 @@ from common.training.report import peak_memory, print_scores
 from common.training.trainer import FinetuneTrainer
 
 
-class PackedLinear(nn.Module):
-    """A Linear without bias whose weight is stored in the order of oneDNN, once for all calls.
-
-    For the few rows of a generation step and a large vocabulary it takes half the time of a Linear on a CPU.
-    """
-
-    def __init__(self, linear: nn.Linear, rows: int):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden_states, self.weight, None, "none", [], "")
-
-
 @contextmanager
 def packed_head(model: PreTrainedModel, rows: int) -> Iterator[None]:
-    """On a CPU, gives the model a packed output layer, for generation in batches of ``rows``."""
+    """On a CPU, lets the output layer compute with a copy of its weight in the order of oneDNN, made once.
+
+    For the few ``rows`` of a generation step and a large vocabulary it takes half the time.
+    """
     head = model.get_output_embeddings()
     packable = type(head) is nn.Linear and head.bias is None and torch.backends.mkldnn.is_available()
     whole = packable and type(head.weight) is nn.Parameter and head.weight.ndim == 2  # no shard of it
     if not whole or head.weight.device.type != "cpu" or head.weight.dtype != torch.float32:
         yield
         return
-    model.set_output_embeddings(PackedLinear(head, rows))
+    weight = torch.ops.mkldnn._reorder_linear_weight(head.weight.detach(), rows)
+    head.forward = lambda inputs: torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
     try:
         yield
     finally:
-        model.set_output_embeddings(head)
+        del head.forward
 
 
 @torch.no_grad()
@@ -72,11 +62,10 @@ def generate_answers(
     state = PartialState()
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    was_training = model.training
-    model.eval()
+    model.eval()  # the Trainer calls train() before every step
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
-    with packed_head(model, batch_size):
+    with bar, packed_head(model, batch_size):
         for start in range(0, len(batches), state.num_processes):
             # Processes that share the weights must generate equally often: the last batch is done again by some.
             batch = batches[min(start + state.process_index, len(batches) - 1)]
@@ -87,19 +76,16 @@ def generate_answers(
             if start + state.process_index < len(batches):
                 answers += zip(batch, (text.strip() for text in texts), strict=True)
             bar.update(len(batch) * state.num_processes)
-    bar.close()
-    model.train(was_training)
     return [text for _, text in sorted(gather_object(answers))]
 
 
 @contextmanager
-def base_model(trainer: FinetuneTrainer) -> Iterator[PreTrainedModel]:
-    """The base model, in the trainer too, for a while."""
+def base_model(trainer: FinetuneTrainer) -> Iterator[None]:
+    """Gives the trainer the base model for a while."""
     tuned = trainer.model
-    with trainer.method.base(tuned) as base:
-        trainer.model = base
+    with trainer.method.base(tuned) as trainer.model:
         try:
-            yield base
+            yield
         finally:
             trainer.model = tuned
 
@@ -119,7 +105,7 @@ def evaluate(trainer: FinetuneTrainer, data_args: DataArguments) -> None:
 
 
 def answer_rows(
-    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments, description: str
+    trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments, description: str = "generating"
 ) -> list[str]:
     """The model's answers to the questions of a split: greedy, with beams, or sampled, as the flags ask."""
     args, tokenizer = trainer.args, trainer.processing_class
@@ -132,14 +118,12 @@ def answer_rows(
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
     prompts, rows = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
-    return generate_answers(model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
+    return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
-def score_rows(
-    trainer: FinetuneTrainer, model: PreTrainedModel, data: Prepared, data_args: DataArguments
-) -> dict[str, float]:
+def score_rows(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> dict[str, float]:
     """Scores of the model's answers to the questions of a split."""
-    return score(answer_rows(trainer, model, data, data_args, "generating"), list(data.questions["reference"]))
+    return score(answer_rows(trainer, data, data_args), list(data.questions["reference"]))
 
 
 def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> None:
@@ -149,8 +133,8 @@ def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) 
     for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
         if name == "base" and not data_args.evaluate_base:
             continue
-        with base_model(trainer) if name == "base" else nullcontext(trainer.model) as model:
-            answers = answer_rows(trainer, model, data, data_args, f"{name} model")
+        with base_model(trainer) if name == "base" else nullcontext():
+            answers = answer_rows(trainer, data, data_args, f"{name} model")
         if trainer.is_world_process_zero():
             with open(output_dir / file_name, "w", encoding="utf-8") as file:
                 for reference, answer in zip(references, answers, strict=True):

@@ -3,11 +3,10 @@
 import resource
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
@@ -17,6 +16,7 @@ from common.launch.engines import sizes
 from common.memory.fit import Forecast
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
+from common.models.registry import ModelFolder
 
 
 def console() -> Console:
@@ -56,7 +56,7 @@ LABELS = {
 def print_plan(memory: Forecast) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
     (folder, method, setup), plan, available = memory
-    sizes_of: dict[str, float] = {LABELS.get(name, name): size for name, size in plan.parts().items()}
+    sizes_of = {LABELS.get(name, name): size for name, size in plan.largest()}
     sizes_of["a process on its device"] = plan.total
     if setup.gpu:
         sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
@@ -87,17 +87,15 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
     """Scores of several models side by side; with two, their ratio too."""
-    table = Table(title="scores, 0 to 100", title_justify="left")
-    table.add_column("metric")
-    for name in columns:
-        table.add_column(name, justify="right")
-    names = list(columns)
-    if len(names) == 2:
-        table.add_column(f"{names[1]} / {names[0]}", justify="right")
+    ratio = [" / ".join([*columns][::-1])] if len(columns) == 2 else []
+    headers = [Column(name, justify="right") for name in (*columns, *ratio)]
+    table = Table("metric", *headers, title="scores, 0 to 100", title_justify="left")
     for metric in SCORES:
-        values = [columns[name][metric] for name in names]
-        ratio = [f"{values[1] / values[0]:.2f}x" if values[0] else "-"] if len(values) == 2 else []
-        table.add_row(metric.upper(), *(f"{value:.2f}" for value in values), *ratio)
+        values = [scores[metric] for scores in columns.values()]
+        cells = [f"{value:.2f}" for value in values]
+        if ratio:
+            cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
+        table.add_row(metric.upper(), *cells)
     console().print(table)
     for name, scores in columns.items():
         if scores["empty"]:
@@ -115,21 +113,22 @@ def peak_memory() -> dict[str, int]:
 
 
 def print_settings(
-    method: str, model: PreTrainedModel, folder: Path, data_args: DataArguments, args: TrainingArguments, memory: str
+    folder: ModelFolder, model: PreTrainedModel, memory: Forecast, data_args: DataArguments, args: TrainingArguments
 ) -> None:
     """Prints the settings of the run."""
+    case, plan, available = memory
     total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
-        "model": f"{folder}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
+        "model": f"{folder.path}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
         f"{torch.get_num_threads()} threads each",
-        "memory": memory,
+        "memory": f"{gb(plan.total)} predicted at the peak, {gb(available)} free",
         "lengths": f"{data_args.max_source_length} + {data_args.max_target_length} tokens",
         "output": args.output_dir,
     }
     if args.do_train:
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        pairs["method"] = f"{method}, {trainable:,} trainable parameters"
+        pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
             f"{length} of {args.rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulated x {args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
@@ -143,17 +142,12 @@ def print_training_summary(
     """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     seconds = metrics["train_runtime"]
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    loss = f"{metrics['train_loss']:.4f} on average"
-    if losses:
-        loss = f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})"
-    print_pairs(
-        "training finished",
-        {
-            "loss": loss,
-            "steps": steps,
-            "time": f"{seconds:,.1f} s",
-            "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
-            **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
-            "saved to": args.output_dir,
-        },
-    )
+    pairs = {
+        "loss": f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})",
+        "steps": steps,
+        "time": f"{seconds:,.1f} s",
+        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
+        **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
+        "saved to": args.output_dir,
+    }
+    print_pairs("training finished", pairs)

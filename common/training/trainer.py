@@ -8,7 +8,7 @@ import torch
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from common.errors import UserError
 from common.methods import Method
@@ -47,7 +47,7 @@ class FinetuneTrainer(Trainer):
     """
 
     optimizer: torch.optim.Optimizer | None
-    score_answers: Callable[[PreTrainedModel], dict[str, float]] | None = None
+    score_answers: Callable[[], dict[str, float]] | None = None
     predicted_memory = 0  # bytes
 
     def __init__(self, method: Method, **kwargs):
@@ -65,7 +65,7 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.score_answers is not None:
-            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers(self.model).items()}
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
             self.log(scores)
             metrics |= scores
         return metrics
