@@ -23,12 +23,13 @@ from common.loading import load_tokenizer
 from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
+from common.metrics import score
 from common.models.precision import base_dtype
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
 from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete
-from common.training.evaluation import evaluate, predict, score_rows
+from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
 
 
@@ -99,7 +100,8 @@ def prepare(
         else:
             encoders = encoders_of(bool(data_args.text_column))
             prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
-        prepared.limit(vars(data_args)[limit_flag])
+        if (limit := vars(data_args)[limit_flag]) is not None:
+            prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
         if args.process_index == 0:
             report.print_prepared(split, prepared)
         data[split] = prepared
@@ -148,7 +150,8 @@ def build_trainer(
         processing_class=tokenizer,
     )
     if args.predict_with_generate and validation and len(validation.questions):
-        trainer.score_answers = lambda: score_rows(trainer, validation, data_args)
+        references = list(validation.questions["reference"])
+        trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)
     return trainer
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from common.arguments import LoraArguments, PrefixArguments
 from common.errors import UserError
 from common.methods import Method
+from common.methods.lora import Lora
 from common.methods.prefix import PTuning, holds_prefix, holds_prefix_only
 from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
@@ -70,8 +71,6 @@ def method_of(
 ) -> Method:
     """LoRA for an adapter, else P-Tuning v2; the parameters are those of ``load_model``."""
     if adapter:
-        from common.methods.lora import Lora  # PEFT takes two seconds to import
-
         return Lora(LoraArguments(lora_checkpoint=str(adapter)))
     checkpoint = str(ptuning_checkpoint) if ptuning_checkpoint else None
     return PTuning(PrefixArguments(checkpoint, pre_seq_len, prefix_projection))

@@ -38,17 +38,6 @@ ONLY_FROM_HERE = (
     '<meta http-equiv="Content-Security-Policy" '
     "content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
 )
-CSS = """
-.gradio-container { width: 100%; max-width: 960px !important; margin: 0 auto !important; }
-.gradio-container:has(.pair) { max-width: 1400px !important; }
-.chat { height: calc(100dvh - 232px) !important; min-height: 240px; }
-.chat .message-buttons-right { display: none; }
-.submit-button { background: var(--button-primary-background-fill) !important; color: white !important; }
-@media (max-width: 760px) {
-    .chat { height: calc(100dvh - 330px) !important; }
-    .pair { height: calc(50dvh - 175px) !important; }
-}
-"""
 
 
 class Round(NamedTuple):
@@ -262,7 +251,7 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
             auth=(USER, password) if password else None,
             auth_message=f"用户名 / user name: {USER}",
             theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
-            css=CSS,
+            css_paths=Path(__file__).with_suffix(".css"),
             head=ONLY_FROM_HERE,
             footer_links=[],
             run_history=False,

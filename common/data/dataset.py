@@ -59,12 +59,7 @@ class Prepared:
     questions: Dataset  # prompt_ids, reference; empty for training
     files: list[str]
     cached: bool  # whether it was there before
-    summary: Mapping[str, Any]  # before ``limit``; rows: the number of questions where there are some
-
-    def limit(self, count: int | None) -> None:
-        """Keeps only the first ``count`` rows and questions."""
-        if count is not None:
-            self.rows, self.questions = self.rows.take(count), self.questions.take(count)
+    summary: Mapping[str, Any]  # of all rows; rows: the number of questions where there are some
 
 
 Encoders = Mapping[str, Callable]  # of common.encoding, by table

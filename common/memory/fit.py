@@ -20,6 +20,7 @@ from common.files import gb, read_json
 from common.launch.machines import number
 from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
 from common.methods import Method
+from common.methods.lora import Lora
 from common.models.precision import base_dtype
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
 from common.trained import SETTINGS_FILE
@@ -202,8 +203,6 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
         sizes = {name: min(1, vars(setup)[name]) for name in ("generation_batch_size", "evaluation_batch_size")}
         yield "--per_device_eval_batch_size 1", sizes
     if setup.batch_size and case.method.trains_base:
-        from common.methods.lora import Lora  # PEFT takes two seconds to import
-
         half = {"dtype": torch.bfloat16 if setup.gpu else torch.float32, "autocast": None}
         if setup.gpu:
             zero = {"zero_optimization": {"stage": 3}}

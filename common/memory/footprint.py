@@ -30,7 +30,7 @@ CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first ten
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
 # Of these kinds, each process holds its share only, from the stage of ZeRO on that is named; FSDP2 is like stage 3.
-SHARDED = {"optimizer": 1, "gradients": 2, "weights": 3, "trained": 3}
+SHARDED = {"optimizer states": 1, "gradients": 2, "weights": 3, "trained weights": 3}
 aten = torch.ops.aten
 # Bytes that an operator allocates and frees inside; like the doubles measured under torch 2.13, bitsandbytes 0.50.
 WORKSPACE: dict[str, Callable[..., float]] = {
@@ -64,8 +64,8 @@ class Setup:
 class Plan:
     """Predicted bytes of one process: on its device at the peak, and offloaded to the host.
 
-    The kinds of ``parts``: weights (frozen), trained, gradients, optimizer, activations, logits, and workspace
-    (dequantized weights, buckets, gathered shards).
+    The kinds of ``parts``: weights (frozen), trained weights, gradients, optimizer states, activations, logits, and
+    workspace (dequantized weights, buckets, gathered shards).
     """
 
     parts: Counter[str]
@@ -305,9 +305,9 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     labels = setup.target_length + setup.all_labelled * setup.source_length
     stored: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
-        stored["trained" if tensor.requires_grad else "weights"] += tensor.nbytes
+        stored["trained weights" if tensor.requires_grad else "weights"] += tensor.nbytes
     if setup.batch_size:
-        stored["optimizer"] = 8 * model.num_parameters(only_trainable=True)
+        stored["optimizer states"] = 8 * model.num_parameters(only_trainable=True)
     peaks = []
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
@@ -340,9 +340,9 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     else:
         zero = engine.config["zero_optimization"]
         stage, size = zero["stage"], setup.dtype.itemsize
-        parts["trained"] = size * trained
+        parts["trained weights"] = size * trained
         parts["gradients"] = (size + 4 * (stage > 1)) * trained
-        parts["optimizer"] = (8 + 4 * (size < 4)) * trained  # with the float32 weights that the optimizer works on
+        parts["optimizer states"] = (8 + 4 * (size < 4)) * trained  # with the float32 copies of half weights
         bucket = int(zero.get("reduce_bucket_size", BUCKET))
         if not setup.gpu:  # there, memory that is never written to takes nothing
             bucket = min(bucket, trained)
@@ -351,7 +351,7 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
             parts["workspace"] += size * min(everything, int(zero.get("stage3_max_live_parameters", GATHERED)))
     for kind, first_stage in SHARDED.items():
         parts[kind] //= n if stage >= first_stage else 1
-    moved = ("optimizer", "gradients") * engine.offload[0] + ("weights", "trained") * engine.offload[1]
+    moved = ("optimizer states", "gradients") * engine.offload[0] + ("weights", "trained weights") * engine.offload[1]
     offloaded = sum(parts.pop(kind) for kind in moved)
     if engine.name == "DeepSpeed":  # it keeps more on the host: weights, gradients and both moments in float32
         offloaded = 16 * trained // (n if stage else 1) * engine.offload[0] + 2 * everything // n * engine.offload[1]

@@ -121,11 +121,6 @@ def answer_rows(
     return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
-def score_rows(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> dict[str, float]:
-    """Scores of the model's answers to the questions of a split."""
-    return score(answer_rows(trainer, data, data_args), list(data.questions["reference"]))
-
-
 def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> None:
     """Writes generated_predictions.txt, one {"labels", "predict"} per line, and scores it; the base's too if asked."""
     output_dir, references = Path(trainer.args.output_dir), list(data.questions["reference"])

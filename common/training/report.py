@@ -46,18 +46,10 @@ def print_prepared(split: str, data: Prepared) -> None:
     console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
 
 
-LABELS = {
-    "trained": "trained weights",
-    "optimizer": "the optimizer's states",
-    "workspace": "workspace (dequantized weights, buckets)",
-}
-
-
 def print_plan(memory: Forecast) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
     (folder, method, setup), plan, available = memory
-    sizes_of = {LABELS.get(name, name): size for name, size in plan.largest()}
-    sizes_of["a process on its device"] = plan.total
+    sizes_of = {**dict(plan.largest()), "a process on its device": plan.total}
     if setup.gpu:
         sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
     if plan.offloaded:
