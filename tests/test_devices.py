@@ -3,7 +3,10 @@
 import re
 
 import pytest
+import torch
 from conftest import ROOT
+
+from common.models.precision import this_device
 
 # CUDA_VISIBLE_DEVICES is no match: it is the name of a variable, and says which GPUs a process sees.
 HARD_CODED = re.compile(r"""\.cuda\(|\btorch\.cuda\b|["']cuda|["']nccl""")
@@ -24,3 +27,10 @@ def test_no_line_names_a_kind_of_device():
 )
 def test_what_is_looked_for_is_found(line):
     assert HARD_CODED.search(line)
+
+
+def test_a_torch_for_gpus_that_finds_none_takes_the_cpu(monkeypatch):
+    """As pip installs it on a machine without a GPU: it was built for one, and names it if not asked to look."""
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    assert this_device() == torch.device("cpu")

@@ -7,7 +7,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 def this_device() -> torch.device:
     """The accelerator that torch finds, whatever its kind, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
