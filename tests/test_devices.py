@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import common.models.base  # noqa: F401 - chooses the kernels
 from common.models.precision import this_device
 
 # CUDA_VISIBLE_DEVICES is no match: it is the name of a variable, and says which GPUs a process sees.
@@ -34,3 +35,8 @@ def test_a_torch_for_gpus_that_finds_none_takes_the_cpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
     assert torch.accelerator.current_accelerator() == torch.device("cuda")
     assert this_device() == torch.device("cpu")
+
+
+def test_attention_takes_no_kernel_that_plans_anew_for_each_length():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
