@@ -32,14 +32,3 @@ def half_dtype(args: Seq2SeqTrainingArguments) -> torch.dtype | None:
     if args.fp16:
         return torch.float16
     return torch.bfloat16 if args.bf16 else None
-
-
-def base_dtype(args: Seq2SeqTrainingArguments, trains_base: bool) -> torch.dtype:
-    """The dtype to load the base model in: float32 if it is trained itself, else half precision where that is fast.
-
-    DeepSpeed keeps a float32 copy of trained half-precision weights itself.
-    """
-    half = half_dtype(args)
-    if args.do_train and trains_base and not (args.deepspeed and half):
-        return torch.float32
-    return half or compute_dtype(args.device)
