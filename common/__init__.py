@@ -11,5 +11,7 @@ for _module in ("autograd._functions", "backends.cpu.ops"):
     logging.getLogger(f"bitsandbytes.{_module}").setLevel(logging.ERROR)
 # Accelerate imports DeepSpeed wherever it is installed, and DeepSpeed then reports a missing GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+# ZeRO-3 waits for all processes without naming the device, which is this process's own.
+warnings.filterwarnings("ignore", message=".*using the device under current context.*")
 # DeepSpeed and Accelerate call collective operations by their names before torch 2.13.
 warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated.*", category=FutureWarning)

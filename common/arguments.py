@@ -16,7 +16,7 @@ from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 from common.errors import UserError
-from common.models.precision import choose_precision, half_dtype, this_device
+from common.models.precision import choose_precision, compute_dtype, half_dtype, this_device
 
 # To the parser a word, which may be auto; TrainingArguments makes a number of it.
 Rows = NewType("Rows", int)
@@ -206,6 +206,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def processes(self) -> int:
         """How many processes train together, as the launcher said; the check before the start runs in one of them."""
         return int(os.environ.get("EXPECTED_PROCESSES") or os.environ.get("WORLD_SIZE") or 1)
+
+    def base_dtype(self, trains_base: bool) -> torch.dtype:
+        """The dtype to load the base model in: float32 if it is trained itself, else half precision where that is fast.
+
+        DeepSpeed keeps a float32 copy of trained half-precision weights itself.
+        """
+        half = half_dtype(self)
+        if self.precision == "fp32" or self.do_train and trains_base and not (self.deepspeed and half):
+            return torch.float32
+        return half or compute_dtype(self.device)
 
     @property
     def rows_per_step(self) -> int:

@@ -24,7 +24,6 @@ from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
 from common.metrics import score
-from common.models.precision import base_dtype
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
 from common.training import checkpoints, report
@@ -112,7 +111,7 @@ def build_model(
     method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
 ) -> PreTrainedModel:
     """The model with the parameters to train."""
-    dtype, device = base_dtype(args, method.trains_base), None if args.engine.sharded else args.device
+    dtype, device = args.base_dtype(method.trains_base), None if args.engine.sharded else args.device
     model = load_base(folder, dtype, model_args.quantization_bit, device)
     # The Trainer refuses a quantized base without a PEFT adapter; here a float32 prefix or adapter trains beside it.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None

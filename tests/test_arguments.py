@@ -52,6 +52,17 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
     assert all(old[0].split("=")[0] in line for line in advice)
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [([], torch.bfloat16), (["--precision", "fp32"], torch.float32), (["--precision", "fp16"], torch.float16)],
+)
+def test_precision_is_that_of_a_frozen_base_too(flags, dtype, monkeypatch):
+    """On a device that computes in bfloat16 fast."""
+    monkeypatch.setattr("common.arguments.compute_dtype", lambda device: torch.bfloat16)
+    args = parse_arguments(LoraArguments, ["--do_train", "--train_file", "train.json", *flags])[3]
+    assert args.base_dtype(trains_base=False) == dtype
+
+
 def test_parsing_starts_nothing(monkeypatch):
     """Nor does it wait for a second process that is not there."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():

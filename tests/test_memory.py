@@ -50,6 +50,12 @@ def case() -> Case:
         return bench.planned("lora", flags).case
 
 
+def test_a_card_that_is_not_here_computes_in_the_precision_of_the_flag(monkeypatch):
+    monkeypatch.setenv("DEVICE_MEMORY", "80")
+    setup = bench.planned("lora", flags_of("lora/train.sh", "--precision", "fp32", QUANTIZATION_BIT="")).case.setup
+    assert (setup.dtype, setup.autocast) == (torch.float32, None)
+
+
 def test_the_6b_models_keep_their_limits(case):
     plan = case.plan()
     assert plan.parts["weights"] == 12_487_168_000  # bytes in 16 bit, but for the 64 of inv_freq

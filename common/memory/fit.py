@@ -21,7 +21,6 @@ from common.launch.machines import number
 from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
 from common.methods import Method
 from common.methods.lora import Lora
-from common.models.precision import base_dtype
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
 from common.trained import SETTINGS_FILE
 
@@ -95,10 +94,10 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
     gpu = bool(card_memory(args)) or args.device.type != "cpu"  # here or elsewhere
     trains = bool(args.do_train)
     generates = bool(args.do_predict or args.do_eval and args.predict_with_generate)
-    dtype = base_dtype(args, method.trains_base)
+    dtype = args.base_dtype(method.trains_base)
     half = torch.float16 if args.fp16 else torch.bfloat16
     mixed = args.fp16 or args.bf16
-    if gpu and args.device.type == "cpu":  # planned for a card that is not here
+    if gpu and args.device.type == "cpu" and args.precision != "fp32":  # planned for a card that is not here
         mixed = mixed or args.precision == "auto" or args.engine.name == "DeepSpeed"
         if not (method.trains_base and trains and args.engine.name != "DeepSpeed"):
             dtype = half

@@ -20,6 +20,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from common.models.loss import next_token_loss
 
+# cuDNN's attention plans 0.1 s and more for each new length: rows of varied lengths trained at a third of the speed.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding."""
 

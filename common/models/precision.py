@@ -7,7 +7,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 def this_device() -> torch.device:
     """The accelerator that torch finds, whatever its kind, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -30,14 +30,3 @@ def half_dtype(args: Seq2SeqTrainingArguments) -> torch.dtype | None:
     if args.fp16:
         return torch.float16
     return torch.bfloat16 if args.bf16 else None
-
-
-def base_dtype(args: Seq2SeqTrainingArguments, trains_base: bool) -> torch.dtype:
-    """The dtype to load the base model in: float32 if it is trained itself, else half precision where that is fast.
-
-    DeepSpeed keeps a float32 copy of trained half-precision weights itself.
-    """
-    half = half_dtype(args)
-    if args.do_train and trains_base and not (args.deepspeed and half):
-        return torch.float32
-    return half or compute_dtype(args.device)
