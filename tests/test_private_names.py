@@ -56,7 +56,6 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "torch._C._current_graph_task_id": "autocast is predicted wrong",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "attention on a CPU is predicted wrong",
     "torch.ops.aten._scaled_dot_product_efficient_attention": "attention on a GPU is predicted wrong",
-    "torch.ops.aten._fused_rms_norm": "RMSNorm on a GPU is predicted wrong",
     "torch.ops.aten._local_scalar_dense": "meta tensors are asked for their values",
     "transformers.cache_utils.DynamicCache": "generation is predicted wrong; the models keep no cache",
     # data and downloads

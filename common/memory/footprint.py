@@ -123,8 +123,6 @@ class Allocations(TorchDispatchMode):
             self.peak = now
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() in WORKSPACE:
-            self.note(WORKSPACE[func.name()](*args))
         if func is aten._local_scalar_dense.default:  # whether a mask hides nothing; False takes more memory
             return False
         if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
@@ -136,6 +134,8 @@ class Allocations(TorchDispatchMode):
                 logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
                 kind = "workspace" if "dequantize" in func.name() else "logits" if logits else "activations"
                 self.hold(tensor, kind)
+        if func.name() in WORKSPACE:  # it is freed when the result is there
+            self.note(WORKSPACE[func.name()](*args))
         return out
 
 
@@ -217,7 +217,8 @@ def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], C
         return torch.native_dropout(inputs, p, True)[0] if training and p else inputs
 
     def rms_norm(inputs, shape, weight=None, eps=None):
-        return aten._fused_rms_norm(inputs, shape, weight, eps)[0]
+        # The fused kernel keeps its input, as that of LayerNorm; meta tensors would keep a copy in float32.
+        return torch.native_layer_norm(inputs, shape, weight, None, eps)[0]
 
     def matmul_8bit(inputs, weight, state, bias=None, **_):
         return MatMul8bitFp.apply(inputs, weight, None, bias, state)
