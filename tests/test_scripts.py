@@ -133,7 +133,7 @@ def test_evaluate_without_variables_repeats_the_answers_of_the_newest_training(h
 
 def test_one_process_answers_as_two_did(house, trained, tmp_path):
     variables = {"CHECKPOINT": str(house / ADAPTER), "OUTPUT_DIR": str(tmp_path)}
-    bash("lora/evaluate.sh", "--max_predict_samples", "24", root=house, **variables)
+    run_here("lora/evaluate.sh", "--max_predict_samples", "24", root=house, **variables)
     check_same_answers(predictions(house / ADAPTER), predictions(tmp_path))
     before, after = (read(folder, "predict_results.json") for folder in (house / ADAPTER, tmp_path))
     assert after["predict_rouge-l"] == pytest.approx(before["predict_rouge-l"], abs=0.5)
@@ -150,7 +150,7 @@ def test_the_chat_demo_answers_and_remembers(house, trained):
 
 
 def test_a_merged_adapter_answers_as_the_adapter_does(house, trained, monkeypatch, capsys):
-    bash("lora/merge.sh", "--dtype", "float32", root=house)
+    run_here("lora/merge.sh", "--dtype", "float32", root=house)
     merged, question = house / ADAPTER / "merged", "类型#裙*颜色#白色*风格#甜美"
     *_, answer = stream_chat(load_model(merged), load_tokenizer(merged), question, **generation_settings(512, 0, 1))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{question}\nstop\n"))
