@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from common.models import chatglm, chatglm2
 from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
+from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 GOLDENS = CHATGLM.goldens
 # The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
@@ -257,3 +258,13 @@ def small_vocabulary(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_tokenizer(spec, small_vocabulary) -> SentencePieceTokenizer:
     return spec.tokenizer_class(str(small_vocabulary))
+
+
+@pytest.fixture(scope="session")
+def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
+    return ChatGLM2Tokenizer(str(small_vocabulary))
+
+
+@pytest.fixture(scope="session")
+def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
+    return ChatGLM3Tokenizer(str(small_vocabulary))
