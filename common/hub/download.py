@@ -2,7 +2,7 @@
 
     python common/hub/download.py chatglm3-6b THUDM/chatglm2-6b [--revision R] [--cache_dir FOLDER | --local_dir FOLDER]
 
-A killed download resumes at the byte. Every file is compared with the hub's hash once: a record keeps the size and the
+A killed download resumes where it stopped. Every file is compared with the hub's hash once: a record keeps the size and
 time of each verified file, so that a complete model is found again without asking the hub and without reading 12 GB.
 The imports are light, so that this starts at once.
 """
@@ -29,11 +29,11 @@ from common.locking import cache_folder, guard
 
 EDITABLE = (".json", ".jinja")  # text that its user may change after the download
 CONNECTIONS = 8
-ATTEMPTS = 5  # connections in a row that bring nothing, before we give up
+ATTEMPTS = 5  # connections in a row without a byte, before we give up
 
 
 def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str | None = None) -> Path:
-    """The plain folder of a model; its last part is the model's name, which tells ChatGLM2 and 3 apart."""
+    """The plain folder of a model; its last part is the model's name, which distinguishes ChatGLM2 from ChatGLM3."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
@@ -59,7 +59,7 @@ def has_digest(file: Path, digest: str) -> bool:
 
 
 def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -> set[str]:
-    """The paths of ``digests`` whose files are missing or wrong; what is ``known`` and unchanged is not read again."""
+    """The paths in ``digests`` with missing or wrong files; does not read ``known``, unchanged files again."""
 
     def is_wrong(path: str) -> bool:
         file, entry = folder / path, known.get(path, {})
@@ -157,7 +157,7 @@ def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
 
 
 def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
-    """Fetches what is missing or wrong.
+    """Fetches missing and wrong files.
 
     Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
     """
@@ -221,7 +221,7 @@ def download(
         try:
             files = hubs.checkpoint_files(repository, revision, weights)
         except hubs.NO_ANSWER as error:
-            candidates = [] if known or local_dir else [folder, snapshot]  # what we know to be incomplete is not taken
+            candidates = [] if known or local_dir else [folder, snapshot]  # not a folder that we know to be incomplete
             unverified = [found for found in candidates if seems_whole(found, weights)]
             if not unverified or not hubs.is_down(error):
                 raise

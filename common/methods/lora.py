@@ -22,7 +22,7 @@ from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder
 
-# PEFT asks for this by the name that it had in transformers 4.
+# PEFT uses the name that this property had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -50,7 +50,7 @@ class Lora(Method):
     def save(self, model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes adapter_config.json and adapter_model.safetensors.
 
-        By default PEFT asks the hub whether the vocabulary was extended; it never is.
+        Without ``save_embedding_layers=False`` PEFT asks the hub whether the vocabulary was extended; it never is.
         """
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 

@@ -1,4 +1,4 @@
-"""The weights of a model folder -> the model, mapped and not read; nothing in the folder is executed."""
+"""The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
 import zipfile
 from pathlib import Path
@@ -31,7 +31,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
     """The weights of a packed checkpoint. Raises UserError if bits, a scale or a shape contradict config.json.
 
-    A wrong shape must be found here: quantized once more, it would pass unseen.
+    Only this check finds a wrong shape: quantizing the weights once more would hide it.
     """
     bits, stored = folder.bits, dict[str, Tensor]()
     if bits not in (4, 8):
