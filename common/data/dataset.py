@@ -249,7 +249,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.is_file() or file.stat().st_size != shard["size"]:
-            raise UserError(f"{file} is missing, truncated or changed ({MANIFEST} tells): copy it again, or {again}.")
+            raise UserError(f"{file} is missing, truncated or changed (see {MANIFEST}): copy it again, or {again}.")
     return manifest
 
 

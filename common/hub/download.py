@@ -153,7 +153,7 @@ def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
             return
         bar.update(-size_of(partial))
         partial.unlink()
-    raise UserError(f"{file.url} came twice with another content than its hash says: try again, or from another hub.")
+    raise UserError(f"{file.url} arrived twice, both times with a wrong hash: try again, or another hub.")
 
 
 def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
@@ -164,8 +164,8 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
     wrong = wrong_files(folder, {file.path: file.digest for file in files}, known)
     for target in sorted(folder / path for path in wrong if (folder / path).is_file()):
         if not ours and target.name not in known:
-            raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
-        note(f"{target} is not what the hub has: it is fetched again")
+            raise UserError(f"{target} differs from the hub's file: move it away, or give an empty folder.")
+        note(f"{target} differs from the hub's file: downloading it again")
         target.unlink()
     missing = [file for file in files if file.path in wrong]
     if not missing:
@@ -179,7 +179,7 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
             f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
         )
-    there = f", {(total - left) / 1e9:,.2f} GB are there" if left < total else ""
+    there = f", {(total - left) / 1e9:,.2f} GB are here already" if left < total else ""
     source = f"{repository} from {hubs.endpoint()} into {folder}"
     note(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar

@@ -102,7 +102,7 @@ def run(program: list[str], environments: list[dict[str, str]]) -> int:
         if code and code < 0:
             name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
-            note(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
+            note(f"error: process {rank} was killed by {name}{hint}; the others ended. Saved checkpoints are complete.")
             return 1
         if code:
             return code
@@ -134,7 +134,7 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
     finally:
         peers.leave(code)
         if peers.stopped:  # then the exception on its way here is that of ``on_stop``
-            raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are whole.")
+            raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are complete.")
     return code
 
 

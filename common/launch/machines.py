@@ -223,7 +223,7 @@ class Peers:
                     self.ports.put(message["port"])
             news = message["stopped"]
         except TimeoutError:
-            news = f"machine {rank} was not heard of for {self.machines.silence:g} s"
+            news = f"machine {rank} sent no sign of life for {self.machines.silence:g} s"
         except OSError:
             news = f"the launcher of machine {rank} was killed"
         if not self.stopped and not self.leaving:

@@ -87,7 +87,7 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
     elif problem:
         note(f"{problem}: looking for a change that helps")
         changes = advice(case, lambda plan: not shortage(plan, available, args), args)
-        raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
+        raise UserError(f"{problem}: {changes}; --check_memory false starts it anyway.")
 
 
 def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments) -> Setup:

@@ -51,7 +51,7 @@ def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
         if name in parameters and weight.shape != parameters[name].shape:
             raise UserError(
                 f"{folder.path}: {name} unpacks to {list(weight.shape)} with the {bits} bit that config.json "
-                f"says, and the model needs {list(parameters[name].shape)}."
+                f"names, and the model needs {list(parameters[name].shape)}."
             )
     return weights
 
@@ -90,7 +90,7 @@ def load_base(
         raise UserError(f"the weights in {folder.path} have other shapes than its config.json says.") from error
     if report["missing_keys"]:
         first, count = min(report["missing_keys"]), len(report["missing_keys"])
-        raise UserError(f"{folder.path} is no whole model: {count} weights are missing, {first} among them.")
+        raise UserError(f"{folder.path} is no complete model: {count} weights are missing, {first} among them.")
     model.generation_config.bos_token_id = folder.config.bos_token_id
     model.name_or_path = model.config.name_or_path = folder.name
     return model

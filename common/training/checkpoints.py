@@ -80,7 +80,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a training, whole or not, oldest first."""
+    """The checkpoints of a training, complete or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -117,7 +117,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
     if not is_complete_checkpoint(checkpoint):
         raise UserError(
-            f"{checkpoint} is not whole on this machine ({socket.gethostname()}): let all machines share the output "
+            f"{checkpoint} is not complete on this machine ({socket.gethostname()}): let all machines share the output "
             "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
     latest = checkpoint / "latest"

@@ -64,7 +64,7 @@ def check_quantization(
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
     if args.engine.sharded:
         raise UserError(
-            f"{source}: packed weights can't be sharded by {args.engine.name}; take ZeRO-2, DDP, or no bits."
+            f"{source}: packed weights can't be sharded by {args.engine.name}; take ZeRO-2, DDP, or 16-bit weights."
         )
 
 
