@@ -252,7 +252,7 @@ def engine_of(args: TrainingArguments) -> Engine:
 
 
 def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
-    """The settings of DeepSpeed, completed where its file says nothing.
+    """The settings of DeepSpeed, completed where its file sets nothing.
 
     Raises UserError if the file contradicts flags, naming each entry beside its flag.
     """
@@ -260,7 +260,7 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     check_sections(config, file)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         config.setdefault(name, "auto")
-    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 if nothing is said
+    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 without this
         config[name] = {"enabled": "auto"} | (config.get(name) or {})
     zero = config["zero_optimization"] = {"stage": 0} | (config.get("zero_optimization") or {})
     # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.

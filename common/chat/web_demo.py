@@ -135,8 +135,8 @@ def messages(conversation: Conversation, column: int) -> list[dict[str, Any]]:
     for query, answers, forgotten in conversation:
         shown.append(("user", re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", query)))
         if forgotten[column]:
-            note = f"上下文已满，忘记了最早的 {forgotten[column]} 轮 / oldest rounds forgotten: {forgotten[column]}"
-            shown.append(("assistant", f"*（{note}）*"))
+            notice = f"上下文已满，忘记了最早的 {forgotten[column]} 轮 / oldest rounds forgotten: {forgotten[column]}"
+            shown.append(("assistant", f"*（{notice}）*"))
         answer = answers[column]
         if answer is not None:
             shown.append(("assistant", answer or "*（空 / empty）*"))

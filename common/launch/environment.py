@@ -61,7 +61,7 @@ def ensure(files: list[Path]) -> None:
         if is_installed(files):
             return
         if not (FOLDER / files[0].name).exists():
-            note(f"creating {FOLDER} (once; about two minutes and 2 GB)")
+            note(f"creating {FOLDER} (once; minutes and 2 GB, with CUDA several GB more)")
             venv.EnvBuilder(with_pip=True).create(FOLDER)
         note(f"installing {', '.join(file.name for file in files)}")
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -74,7 +74,7 @@ def load_base(
     else:
         generation = GenerationConfig.from_model_config(folder.config)
     try:
-        model, report = folder.spec.model.from_pretrained(
+        model, info = folder.spec.model.from_pretrained(
             None if packed else folder.path,
             state_dict=packed,
             config=folder.config,
@@ -88,8 +88,8 @@ def load_base(
         if "mismatch" not in str(error):
             raise
         raise UserError(f"the weights in {folder.path} have other shapes than its config.json says.") from error
-    if report["missing_keys"]:
-        first, count = min(report["missing_keys"]), len(report["missing_keys"])
+    if info["missing_keys"]:
+        first, count = min(info["missing_keys"]), len(info["missing_keys"])
         raise UserError(f"{folder.path} is no complete model: {count} weights are missing, {first} among them.")
     model.generation_config.bos_token_id = folder.config.bos_token_id
     model.name_or_path = model.config.name_or_path = folder.name
