@@ -1,6 +1,6 @@
 """The flags, as dataclasses: those of the official arguments.py, and the training arguments of transformers.
 
-Making one checks its values and starts nothing: no device is set up and no process is joined.
+Making one checks its values and starts nothing: it sets up no device and joins no process.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from common.errors import UserError
 from common.models.precision import choose_precision, compute_dtype, half_dtype, this_device
 
-# To the parser a word, which may be auto; TrainingArguments makes a number of it.
+# The parser reads it as a word, because it may be auto; TrainingArguments turns it into a number.
 Rows = NewType("Rows", int)
 
 
@@ -32,10 +32,10 @@ class ModelArguments:
     model_name_or_path: str = flag("demo, demo3, a folder with a checkpoint, or a hub id", "demo")
     config_name: str | None = flag("Folder or hub id of another config")
     tokenizer_name: str | None = flag("Folder or hub id of another tokenizer")
-    checkpoint: str | None = flag("Evaluates a training, or the newest in a folder, with the settings that it recorded")
+    checkpoint: str | None = flag("Evaluate a training, or the newest one in a folder, with its recorded settings")
     cache_dir: str | None = flag("Folder for models from the hub")
     model_revision: str = flag("Branch, tag or commit of the model on the hub", "main")
-    quantization_bit: int | None = flag("4 or 8: the bits that the frozen base model is loaded in; 0: not quantized")
+    quantization_bit: int | None = flag("Load the frozen base model in 4 or 8 bit; 0: not quantized")
 
     def __post_init__(self):
         self.quantization_bit = self.quantization_bit or None
@@ -61,7 +61,7 @@ class LoraArguments:
     lora_alpha: int = flag("LoRA: the adapter is scaled by alpha / rank", 32)
     lora_dropout: float = flag("LoRA: dropout of the adapter's input", 0.1)
     lora_target: str | None = flag(
-        "LoRA: linear layers by commas, or all-linear; default: query_key_value (GLM-4: q_proj,k_proj,v_proj)"
+        "LoRA: linear layers, as in a,b, or all-linear; default: query_key_value (GLM-4: q_proj,k_proj,v_proj)"
     )
     use_rslora: bool = flag("LoRA: scale by alpha / sqrt(rank) (rsLoRA), for large ranks", False)
     use_dora: bool = flag("LoRA: learn the magnitude of the weights apart from their direction (DoRA)", False)
@@ -85,7 +85,7 @@ class FullArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = flag("Training data: JSON, JSON lines or CSV; several files by commas or a glob")
+    train_file: str | None = flag("Training data: JSON, JSON lines or CSV; files with commas between them, or a glob")
     train_datasets: str | None = flag("Folder of training data that common/preprocess.sh made, instead of --train_file")
     validation_file: str | None = flag("Data for --do_eval, in the same formats")
     test_file: str | None = flag("Data for --do_predict, in the same formats")
@@ -149,13 +149,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     check_memory: bool = flag("Refuse to start if the predicted memory is not free; false: only warn", True)
     output_dir: str = flag("Folder for checkpoints, logs and predictions", "output")
     overwrite_output_dir: bool = flag("Start over although the output folder holds an earlier training", False)
-    precision: str | None = flag("auto, fp32, bf16, fp16: how to compute; trained weights are kept in fp32 too")
-    plan: bool = flag("Predict the memory, print it, and stop before anything is downloaded", False)
+    precision: str | None = flag("How to compute: auto, fp32, bf16 or fp16; trained weights are kept in fp32 too")
+    plan: bool = flag("Predict the memory, print it, and stop before weights are downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
     report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
-    auto_batch_size: bool = field(default=False, init=False)  # whether the batch size, 1 until then, is to be chosen
+    auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
     engine: Engine = field(default_factory=Engine, init=False)
     parsed: bool = field(default=False, init=False)
 
@@ -179,7 +179,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if self.precision:
             device = torch.device("cpu") if self.use_cpu else this_device()
             self.bf16, self.fp16 = choose_precision(self.precision, device)
-        if str(self.fsdp).lower() in ("true", "false"):  # else an older way to say how to shard
+        if str(self.fsdp).lower() in ("true", "false"):  # other values are older names of ways to shard
             self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
             self.fsdp_config = fsdp_config(self)
@@ -252,7 +252,7 @@ def engine_of(args: TrainingArguments) -> Engine:
 
 
 def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
-    """The settings of DeepSpeed, completed where its file says nothing.
+    """The settings of DeepSpeed, completed where its file sets nothing.
 
     Raises UserError if the file contradicts flags, naming each entry beside its flag.
     """
@@ -260,7 +260,7 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
     check_sections(config, file)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         config.setdefault(name, "auto")
-    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 if nothing is said
+    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 without this
         config[name] = {"enabled": "auto"} | (config.get(name) or {})
     zero = config["zero_optimization"] = {"stage": 0} | (config.get("zero_optimization") or {})
     # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.

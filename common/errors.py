@@ -19,11 +19,11 @@ LIBRARY_ERRORS = (
 
 
 class UserError(Exception):
-    """An error that a user can mend. Its text names what is wrong, where, and what to do."""
+    """An error that a user can mend. Its text names the mistake, its place and a remedy."""
 
 
 def note(text: str) -> None:
-    """Prints text for a person on stderr at once; standard output may go into a file."""
+    """Prints text on stderr at once, where a person sees it even if standard output goes into a file."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -36,8 +36,8 @@ def describe(error: Exception) -> str | None:
         return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
-            first = ". ".join(text.split(". ")[:2])  # sentences
-            last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # line, without its place in the source
+            first = ". ".join(text.split(". ")[:2])  # two sentences
+            last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # last line, without its place in the source
             return f"{sentence.format(first=first, last=last)}. What was saved before is complete."
     return None
 

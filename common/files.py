@@ -12,7 +12,7 @@ from common.errors import UserError
 
 
 def is_complete(file: Path) -> bool:
-    """Whether a weight file (.bin, .pt, .safetensors) is as long as its own table of contents says."""
+    """Whether a weight file (.bin, .pt, .safetensors) has the length that its own table of contents gives."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "np"):  # reads the table alone
@@ -31,7 +31,7 @@ def check_complete(file: Path) -> None:
 
 
 def short_hash(content: bytes) -> str:
-    """A name for a cached folder: 24 hex digits of the SHA-256 of everything that decides its content."""
+    """A name for a cached folder: the first 24 hex digits of the SHA-256 of ``content``."""
     return hashlib.sha256(content).hexdigest()[:24]
 
 

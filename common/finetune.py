@@ -47,7 +47,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     output_dir = Path(args.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     lock = guard("output folder", output_dir, wait=False, inside=True)
-    # A check on another machine, which may share the folder, does not lock it.
+    # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
     with lock if locks else nullcontext():
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args)
@@ -87,7 +87,7 @@ def prepare(
 ) -> dict[str, Prepared]:
     """The tokenized rows of every split that the flags ask for, cut to --max_*_samples."""
     data = {}
-    # --overwrite_cache is for one process: the check before the start, or without it the first. The others read.
+    # Only one process overwrites the cache, the check before the start or else the first process; the others read it.
     checked = "EXPECTED_PROCESSES" in os.environ and args.processes > 1 and not args.dry_run
     overwrite = data_args.overwrite_cache and args.process_index == 0 and not checked
     data_args = replace(data_args, overwrite_cache=overwrite)

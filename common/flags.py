@@ -65,7 +65,7 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """(model, method, data, training) arguments of the command line; ``method_arguments`` is a method's dataclass.
 
-    ``defaults`` of flags: a file's, or, with --checkpoint, those that a training recorded.
+    ``defaults``: values of flags from a file; with --checkpoint the records of the training replace them.
     Raises UserError for an unknown flag, naming the nearest known one, or for a bad value. Starts nothing.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -115,7 +115,7 @@ def translate_old_flags(argv: list[str]) -> list[str]:
 
 
 def current_flag(name: str, value: Any) -> tuple[str, Any] | None:
-    """The flag and its value as transformers 5 knows them, with one line of advice; None: the flag has no effect."""
+    """The flag and its value under their names in transformers 5; None: it has no effect. Prints a line of advice."""
     if name in REMOVED:
         note(f"advice: --{name} has no effect any more: {REMOVED[name]}.")
         return None

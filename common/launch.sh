@@ -1,4 +1,4 @@
-# Every script sources this: the environment, and the start of a program on all devices.
+# Every script sources this file. It finds the environment and defines how a program starts on all devices.
 # shellcheck shell=bash
 set -euo pipefail
 

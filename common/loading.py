@@ -1,4 +1,4 @@
-"""The public way to a tokenizer and to a model, tuned or not, by a name or a folder."""
+"""Loads a tokenizer or a model, tuned or not, by a name or a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def method_of(
 def find_trained(path: str, base: str | None = None) -> tuple[str, dict[str, Any]]:
     """(name of the base model, flag of ``load_model``) of a trained folder; (``path``, {}) of a whole model.
 
-    ``base``: the base model, if it is no longer where the folder says. Raises UserError if there is none.
+    ``base``: the base model, if it has moved. Raises UserError if there is none.
     """
     folder = Path(path)
     if (folder / "adapter_config.json").is_file():

@@ -84,8 +84,8 @@ def guard(kind: str, resource: str | Path, wait: bool = True, inside: bool = Fal
 def take_port(host: str, port: int) -> int | None:
     """Takes a port of this machine, any if ``port`` is 0, until this process ends. Returns None if it is in use.
 
-    The lock keeps other jobs of ours from taking it before this one listens there. Raises OSError if nobody can listen
-    on that host or port.
+    The lock keeps other jobs of ours from taking it before this one listens there. Raises OSError if this machine can't
+    listen on that host or port.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections of an ended program don't matter
@@ -94,7 +94,7 @@ def take_port(host: str, port: int) -> int | None:
             port = probe.getsockname()[1]
             lock = make_lock(lock_file("port", str(port)))
             lock.acquire(blocking=False)
-        except OSError as error:  # Timeout, where another job of ours has the lock, is one too
+        except OSError as error:  # Timeout is an OSError too: another job of ours has the lock
             if isinstance(error, Timeout) or error.errno == errno.EADDRINUSE:
                 return None
             raise

@@ -1,4 +1,4 @@
-"""Add a LoRA adapter into its base model and write a full checkpoint in the original format.
+"""Merge a LoRA adapter into its base model and write a full checkpoint in the original format.
 
 python common/merge.py --lora_checkpoint FOLDER --output_dir FOLDER [--model_name_or_path BASE]
 """
@@ -22,14 +22,14 @@ from common.training.checkpoints import check_space, check_writable
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLE = "你好，请介绍一下你自己。"
-TOLERANCE = 1e-3  # of logits in float32, where adding up in another order changes the last digits
+TOLERANCE = 1e-3  # of float32 logits: adding up in another order changes the last digits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter, or of several: the newest")
-    parser.add_argument("--model_name_or_path", help="the base, where it is not the one that the adapter names")
-    parser.add_argument("--output_dir", type=Path, help="a new folder; default: merged, in the adapter's")
+    parser.add_argument("--lora_checkpoint", required=True, help="folder of the adapter, or of several: the newest one")
+    parser.add_argument("--model_name_or_path", help="the base; default: the one that the adapter names")
+    parser.add_argument("--output_dir", type=Path, help="a new folder; default: merged, inside the adapter's folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the merged weights")
     parser.add_argument("--max_shard_size", default="2GB", help="size of the weight files")
     args = parser.parse_args()

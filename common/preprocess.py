@@ -50,14 +50,14 @@ class PreprocessArguments:
 
 @dataclass
 class Job:
-    """What a worker needs. Each has its own copy, whose ``rows`` it reads once, because its shards come in order."""
+    """The work for all workers. Each worker reads the ``rows`` of its own copy once: its shards come in order."""
 
     split: dataset.Split
     rows: Rows
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
     key: str  # of the settings
-    position: int = 0  # how many of the rows were read
+    position: int = 0  # number of rows that were read
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
         job = Job(split, split.read(), bounds, files, short_hash(json.dumps(settings).encode()))
-        for file in folder.glob("shard-*-of-*.arrow"):  # those of other settings, and what a kill left incomplete
+        for file in folder.glob("shard-*-of-*.arrow"):  # shards of other settings, and incomplete ones
             if args.overwrite_cache or read_summary(file, job.key) is None:
                 file.unlink()
         make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Tokenizes a training file ahead, on all cores: a folder of shards that TRAIN_DATASETS=folder bash train.sh trains on.
+# Tokenizes a training file ahead, on all cores, into a folder of shards for TRAIN_DATASETS=folder bash lora/train.sh.
 #     bash common/preprocess.sh                          the shipped rows for the shipped demo, into train_datasets/
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='data/*.json' OUTPUT_DIR=/data/tokens bash common/preprocess.sh
 #     TEXT_COLUMN=summary bash common/preprocess.sh      plain text, for lora/train_text.sh
-# MODEL: demo, demo3, a folder, or a hub id; its tokenizer is used. TRAIN_FILE: JSON, JSON lines or CSV; files by commas
-# or a glob. HISTORY_COLUMN holds earlier rounds, CONVERSATION_COLUMN whole conversations instead of the other columns.
-# A run that was killed goes on where it was; --overwrite_cache starts over.
+# MODEL names the tokenizer: demo, demo3, a folder, a short name or a hub id. TRAIN_FILE: JSON, JSON lines or CSV; files
+# with commas between them, or a glob. HISTORY_COLUMN holds earlier rounds; CONVERSATION_COLUMN holds whole conversations
+# and replaces the other columns. A killed run continues where it stopped; --overwrite_cache starts over.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-# The lengths of lora/train.sh, of plain text those of lora/train_text.sh: a training must be given the same ones.
+# The lengths of lora/train.sh, or for plain text of lora/train_text.sh: the training must use the same lengths.
 case ${MODEL:-demo} in
     demo | demo3) QUESTION=64 ANSWER=64 BLOCK=128 ;;
     *) QUESTION=256 ANSWER=512 BLOCK=1024 ;;

@@ -1,4 +1,4 @@
-"""A trained folder: which one is meant, its base model, and the settings that its training recorded."""
+"""Finds a trained folder, its base model, and the settings that its training recorded."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -43,7 +43,7 @@ def base_of(folder: Path, given: str | None = None, named: str | None = None) ->
     Raises UserError if there is no such model.
     """
     config = read_json(folder / "adapter_config.json") or read_json(folder / "config.json") or {}
-    of_prefix = config.get("_name_or_path") if config.get("pre_seq_len") else None  # a whole model's is its own name
+    of_prefix = config.get("_name_or_path") if config.get("pre_seq_len") else None  # in a whole model: its own name
     base = given or named or config.get("base_model_name_or_path") or of_prefix
     if base and (is_local(base) or is_hub_name(base)):
         return base

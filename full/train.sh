@@ -8,20 +8,20 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
+MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
-TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder that common/preprocess.sh made, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of these three
 
-PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: the fastest of the GPU
-SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format of the original code
-QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused: bits can't be trained
-# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
+PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: half on a GPU, fp32 on a CPU
+SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format that the original code reads
+QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused with a message: quantized weights can't be trained
+# BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-1e-3} MAX_STEPS=${MAX_STEPS:-250}
@@ -35,7 +35,7 @@ esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 SAVE_STEPS=${SAVE_STEPS:-1000}
-SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # a checkpoint of a 6B model takes 25 to 100 GB, mostly to resume
+SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # checkpoints to keep; one of a 6B model takes 25 to 100 GB
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/adgen-$(basename "$MODEL")-full-$LR}
 EVALUATE=${EVALUATE:-true}                               # false: only train
 
@@ -44,7 +44,7 @@ case " $* " in
     *" --plan "* | *" --dry_run "* | *" --help "*) EVALUATE=false ;;
 esac
 
-# An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
+# Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/full/main.py" \
     --do_train \
     ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
@@ -72,7 +72,7 @@ launch "$ROOT/full/main.py" \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"
 
-# The saved model is scored, by the first of several machines.
+# Scores the saved model; of several machines only the first does.
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
     CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} \
         bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # Trains a LoRA adapter and scores base and tuned model side by side.
 #     bash train.sh                                      the shipped demo, minutes on a CPU
-#     MODEL=THUDM/chatglm3-6b bash train.sh              the real model in 4 bit, with ChatGLM3's settings
+#     MODEL=THUDM/chatglm3-6b bash train.sh              the real model in 4 bit, with the settings of ChatGLM3
 #     LR=1e-4 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 #     MODEL=chatglm3-6b DEVICE_MEMORY=8 bash train.sh --plan     does it fit on a card with 8 GB? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
+MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
-TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder that common/preprocess.sh made, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of these three
 
 LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
 LORA_DROPOUT=${LORA_DROPOUT:-0.1}
-LORA_TARGET=${LORA_TARGET:-}                             # layers by commas, or all-linear; empty: the attention's
+LORA_TARGET=${LORA_TARGET:-}                             # names with commas, or all-linear; empty: the attention's layers
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
+# BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-5e-3} MAX_STEPS=${MAX_STEPS:-250}
@@ -39,7 +39,7 @@ esac
 SAVE_STEPS=${SAVE_STEPS:-500}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/${TASK:-adgen}-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 
-# An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
+# Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/lora/main.py" \
     --do_train \
     --do_predict \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains an adapter on whole conversations, with system prompts and tools. All else is train.sh.
+# Trains an adapter on whole conversations, with system prompts and tools. train.sh does the rest.
 #     bash train_chat.sh                                 the shipped ChatGLM3 demo on the shipped conversations
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE=chat.json VALIDATION_FILE=chat_dev.json bash train_chat.sh
 set -euo pipefail
@@ -11,7 +11,7 @@ export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_tools.json}
 export CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-conversations}     # "messages" for files in the format of OpenAI
 export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 case $MODEL in
-    # A new skill, not only a new style: it takes all layers and more steps.
+    # A new skill needs more than a new style: all layers, and more steps.
     demo | demo3) export LORA_TARGET=${LORA_TARGET:-all-linear} MAX_STEPS=${MAX_STEPS:-500} BATCH_SIZE=${BATCH_SIZE:-8} ;;
 esac
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains an adapter on plain text, as a causal language model; reports loss and perplexity before and after. All else is
-# train.sh.
+# Trains an adapter on plain text, as a causal language model; prints loss and perplexity before and after. train.sh does
+# the rest.
 #     bash train_text.sh                                 the shipped demo on the advertisements as plain text
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='corpus/*.json' VALIDATION_FILE=dev.csv TEXT_COLUMN=text bash train_text.sh
 set -euo pipefail

@@ -7,9 +7,9 @@
 EXTRA_REQUIREMENTS=requirements-web.txt
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-CHECKPOINT=${CHECKPOINT-$ROOT/lora/output}               # a training, or a folder of trainings: the newest
+CHECKPOINT=${CHECKPOINT-$ROOT/lora/output}               # a training, or a folder of trainings: the newest one
 COMPARE=${COMPARE:-auto}                                 # false: without the base model beside it
-SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3 and GLM-4; can be changed in the page
+SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # for ChatGLM3 and GLM-4; can be changed in the page
 HOST=${HOST:-127.0.0.1}                                  # 0.0.0.0: reachable from other machines
 PORT=${PORT:-7860}                                       # the next free one if it is taken
 export PASSWORD=${PASSWORD:-}                            # empty: no login

@@ -5,8 +5,8 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output}            # a training, or a folder of trainings: the newest
-SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # of ChatGLM3
+CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output}            # a training, or a folder of trainings: the newest one
+SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # for ChatGLM3
 
 NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/cli_demo.py" \
     ${CHECKPOINT:+--checkpoint "$CHECKPOINT"} \

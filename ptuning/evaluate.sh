@@ -2,11 +2,11 @@
 # Answers every row of a file with a trained prefix and scores the answers: generated_predictions.txt, ROUGE, BLEU-4.
 #     bash evaluate.sh                                   the newest training: its base, columns, lengths and validation file
 #     CHECKPOINT=output/mine/checkpoint-3000 TEST_FILE=test.json bash evaluate.sh
-# A variable that is set wins over the record of the training; further flags go to main.py.
+# The variables that you set win over the records of the training; further flags go to main.py.
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-CHECKPOINT=${CHECKPOINT:-$ROOT/ptuning/output}           # a training, or a folder of trainings: the newest
+CHECKPOINT=${CHECKPOINT:-$ROOT/ptuning/output}           # a training, or a folder of trainings: the newest one
 TEST_FILE=${TEST_FILE:-${VALIDATION_FILE:-}}
 
 launch "$ROOT/ptuning/main.py" \

@@ -7,18 +7,18 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
-MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, or a hub id
+MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
-TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder of common/preprocess.sh, instead of TRAIN_FILE
+TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder that common/preprocess.sh made, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
 PROMPT_COLUMN=${PROMPT_COLUMN:-content}
 RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
 HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of the three
+CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of these three
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-# BATCH_SIZE=auto: the largest that fits, by prediction. CHECK_MEMORY=false: starts although the prediction does not fit.
+# BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
         PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} MAX_STEPS=${MAX_STEPS:-250}
@@ -34,7 +34,7 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}               # tokens of the answer
 SAVE_STEPS=${SAVE_STEPS:-1000}
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/ptuning/output/${TASK:-adgen}-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
 
-# An interrupted training in OUTPUT_DIR is continued; --overwrite_output_dir starts over.
+# Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/ptuning/main.py" \
     --do_train \
     --do_predict \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a prefix on conversations: rows with a question, an answer and the rounds before them. All else is train.sh.
+# Trains a prefix on conversations: rows with a question, an answer and the rounds before them. train.sh does the rest.
 #     bash train_chat.sh                                 the shipped demo on the shipped conversations
 #     MODEL=THUDM/chatglm-6b TRAIN_FILE=chat.json VALIDATION_FILE=chat_dev.json bash train_chat.sh
 set -euo pipefail

@@ -262,7 +262,7 @@ def test_a_wrong_file_is_fetched_once_more_then_named(hub, folder):
     assert {path for path in WANTED if hub.asked().count(path) == 2} == {shard, "config.json"}
     shutil.rmtree(folder)
     hub.spoilt[shard] = 2
-    assert f"{shard} came twice with another content than its hash says" in refusal(NAME)
+    assert f"{shard} arrived twice, both times with a wrong hash" in refusal(NAME)
     assert not list(folder.glob(f"{shard}*"))
 
 
@@ -289,7 +289,7 @@ def test_a_plain_folder_is_filled_and_what_a_user_has_there_is_left_alone(hub, t
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("my own")
-    assert f"{mine / 'config.json'} is there and is not the hub's" in refusal(NAME, local_dir=str(mine))
+    assert f"{mine / 'config.json'} differs from the hub's file" in refusal(NAME, local_dir=str(mine))
     assert [file.name for file in mine.iterdir()] == ["config.json"] and (mine / "config.json").read_text() == "my own"
 
 

@@ -313,7 +313,7 @@ def test_truncated_weights_are_refused(tmp_path, demo_folder):
 
 
 def test_a_prefix_is_no_model(whole_run, tmp_path):
-    with pytest.raises(UserError, match=r"no whole model: \d+ weights are missing"):
+    with pytest.raises(UserError, match=r"no complete model: \d+ weights are missing"):
         finetune(f"{PREDICTION} --model_name_or_path {whole_run}", tmp_path / "out")
 
 

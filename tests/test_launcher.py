@@ -171,7 +171,7 @@ def test_two_machines_finish_together_or_fail_together(launch, write):
     said = [run.communicate(timeout=GUARD) for run in runs]
     assert [run.returncode for run in runs] == [2, 3], said
     news = "machine 1 stopped with exit code 3; its own output says why"
-    assert f"error: {news}; this machine was stopped too. Saved checkpoints are whole." in said[0][1].splitlines()
+    assert f"error: {news}; this machine was stopped too. Saved checkpoints are complete." in said[0][1].splitlines()
 
     runs = [launch(write("time.sleep(600)"), **of_two(rank, port)) for rank in range(2)]
     assert runs[1].stdout.readline().startswith("rank 1")
@@ -202,7 +202,7 @@ def test_a_machine_that_stops_ends_the_check_of_the_others(launch, write, mark):
         other.sendall(b'{"stopped": "machine 1 has had enough"}\n')
         errors = run.communicate(timeout=GUARD)[1]
     assert run.returncode == 2
-    sentence = "error: machine 1 has had enough; this machine was stopped too. Saved checkpoints are whole."
+    sentence = "error: machine 1 has had enough; this machine was stopped too. Saved checkpoints are complete."
     assert errors.splitlines()[-1] == sentence and "Traceback" not in errors
 
 

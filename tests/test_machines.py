@@ -278,7 +278,7 @@ def test_a_silent_machine_ends_the_others(start, port):
     with greet(port, 1, 3, silence=3):
         for meeting in meetings:
             meeting.result(GUARD)
-        assert met[0].news() == "machine 1 was not heard of for 3 s"
+        assert met[0].news() == "machine 1 sent no sign of life for 3 s"
         assert met[1].news() == met[0].news()
 
 
@@ -287,7 +287,7 @@ def test_a_silent_machine_0_ends_the_others(start, port):
     with listener(port, b'{"welcome": true}\n{"port": 12345}\n'):
         start(machine).result(GUARD)
         assert machine.wait(0) == 12345
-        assert machine.news() == "machine 0 was not heard of for 0.5 s"
+        assert machine.news() == "machine 0 sent no sign of life for 0.5 s"
 
 
 def test_machine_0_may_vanish_before_the_others_have_met(start, pool, port):
@@ -359,8 +359,8 @@ def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
     ip(f"-n {hosts[1]} link set eth0 down")
     assert [run.wait(GUARD) for run in runs] == [2, 2]
     for other, file in zip((1, 0), said, strict=True):
-        news = f"machine {other} was not heard of for 8 s"
-        assert f"error: {news}; this machine was stopped too. Saved checkpoints are whole." in file.read_text()
+        news = f"machine {other} sent no sign of life for 8 s"
+        assert f"error: {news}; this machine was stopped too. Saved checkpoints are complete." in file.read_text()
     assert [ip(f"netns pids {host}") for host in hosts] == ["", ""]
     alone = train_here("full", tmp_path / "one", "--lr_scheduler_type", "constant")
     assert losses(checkpoint) == pytest.approx(alone, abs=1e-4)

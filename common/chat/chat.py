@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 512
 def chat_parser(description: str, checkpoint: str = "--checkpoint") -> argparse.ArgumentParser:
     """The flags that all chats share; ``checkpoint`` is a flag or a position."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(checkpoint, help="folder of a training, or of several: the newest; default: a base model")
+    parser.add_argument(checkpoint, help="folder of a training, or of several: the newest one; default: a base model")
     parser.add_argument("--model_name_or_path", help="base model: demo, demo3, a folder, or a hub id")
     bits = "bits of the base model; 0: not quantized; default: as it was trained"
     parser.add_argument("--quantization_bit", type=int, choices=(0, 4, 8), help=bits)
@@ -40,7 +40,7 @@ def chat_parser(description: str, checkpoint: str = "--checkpoint") -> argparse.
 
 
 def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """Model, tokenizer, and the flag of ``find_trained``. Completes ``args``: folder, bits, ``max_new_tokens``.
+    """Model, tokenizer, and the flag that ``find_trained`` returns. Completes ``args``: folder, bits, longest answer.
 
     Raises UserError for flags that can't work.
     """
@@ -78,7 +78,7 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
 
 
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
-    """How many of the oldest rounds must go so that the prompt has at most ``room`` tokens.
+    """The number of oldest rounds to leave out, so that the prompt has at most ``room`` tokens.
 
     Raises UserError if the question alone has more.
     """

@@ -120,7 +120,7 @@ class Chat(NamedTuple):
         return self.refresh(conversation)
 
     def refresh(self, conversation: Conversation) -> list:
-        """The conversation as it is. Ends every answer: the last words of a cancelled one can come late."""
+        """The conversation as it is. Runs after every answer, because the last words of a cancelled one can be late."""
         return [gr.skip(), *self.show(conversation)]
 
 
@@ -135,8 +135,8 @@ def messages(conversation: Conversation, column: int) -> list[dict[str, Any]]:
     for query, answers, forgotten in conversation:
         shown.append(("user", re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", query)))
         if forgotten[column]:
-            note = f"上下文已满，忘记了最早的 {forgotten[column]} 轮 / oldest rounds forgotten: {forgotten[column]}"
-            shown.append(("assistant", f"*（{note}）*"))
+            notice = f"上下文已满，忘记了最早的 {forgotten[column]} 轮 / oldest rounds forgotten: {forgotten[column]}"
+            shown.append(("assistant", f"*（{notice}）*"))
         answer = answers[column]
         if answer is not None:
             shown.append(("assistant", answer or "*（空 / empty）*"))
@@ -153,7 +153,7 @@ def main() -> None:
 
 def web_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
-    compare = "whether the base answers too; auto: if that needs no second model in memory"
+    compare = "let the base answer too; auto: if that needs no second model in memory"
     parser.add_argument("--compare", choices=("auto", "true", "false"), default="auto", help=compare)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port; if it is taken, the next free one (7860)")
@@ -220,7 +220,7 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
 
 
 def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
-    """Says which method of ``chat`` answers which event of the page."""
+    """Connects each event of the page with a method of ``chat``."""
     stop, retry, undo, clear = buttons
     outputs = [box, *columns]
     generating = {"concurrency_limit": 1, "concurrency_id": "generation", "show_progress_on": columns[0]}

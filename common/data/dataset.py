@@ -1,7 +1,7 @@
 """Data files -> tokenized rows on disk, in one of two places:
 
 CACHE/datasets/HASH/            one split, written by the first job that needs it; HASH is that of its ``fingerprint``
-  rows.arrow, questions.arrow   for the loss, and to be answered; a split has one of them or both
+  rows.arrow, questions.arrow   rows for the loss, questions for answers; a split has one of them or both
   summary.json                  the counts, written last: a folder with a summary is complete
 train_datasets/                 training rows, written by common/preprocess.py ahead of all jobs
   shard-00000-of-00008.arrow    the rows in their order
@@ -35,8 +35,8 @@ from common.trained import COLUMNS
 
 ENCODING_VERSION = 3  # part of the fingerprint: increase it when the encoding changes
 ROWS_PER_BATCH = 1000
-# Of a summary, beside first_dropped, the place of the first dropped example. An example is dropped if a text, question
-# or answer is empty, shortened if it lost its oldest turns, and unlabelled if no label fits within the lengths.
+# The counts in a summary, which also names the place of the first dropped example. An example is dropped if a text,
+# question or answer is empty, shortened if it lost its oldest turns, and unlabelled if no label fits into the lengths.
 COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")
 MANIFEST = "manifest.json"
 
@@ -59,14 +59,14 @@ class Prepared:
     questions: Dataset  # prompt_ids, reference; empty for training
     files: list[str]
     cached: bool  # whether it was there before
-    summary: Mapping[str, Any]  # of all rows; rows: the number of questions where there are some
+    summary: Mapping[str, Any]  # counts of all rows; ``rows`` counts questions if there are any
 
 
 Encoders = Mapping[str, Callable]  # of common.encoding, by table
 
 
 class Split(NamedTuple):
-    """The rows of train, validation or test, in files or in a data set by name, and what turns them into tokens."""
+    """The rows of train, validation or test, in files or in a named data set, and the encoders for them."""
 
     name: str
     args: DataArguments
@@ -116,7 +116,7 @@ def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenize
 
 
 def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
-    """Removes the labels of pad tokens within rows, as the official scripts do. An end token that is the pad keeps its.
+    """Removes the labels of pad tokens within rows, as the official scripts do, unless the pad is also the end token.
 
     Plain text, which the official scripts do not know, keeps all labels.
     """
@@ -137,7 +137,7 @@ def write_table(split: Split, table: str, rows: Rows, file: Path) -> dict[str, A
     if not args.text_column:
         lengths.append(args.max_target_length if split.name == "train" else args.val_max_target_length)
     schema = FEATURES[table].arrow_schema
-    gc.disable()  # it takes half of the time for the many short lists, none of them in a cycle
+    gc.disable()  # it would take half of the time, for many short lists that are in no cycle
     try:
         with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, schema) as writer:
             while batch := list(islice(examples, ROWS_PER_BATCH)):
@@ -170,7 +170,7 @@ def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> N
 
 
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
-    """The settings that decide which tokens a row becomes once it is read; values are as JSON reads them back."""
+    """The settings that decide the tokens of a row that is read; values are as JSON reads them back."""
     fast = tokenizer.is_fast  # GLM-4's, of the library tokenizers; ours have a file for sentencepiece
     vocabulary = tokenizer.backend_tokenizer.to_str().encode() if fast else Path(tokenizer.vocab_file).read_bytes()
     template = tokenizer.chat_template and short_hash(json.dumps(tokenizer.chat_template).encode())
@@ -203,7 +203,7 @@ def prepare_dataset(
 ) -> Prepared:
     """The tokenized rows of a split (train, validation or test), from the cache or written to it.
 
-    Of all running jobs one tokenizes and the others wait. Raises UserError for bad files and rows.
+    One job tokenizes, and all others wait. Raises UserError for bad files and rows.
     """
     split = open_split(args, patterns, tokenizer, name, encoders)
     tables = ("rows",) if args.text_column else TABLES[name]  # text asks nothing
@@ -249,7 +249,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         if not file.is_file() or file.stat().st_size != shard["size"]:
-            raise UserError(f"{file} is missing, truncated or changed ({MANIFEST} tells): copy it again, or {again}.")
+            raise UserError(f"{file} is missing, truncated or changed (see {MANIFEST}): copy it again, or {again}.")
     return manifest
 
 
@@ -257,7 +257,7 @@ def load_shards(args: DataArguments, folder: Path, tokenizer: PreTrainedTokenize
     """The training rows of a folder, mapped into memory.
 
     Raises UserError for an incomplete folder, and for one that was made with another tokenizer or other lengths.
-    Files and columns are not compared: the rows are read already.
+    Files and columns are not compared, because the rows are not read again.
     """
     manifest = read_manifest(folder)
     unused = ("max_target_length", "ignore_pad_token_for_loss") if manifest["text_column"] else ()

@@ -16,7 +16,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def find_files(patterns: str) -> list[Path]:
-    """The files that a list separated by commas names, by paths or globs. Raises UserError for one without a file."""
+    """The files of a list of paths and globs, separated by commas. Raises UserError for an entry without a file."""
     files = []
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
         found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
@@ -57,7 +57,7 @@ def parse_json(file: Path, text: str, line: int = 0) -> Any:
     except json.JSONDecodeError as error:
         where = f"{file}, line {line or error.lineno}"
         raise UserError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; no position is known
+    except (ValueError, RecursionError) as error:  # such as an integer of thousands of digits; no position is known
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{file}{f', line {line}' if line else ''}: broken JSON: {reason}.") from error
 

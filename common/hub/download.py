@@ -2,7 +2,7 @@
 
     python common/hub/download.py chatglm3-6b THUDM/chatglm2-6b [--revision R] [--cache_dir FOLDER | --local_dir FOLDER]
 
-A killed download resumes at the byte. Every file is compared with the hub's hash once: a record keeps the size and the
+A killed download resumes where it stopped. Every file is compared with the hub's hash once: a record keeps the size and
 time of each verified file, so that a complete model is found again without asking the hub and without reading 12 GB.
 The imports are light, so that this starts at once.
 """
@@ -29,11 +29,11 @@ from common.locking import cache_folder, guard
 
 EDITABLE = (".json", ".jinja")  # text that its user may change after the download
 CONNECTIONS = 8
-ATTEMPTS = 5  # connections in a row that bring nothing, before we give up
+ATTEMPTS = 5  # connections in a row without a byte, before we give up
 
 
 def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str | None = None) -> Path:
-    """The plain folder of a model; its last part is the model's name, which tells ChatGLM2 and 3 apart."""
+    """The plain folder of a model; its last part is the model's name, which distinguishes ChatGLM2 from ChatGLM3."""
     if local_dir:
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
@@ -59,7 +59,7 @@ def has_digest(file: Path, digest: str) -> bool:
 
 
 def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -> set[str]:
-    """The paths of ``digests`` whose files are missing or wrong; what is ``known`` and unchanged is not read again."""
+    """The paths in ``digests`` with missing or wrong files; does not read ``known``, unchanged files again."""
 
     def is_wrong(path: str) -> bool:
         file, entry = folder / path, known.get(path, {})
@@ -153,19 +153,19 @@ def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
             return
         bar.update(-size_of(partial))
         partial.unlink()
-    raise UserError(f"{file.url} came twice with another content than its hash says: try again, or from another hub.")
+    raise UserError(f"{file.url} arrived twice, both times with a wrong hash: try again, or another hub.")
 
 
 def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known: dict[str, dict], ours: bool) -> None:
-    """Fetches what is missing or wrong.
+    """Fetches missing and wrong files.
 
     Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
     """
     wrong = wrong_files(folder, {file.path: file.digest for file in files}, known)
     for target in sorted(folder / path for path in wrong if (folder / path).is_file()):
         if not ours and target.name not in known:
-            raise UserError(f"{target} is there and is not the hub's: move it away, or give an empty folder.")
-        note(f"{target} is not what the hub has: it is fetched again")
+            raise UserError(f"{target} differs from the hub's file: move it away, or give an empty folder.")
+        note(f"{target} differs from the hub's file: downloading it again")
         target.unlink()
     missing = [file for file in files if file.path in wrong]
     if not missing:
@@ -179,7 +179,7 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
             f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
             f"choose a larger disk by {variable}, --cache_dir or --local_dir."
         )
-    there = f", {(total - left) / 1e9:,.2f} GB are there" if left < total else ""
+    there = f", {(total - left) / 1e9:,.2f} GB are here already" if left < total else ""
     source = f"{repository} from {hubs.endpoint()} into {folder}"
     note(f"downloading {source}: {len(files)} files, {total / 1e9:,.2f} GB{there}")
     pace = 0.5 if sys.stderr.isatty() else 30.0  # seconds between two states of the bar
@@ -221,7 +221,7 @@ def download(
         try:
             files = hubs.checkpoint_files(repository, revision, weights)
         except hubs.NO_ANSWER as error:
-            candidates = [] if known or local_dir else [folder, snapshot]  # what we know to be incomplete is not taken
+            candidates = [] if known or local_dir else [folder, snapshot]  # not a folder that we know to be incomplete
             unverified = [found for found in candidates if seems_whole(found, weights)]
             if not unverified or not hubs.is_down(error):
                 raise

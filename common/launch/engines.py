@@ -34,22 +34,22 @@ def start_engine(args: TrainingArguments) -> torch.device:
         raise UserError("--fsdp needs GPUs, and none is visible here; --deepspeed works on CPUs too.")
     if args.dry_run:
         return args.device
-    if engine != "DDP" and "LOCAL_RANK" not in os.environ:  # without a launcher, the process is the only one
+    if engine != "DDP" and "LOCAL_RANK" not in os.environ:  # no launcher: this process is the only one
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ |= alone | {"MASTER_PORT": str(free_port())}
-    if "LOCAL_RANK" in os.environ:  # before transformers would, which on a CPU would choose a backend of its own
+    if "LOCAL_RANK" in os.environ:  # before transformers joins, which would choose another backend on a CPU
         timeout, backend = timedelta(seconds=args.ddp_timeout), args.ddp_backend
         if engine == "DeepSpeed":
             guard_compilation(args.use_cpu)
             with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
                 PartialState(backend="gloo" if args.use_cpu else backend, timeout=timeout)
-        elif engine == "FSDP2":  # which moves tensors on the CPU too, for saving and offloading
+        elif engine == "FSDP2":  # it moves tensors on the CPU too, for saving and offloading
             with patch_environment(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT"):
                 PartialState(backend=backend, timeout=timeout)
         else:
             PartialState(cpu=args.use_cpu, backend=backend, timeout=timeout)
         args.accelerator_config.use_configured_state = True
-    device = args.device  # asked for the first time: transformers looks now for the process group
+    device = args.device  # the first access: transformers now looks for the process group
     if engine == "DeepSpeed":  # transformers would do this while it parses, when no process has joined
         args.hf_deepspeed_config = HfTrainerDeepSpeedConfig(args.engine.config)
         args.hf_deepspeed_config.trainer_config_process(args)
@@ -66,7 +66,7 @@ def guard_compilation(on_cpu: bool) -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    if on_cpu:  # it would compile for a minute an extension that only inference calls
+    if on_cpu:  # it would compile, for a minute, an extension that only inference calls
         deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
     kind = f"python{platform.python_version()}-torch{torch.__version__}-{platform.machine()}"
     own = cache_folder() / "extensions" / kind

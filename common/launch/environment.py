@@ -2,7 +2,7 @@
 
     python3 common/launch/environment.py requirements.txt [more requirements files]
 
-If an environment of the user's own is active, it is used and never changed. Any number of jobs may call this at once:
+If the user has an active environment, the scripts use it and never change it. Any number of jobs may call this at once:
 one builds, the others wait. .venv keeps a copy of each requirements file that it holds, made when pip has ended, so
 that a build that was killed is repeated.
 """
@@ -26,7 +26,7 @@ def note(text: str) -> None:
 
 
 def missing_packages(files: list[Path]) -> list[str]:
-    """The requirements that this Python lacks. For another version than the pinned one it only prints a note."""
+    """The requirements that this Python lacks. If only the version differs, it prints a note."""
     missing = []
     for line in (line.split("#")[0].strip() for file in files for line in file.read_text().splitlines()):
         name, _, version = line.partition("==")
@@ -61,7 +61,7 @@ def ensure(files: list[Path]) -> None:
         if is_installed(files):
             return
         if not (FOLDER / files[0].name).exists():
-            note(f"creating {FOLDER} (once; about two minutes and 2 GB)")
+            note(f"creating {FOLDER} (once; minutes and 2 GB, with CUDA several GB more)")
             venv.EnvBuilder(with_pip=True).create(FOLDER)
         note(f"installing {', '.join(file.name for file in files)}")
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

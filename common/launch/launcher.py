@@ -30,7 +30,7 @@ ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
 def count_processes() -> int:
     """The number of processes on this machine. Raises UserError if the environment asks for more GPUs than it has."""
     if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
-        return 1  # without the import of torch, which a look at the devices needs
+        return 1  # only a look at the devices needs torch, whose import takes seconds
 
     import torch
 
@@ -46,7 +46,7 @@ def count_processes() -> int:
 
 
 def set_environment(processes: int, machines: Machines) -> None:
-    """Tells all processes how many they are, and how many threads each may use."""
+    """Sets the variables that give all processes their number and the number of threads of each."""
     # Threads that spin while they wait take the cores from other jobs: a step of 1.5 s would take 10 on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
@@ -82,7 +82,7 @@ def every_rank(processes: int, machines: Machines, address: str, port: int) -> l
 def run(program: list[str], environments: list[dict[str, str]]) -> int:
     """Runs a program once in each environment, and ends all when one fails, or at an exception from a signal.
 
-    Returns 0, or the exit code of the first that failed; 1 if it was killed, and says so.
+    Returns 0, or the exit code of the first process that failed; for a killed one it prints a note and returns 1.
     """
     running: list[subprocess.Popen] = []
     try:
@@ -102,7 +102,7 @@ def run(program: list[str], environments: list[dict[str, str]]) -> int:
         if code and code < 0:
             name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
-            note(f"error: process {rank} was killed by {name}{hint}, and the others stopped; what was saved is whole.")
+            note(f"error: process {rank} was killed by {name}{hint}; the others ended. Saved checkpoints are complete.")
             return 1
         if code:
             return code
@@ -119,7 +119,7 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
         # Imported before the meeting: this takes seconds, in which there would be no signs of life.
         from torch.distributed import TCPStore
 
-        # Where the processes of all machines meet, to the end. It has its port before anybody could take that.
+        # The processes of all machines meet at this store. It listens at once, so no other program takes its port.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = store.port
     settings = {"processes per machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
@@ -134,7 +134,7 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
     finally:
         peers.leave(code)
         if peers.stopped:  # then the exception on its way here is that of ``on_stop``
-            raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are whole.")
+            raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are complete.")
     return code
 
 

@@ -43,7 +43,7 @@ class Machines:
 
 
 def number(environ: Mapping[str, str], name: str, default: Number) -> Number:
-    """A variable's value from 0 up, whole if ``default`` is an int; empty: ``default``. Raises UserError for others."""
+    """The value of a variable, ``default`` if empty: from 0 up, and whole if ``default`` is. Else raises UserError."""
     try:
         value = float(environ.get(name) or default)
     except ValueError:
@@ -176,7 +176,7 @@ class Peers:
         gone, _, _ = select.select([other.socket for other in self.connections.values()], [], [], 0)
         self.connections = {known: other for known, other in self.connections.items() if other.socket not in gone}
         is_new = 0 < rank < self.machines.count and rank not in self.connections
-        self.connections[rank if is_new else -1] = connection  # -1: only to be told of the error
+        self.connections[rank if is_new else -1] = connection  # -1: it only receives the error
         problems = [] if is_new else [f"there is a second machine with MACHINE_RANK={rank} ({address})"]
         for name, value in self.settings.items():
             if settings.get(name) != value:
@@ -206,7 +206,7 @@ class Peers:
             raise UserError(f"{place}: {answer.get('stopped', 'is no launcher of this program; MAIN_PORT differs?')}")
 
     def wait(self, port: int) -> int:
-        """The ``port`` that machine 0 gives, as soon as all machines wait: one may prepare its data for much longer."""
+        """The ``port`` that machine 0 gives. All machines wait here, because one may prepare its data for longer."""
         if self.machines.rank == 0:
             for _ in self.connections:
                 self.ports.get()
@@ -223,7 +223,7 @@ class Peers:
                     self.ports.put(message["port"])
             news = message["stopped"]
         except TimeoutError:
-            news = f"machine {rank} was not heard of for {self.machines.silence:g} s"
+            news = f"machine {rank} sent no sign of life for {self.machines.silence:g} s"
         except OSError:
             news = f"the launcher of machine {rank} was killed"
         if not self.stopped and not self.leaving:

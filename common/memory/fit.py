@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     def plan(self) -> Plan:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an adapter's weights are lost on the meta device
+            warnings.simplefilter("ignore")  # about an adapter's weights, which are lost on the meta device
             model = empty_model(self.folder.spec, deepcopy(self.folder.config)).to(self.setup.dtype)
             model.name_or_path = str(self.folder.path)
             quantize(model, self.setup)
@@ -87,7 +87,7 @@ def check_fits(found: Forecast, args: TrainingArguments) -> None:
     elif problem:
         note(f"{problem}: looking for a change that helps")
         changes = advice(case, lambda plan: not shortage(plan, available, args), args)
-        raise UserError(f"{problem}: {changes}; --check_memory false tries it all the same.")
+        raise UserError(f"{problem}: {changes}; --check_memory false starts it anyway.")
 
 
 def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: TrainingArguments) -> Setup:
@@ -127,7 +127,7 @@ def processes_here(args: TrainingArguments) -> int:
 
 
 def card_memory(args: TrainingArguments) -> int:
-    """Bytes of the card that --plan is asked about by DEVICE_MEMORY (GB), without CUDA's own; 0: none."""
+    """Bytes of the card that DEVICE_MEMORY (GB) describes for --plan, without CUDA's own; 0 if it is not set."""
     size = number(os.environ, "DEVICE_MEMORY", 0.0) if args.plan else 0
     return max(1, int(size * 1e9 - CUDA_CONTEXT)) if size else 0
 
@@ -165,7 +165,7 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
         fitting = bisect(sizes, margin * available, key=lambda rows: case.changed(batch_size=rows).plan().total)
         size = sizes[max(0, fitting - 1)]
         reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
-    if args.world_size > 1:  # machines may find different things in their folders
+    if args.world_size > 1:  # the output folders of the machines may differ
         size = min(gather_object([size]))
     args.per_device_train_batch_size = Rows(size)
     if args.process_index == 0:
@@ -174,7 +174,7 @@ def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArgume
 
 
 def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) -> str:
-    """Up to two changes that are each enough alone, cheapest first; else the first few that are enough together."""
+    """Names up to two changes that are enough alone, cheapest first, else the first few that are enough together."""
     known = list(changes(case, args))
     enough = (name for name, change in known if fits(case.changed(**change).plan()))
     alone = list(islice(enough, 2))  # each plan of a 6B model takes seconds
@@ -189,7 +189,7 @@ def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) ->
 
 
 def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str, Any]]]:
-    """At most four changes, the cheapest first: in words, and the fields of ``Case.changed``."""
+    """At most four changes, cheapest first: (flags, arguments of ``Case.changed``)."""
     setup = case.setup
     if setup.batch_size and not setup.checkpointing:
         yield "--activation_checkpointing true", {"checkpointing": True}

@@ -29,10 +29,10 @@ from common.models.quantization import NOT_QUANTIZED, checkpointing_of
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
 GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
-# Of these kinds, each process holds its share only, from the stage of ZeRO on that is named; FSDP2 is like stage 3.
+# Kind -> the first stage of ZeRO in which each process holds only its share of this kind; FSDP2 is like stage 3.
 SHARDED = {"optimizer states": 1, "gradients": 2, "weights": 3, "trained weights": 3}
 aten = torch.ops.aten
-# Bytes that an operator allocates and frees inside; like the doubles measured under torch 2.13, bitsandbytes 0.50.
+# Bytes that an operator allocates and frees inside. Measured, like the doubles, with torch 2.13, bitsandbytes 0.50.
 WORKSPACE: dict[str, Callable[..., float]] = {
     "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
     "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,

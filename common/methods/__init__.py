@@ -14,7 +14,7 @@ from common.models.registry import ModelFolder
 
 
 def check_flags(trained: str, stored: Mapping[str, Any], args: Any) -> None:
-    """Raises UserError if a flag is given, and is not the one that ``trained`` was trained with."""
+    """Raises UserError if a given flag differs from the value in ``stored``, with which ``trained`` was trained."""
     for flag, value in stored.items():
         given = vars(args)[flag]
         if given not in (vars(type(args)())[flag], value):
@@ -45,7 +45,7 @@ class Method(Protocol):
         """Reads saved parameters back into the same model."""
 
     def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
-        """The model without the trained parameters, for a while."""
+        """A context that gives the model without the trained parameters."""
 
     def optimizer(self, model: PreTrainedModel, args: Any) -> torch.optim.Optimizer | None:
         """The method's own optimizer; None: the one that the training arguments name."""

@@ -22,7 +22,7 @@ from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder
 
-# PEFT asks for this by the name that it had in transformers 4.
+# PEFT uses the name that this property had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -50,7 +50,7 @@ class Lora(Method):
     def save(self, model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes adapter_config.json and adapter_model.safetensors.
 
-        By default PEFT asks the hub whether the vocabulary was extended; it never is.
+        Without ``save_embedding_layers=False`` PEFT asks the hub whether the vocabulary was extended; it never is.
         """
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
@@ -135,13 +135,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     config.base_model_name_or_path = model.name_or_path  # where the base is now
     adapted = get_peft_model(model, config)
     try:
-        report: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+        result: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         detail = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise UserError(f"the adapter in {folder} belongs to a model of another size: {detail}") from error
-    misfits = [*report.unexpected_keys, *(key for key in report.missing_keys if "lora_" in key)]
+    misfits = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
     if misfits:
         raise UserError(f"the adapter in {folder} belongs to another model: {misfits[0]} does not fit.")
     return adapted.eval()

@@ -149,7 +149,7 @@ def holds_prefix_only(folder: str | Path) -> bool:
 
 
 def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]:
-    """The tensors of a saved prefix. Raises UserError if the folder holds none, and if a flag that is given differs."""
+    """The tensors of a saved prefix. Raises UserError if the folder holds none, or if a given flag differs."""
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")

@@ -37,7 +37,7 @@ class ChatGLMConfig(GLMConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    # The model family, "chatglm2" or "chatglm3": no other field tells them apart. The field is ours.
+    # The model family, "chatglm2" or "chatglm3": no other field distinguishes them. The field is ours.
     generation: str | None = None
 
     @property

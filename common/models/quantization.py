@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig
 
 from common.errors import UserError
 
-NOT_QUANTIZED = ["lm_head", "output_layer"]  # nor is the embedding, which is no linear layer
+NOT_QUANTIZED = ["lm_head", "output_layer"]  # the embedding is no linear layer, so it is not quantized either
 
 
 def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -47,7 +47,7 @@ SPECS = {
 class ModelFolder:
     """A model, opened and checked: every part of the program takes this value and opens nothing again."""
 
-    name: str  # that adapters and prefixes remember as their base: an absolute path, a demo, or a hub id
+    name: str  # an absolute path, a demo, or a hub id; adapters and prefixes record it as their base
     path: Path
     spec: ModelSpec
     config: PreTrainedConfig
@@ -60,10 +60,10 @@ class ModelFolder:
 def open_model(
     name: str | Path | ModelFolder, revision: str = "main", cache_dir: str | None = None, config_name: str | None = None
 ) -> ModelFolder:
-    """A demo, a folder, or a model on a hub; of that, only the small files are downloaded.
+    """Opens a demo, a folder, or a model on a hub. Downloads only small files, and reads only the ends of weight files.
 
     ``config_name``: another model, whose config.json counts instead. Raises UserError for a model that is not
-    supported or not whole. Of weight files only the ends are read.
+    supported or not complete.
     """
     if isinstance(name, ModelFolder):
         return name
@@ -134,7 +134,7 @@ def check_vocabulary(path: Path, spec: ModelSpec) -> None:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name means a demo or an existing folder."""
+    """Whether a name is that of a demo or of an existing folder."""
     return name in DEMOS or bool(name) and Path(name).is_dir()
 
 
@@ -146,7 +146,7 @@ def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):
-    """The class that AutoConfig finds under the name that all models share; it makes the config that fits."""
+    """AutoConfig finds this class under the model type that all models share; it makes the fitting config."""
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -193,7 +193,7 @@ def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
 
 
 def second_or_third(path: Path, config: dict[str, Any]) -> str:
-    """chatglm2 or chatglm3, one architecture with two prompts: by their names or by the tokenizer's code as text."""
+    """chatglm2 or chatglm3, which differ only in prompts: by the config, the tokenizer's code as text, or a name."""
     tokenizer_config = read_json(path / "tokenizer_config.json") or {}
     code = path / "tokenization_chatglm.py"
     source = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""

@@ -1,4 +1,4 @@
-"""The weights of a model folder -> the model, mapped and not read; nothing in the folder is executed."""
+"""The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
 import zipfile
 from pathlib import Path
@@ -31,7 +31,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
     """The weights of a packed checkpoint. Raises UserError if bits, a scale or a shape contradict config.json.
 
-    A wrong shape must be found here: quantized once more, it would pass unseen.
+    Only this check finds a wrong shape: quantizing the weights once more would hide it.
     """
     bits, stored = folder.bits, dict[str, Tensor]()
     if bits not in (4, 8):
@@ -51,7 +51,7 @@ def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
         if name in parameters and weight.shape != parameters[name].shape:
             raise UserError(
                 f"{folder.path}: {name} unpacks to {list(weight.shape)} with the {bits} bit that config.json "
-                f"says, and the model needs {list(parameters[name].shape)}."
+                f"names, and the model needs {list(parameters[name].shape)}."
             )
     return weights
 
@@ -74,7 +74,7 @@ def load_base(
     else:
         generation = GenerationConfig.from_model_config(folder.config)
     try:
-        model, report = folder.spec.model.from_pretrained(
+        model, info = folder.spec.model.from_pretrained(
             None if packed else folder.path,
             state_dict=packed,
             config=folder.config,
@@ -88,9 +88,9 @@ def load_base(
         if "mismatch" not in str(error):
             raise
         raise UserError(f"the weights in {folder.path} have other shapes than its config.json says.") from error
-    if report["missing_keys"]:
-        first, count = min(report["missing_keys"]), len(report["missing_keys"])
-        raise UserError(f"{folder.path} is no whole model: {count} weights are missing, {first} among them.")
+    if info["missing_keys"]:
+        first, count = min(info["missing_keys"]), len(info["missing_keys"])
+        raise UserError(f"{folder.path} is no complete model: {count} weights are missing, {first} among them.")
     model.generation_config.bos_token_id = folder.config.bos_token_id
     model.name_or_path = model.config.name_or_path = folder.name
     return model

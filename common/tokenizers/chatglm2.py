@@ -69,7 +69,7 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
         return {**encoded_inputs, "position_ids": pads + position_ids if on_the_left else position_ids + pads}
 
     def config_fields(self) -> dict:
-        return {"generation": self.model_family}  # the field that tells ChatGLM2 from ChatGLM3
+        return {"generation": self.model_family}  # the field that distinguishes ChatGLM2 from ChatGLM3
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):

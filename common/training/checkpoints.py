@@ -21,7 +21,7 @@ from common.trained import COLUMNS, SETTINGS_FILE
 def settings_of(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> dict:
-    """The settings that a continued training must share with its beginning; it may be prolonged."""
+    """The settings that a continued training must share with its beginning; only its length may change."""
     lengths = ("max_source_length", "max_target_length", "max_train_samples")
     names = ("dataset_name", *COLUMNS, *lengths, "ignore_pad_token_for_loss")
     return {
@@ -80,7 +80,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a training, whole or not, oldest first."""
+    """The checkpoints of a training, complete or not, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -89,7 +89,7 @@ def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) 
     """The checkpoint to continue from; None to start from the beginning.
 
     An earlier training in the same folder is continued if its settings are these. Raises UserError if they differ,
-    or if the checkpoint that was asked for is not complete. ``files``: what a finished training leaves, one of them.
+    or if the given checkpoint is not complete. ``files``: names; a finished training leaves one of them.
     """
     folder = Path(args.output_dir)
     asked = args.resume_from_checkpoint
@@ -117,7 +117,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
     if not is_complete_checkpoint(checkpoint):
         raise UserError(
-            f"{checkpoint} is not whole on this machine ({socket.gethostname()}): let all machines share the output "
+            f"{checkpoint} is not complete on this machine ({socket.gethostname()}): let all machines share the output "
             "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
     latest = checkpoint / "latest"
@@ -139,7 +139,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
 
 
 def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether the state of a checkpoint stands where this training is to end."""
+    """Whether the state of a checkpoint has reached the end of this training."""
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
@@ -158,14 +158,14 @@ def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Ite
 
 
 def parts_of(file: Path) -> list[Path]:
-    """A weight file that is there; of an index, the files that it names too."""
+    """An existing weight file; if it is an index, the files that it names too."""
     if not file.is_file():
         return []
     return [file, *(indexed_files(file) or [] if file.suffix == ".json" else [])]
 
 
 def is_saved(folder: Path, files: Iterable[str]) -> bool:
-    """Whether a training has left its result, whole: one of ``files``."""
+    """Whether a training has left its complete result, one of ``files``."""
     found = [parts_of(folder / name) for name in files]
     return any(parts and all(part.is_file() and is_complete(part) for part in parts) for parts in found)
 

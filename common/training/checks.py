@@ -1,4 +1,4 @@
-"""The checks before anything is loaded: each mistake is one sentence, and costs no time."""
+"""The checks before anything is loaded: a mistake costs no time, and its message is one sentence."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SPLITS = (  # split, the flag that asks for it, the flag that names its files, t
 
 
 def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> ModelFolder:
-    """The model's folder. Raises UserError for what can't work, before anything is loaded; changes no argument."""
+    """The model's folder. Raises UserError for input that can't work; loads nothing and changes no argument."""
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
@@ -41,9 +41,9 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
 
 
 def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder) -> None:
-    """Sets what depends on the model: the bits of a packed checkpoint, and activation checkpointing.
+    """Sets the flags that depend on the model: the bits of a packed checkpoint, and activation checkpointing.
 
-    Bits are chosen to save memory, so a training in them checkpoints too, unless --activation_checkpointing says no.
+    A user takes bits to save memory, so such a training checkpoints too, unless --activation_checkpointing is false.
     """
     bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
     if folder.bits and bits != folder.bits and args.process_index == 0:
@@ -64,7 +64,7 @@ def check_quantization(
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
     if args.engine.sharded:
         raise UserError(
-            f"{source}: packed weights can't be sharded by {args.engine.name}; take ZeRO-2, DDP, or no bits."
+            f"{source}: packed weights can't be sharded by {args.engine.name}; take ZeRO-2, DDP, or 16-bit weights."
         )
 
 

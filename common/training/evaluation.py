@@ -1,4 +1,4 @@
-"""Evaluation: the loss of rows, and answers to questions with their scores; of the base model too."""
+"""Evaluation of the tuned and the base model: the loss of rows, and the scores of answers."""
 
 import json
 import math
@@ -81,7 +81,7 @@ def generate_answers(
 
 @contextmanager
 def base_model(trainer: FinetuneTrainer) -> Iterator[None]:
-    """Gives the trainer the base model for a while."""
+    """A context in which the trainer holds the base model."""
     tuned = trainer.model
     with trainer.method.base(tuned) as trainer.model:
         try:

@@ -32,7 +32,7 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 
 
 def print_prepared(split: str, data: Prepared) -> None:
-    """Prints the number of rows, and of those that were cut or left out."""
+    """Prints the number of rows, and how many were cut or left out."""
     found, left = data.summary, len(data.questions) or len(data.rows)
     count = f"{left:,}" if left == found["rows"] else f"{left:,} of {found['rows']:,}"
     notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{found['truncated']:,} truncated"]
