@@ -69,9 +69,9 @@ def parse_arguments(
     Raises UserError for an unknown flag, naming the nearest known one, or for a bad value. Starts nothing.
     """
     argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--checkpoint")
-    first.add_argument("--model_name_or_path")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", nargs="?")  # without a value, the parser of all flags says so
+    first.add_argument("--model_name_or_path", nargs="?")
     given = first.parse_known_args(argv)[0]
     if given.checkpoint and not {"-h", "--help"} & set(argv):
         own = {field.name for field in fields(method_arguments)}

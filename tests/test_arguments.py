@@ -78,6 +78,7 @@ def test_parsing_starts_nothing(monkeypatch):
     [
         ("--lerning_rate 1", "unknown flag --lerning_rate: did you mean --learning_rate"),
         ("--learning_rate fast", "learning_rate.*invalid float value: 'fast'"),
+        ("--do_train --model_name_or_path", "model_name_or_path.*expected one argument"),
         ("--max_source_length 1", "at least 3 tokens"),
         ("--pre_seq_len 0", "--pre_seq_len must be at least 1"),
         ("--per_device_train_batch_size big", "--per_device_train_batch_size big: give a number of rows, or auto"),

@@ -70,6 +70,12 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
 
 
+def test_a_training_without_a_step_ends_like_any_other(tmp_path, capfd):
+    finetune(f"{TRAINING} --num_train_epochs 0", tmp_path)
+    assert "no step was left to train" in capfd.readouterr().out
+    assert SAVED <= files(tmp_path)
+
+
 def test_training_moves_the_prefix(whole_run):
     assert len(losses(whole_run)) == 6
     first, last = read_prefix(whole_run / "checkpoint-3"), read_prefix(whole_run / "checkpoint-6")

@@ -133,9 +133,9 @@ def print_training_summary(
 ) -> None:
     """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     seconds = metrics["train_runtime"]
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    losses = [f"{entry['loss']:.4f} (step {entry['step']})" for entry in history if "loss" in entry]
     pairs = {
-        "loss": f"{losses[0][1]:.4f} (step {losses[0][0]}) -> {losses[-1][1]:.4f} (step {losses[-1][0]})",
+        "loss": " -> ".join(losses[:1] + losses[-1:]) or "no step was left to train",
         "steps": steps,
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
