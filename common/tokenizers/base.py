@@ -55,7 +55,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         return self.sp_model.get_piece_size() + len(self.special_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        return {self._convert_id_to_token(index): index for index in range(self.vocab_size)}
+        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.get_piece_size())))
+        return {token: index for index, token in enumerate([*pieces, *self.special_tokens])}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
         return self.sp_model.encode(text, out_type=str)
