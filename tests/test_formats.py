@@ -14,7 +14,6 @@ from common.data.formats import read_messages
 from common.encoding import encode_eval, encode_train
 from common.errors import UserError
 from common.tokenizers.base import Turn
-from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 BAD_INPUTS = ROOT / "tests" / "bad_inputs"
@@ -51,16 +50,6 @@ def read(messages: object, **row) -> list[Turn]:
 
 def chat(**kwargs) -> DataArguments:
     return DataArguments(conversation_column="messages", **{"max_source_length": 64, "max_target_length": 64} | kwargs)
-
-
-@pytest.fixture(scope="module")
-def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
-    return ChatGLM2Tokenizer(str(small_vocabulary))
-
-
-@pytest.fixture(scope="module")
-def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
-    return ChatGLM3Tokenizer(str(small_vocabulary))
 
 
 # What is read
