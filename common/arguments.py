@@ -85,17 +85,23 @@ class FullArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = flag("Training data: JSON, JSON lines or CSV; files with commas between them, or a glob")
+    train_file: str | None = flag("Training data (JSON, CSV, Parquet, text): files with commas between them, folder, glob")
     train_datasets: str | None = flag("Folder of training data that common/preprocess.sh made, instead of --train_file")
-    validation_file: str | None = flag("Data for --do_eval, in the same formats")
-    test_file: str | None = flag("Data for --do_predict, in the same formats")
+    validation_file: str | None = flag("Data for --do_eval, in the same formats; default: --validation_split")
+    test_file: str | None = flag("Data for --do_predict, in the same formats; default: the validation data")
+    validation_split: float = flag("Share of the training rows, or their number, for validation without a file", 0.05)
+    probe_file: str | None = flag("General questions with answers: their loss shows what a model forgets in training")
+    mix: str | None = flag("Rows of each training file for one row of the first, as in 1,0.3; drawn anew each epoch")
     dataset_name: str | None = flag("A data set on the hub, or a folder, instead of files")
     dataset_config_name: str | None = flag("Configuration of the data set on the hub")
-    prompt_column: str = flag("Column with the question", "prompt")
-    response_column: str = flag("Column with the answer", "response")
+    prompt_column: str | None = flag("Column with the question; default for all columns: told by the names in the rows")
+    response_column: str | None = flag("Column with the answer")
     history_column: str | None = flag("Column with earlier rounds: [[question, answer], ...]")
     conversation_column: str | None = flag("Column with a whole conversation: conversations, or messages of OpenAI")
     text_column: str | None = flag("Column with plain text, trained in blocks of --max_source_length tokens")
+    text_unit: Literal["paragraph", "file"] = flag("A row of a .txt file: a paragraph, or the whole file", "paragraph")
+    skip_bad_rows: bool = flag("Go on without rows that can't be read; they are counted", False)
+    strict_data: bool = flag("Refuse rows with fields that are not read", False)
     source_prefix: str = flag("Text put before the question; of a conversation, before the last one", "")
     max_source_length: int = flag("Longest question in tokens; the rest is cut off and reported", 1024)
     max_target_length: int = flag("Longest answer in tokens; the rest is cut off and reported", 128)
@@ -112,8 +118,11 @@ class DataArguments:
     temperature: float = flag("Sampling: temperature", 0.95)
     max_new_tokens: int | None = flag("Longest generated answer in tokens; default: val_max_target_length")
     evaluate_base: bool = flag("With --do_eval and --do_predict: also score the base model", False)
+    held_out: bool = field(default=False, init=False)  # whether the validation data are rows of the training data
 
     def __post_init__(self):
+        if not 0 <= self.validation_split or 1 < self.validation_split != int(self.validation_split):
+            raise ValueError("--validation_split must be a share below 1, or a number of rows")
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
         if self.train_datasets and (self.train_file or self.dataset_name):
             raise ValueError("--train_datasets replaces --train_file and --dataset_name: give one of them")
@@ -153,6 +162,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = flag("Predict the memory, print it, and stop before weights are downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
+    num_train_epochs: float | None = flag("Passes over the training rows; default: 3, or --default_steps")
+    default_steps: int = flag("Steps over the shipped rows if neither --max_steps nor --num_train_epochs is given", 0)
+    early_stopping: int | None = flag("Evaluations without improvement that end a training; keeps the best checkpoint")
     report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
@@ -173,6 +185,15 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
         if self.deepspeed and self.auto_batch_size:
             raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
+        if self.early_stopping is not None:
+            if self.early_stopping < 1:
+                raise ValueError("--early_stopping must be at least 1")
+            self.load_best_model_at_end = True
+        if self.load_best_model_at_end and self.eval_steps and self.eval_strategy == self.save_strategy == "steps":
+            # A checkpoint is there for each evaluation, whatever steps a script gives.
+            self.save_steps = self.eval_steps
+        if (self.metric_for_best_model or "loss").removeprefix("eval_") != "loss":
+            self.predict_with_generate = True
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32

@@ -4,19 +4,20 @@ import os
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import train_batch
-from common.data.dataset import Prepared, load_shards, prepare_dataset
-from common.encoding import encoders_of
+from common.data.dataset import Prepared, column, prepare_dataset
+from common.data.mix import MixSampler, parse_mix
+from common.data.shards import load_shards
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -28,14 +29,19 @@ from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
 from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete
+from common.training.choices import choose
 from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
+from common.trained import COLUMNS
+
+INPUTS = ["input_ids", "labels"]  # the columns that a model reads; the others tell where a row comes from
 
 
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Trains, evaluates and predicts as the flags ask. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     start_engine(args)
+    choose(data_args, args)
     folder = check(method, model_args, data_args, args)
     complete(model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
@@ -74,9 +80,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
                 checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
             train(trainer, data["train"], checkpoint)
         if args.do_eval:
-            evaluate(trainer, data_args)
+            evaluate(trainer, data, data_args)
         if args.do_predict:
-            predict(trainer, data["test"], data_args)
+            predict(trainer, data, data_args)
     state = PartialState()
     state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
@@ -85,21 +91,28 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
 def prepare(
     data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Prepared]:
-    """The tokenized rows of every split that the flags ask for, cut to --max_*_samples."""
+    """The tokenized rows of every split that the flags ask for, cut to --max_*_samples.
+
+    Where rows are held out, it names them as the validation data.
+    """
     data = {}
     # Only one process overwrites the cache, the check before the start or else the first process; the others read it.
     checked = "EXPECTED_PROCESSES" in os.environ and args.processes > 1 and not args.dry_run
     overwrite = data_args.overwrite_cache and args.process_index == 0 and not checked
-    data_args = replace(data_args, overwrite_cache=overwrite)
-    for split, flag, file_flag, limit_flag in SPLITS:
-        if not vars(args)[flag]:
+    for split, file_flag, limit_flag in SPLITS:
+        if not needs(split, data_args, args):
             continue
+        own = copy(data_args)
+        own.overwrite_cache = overwrite
+        if split == "probe":
+            vars(own).update(dict.fromkeys(COLUMNS), source_prefix="")
         if split == "train" and data_args.train_datasets:
-            prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
+            prepared = load_shards(own, Path(data_args.train_datasets), tokenizer)
         else:
-            encoders = encoders_of(bool(data_args.text_column))
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
-        if (limit := vars(data_args)[limit_flag]) is not None:
+            prepared = prepare_dataset(own, vars(data_args)[file_flag], tokenizer, split)
+        if prepared.held_out:
+            data_args.validation_file = data_args.test_file = prepared.held_out
+        if (limit := vars(data_args).get(limit_flag)) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
         if args.process_index == 0:
             report.print_prepared(split, prepared)
@@ -132,14 +145,14 @@ def build_trainer(
     data_args: DataArguments,
     args: TrainingArguments,
 ) -> FinetuneTrainer:
-    validation = data.get("validation")
+    validation, train = data.get("validation"), data.get("train")
     args.prediction_loss_only = True  # training/evaluation.py generates answers, the Trainer computes the loss
     trainer = FinetuneTrainer(
         method=method,
         model=model,
         args=args,
-        train_dataset=data["train"].rows if "train" in data else None,
-        eval_dataset=validation.rows if validation else None,
+        train_dataset=train.rows.select_columns(INPUTS) if train else None,
+        eval_dataset=validation.rows.select_columns(INPUTS) if validation else None,
         data_collator=partial(
             train_batch,
             pad_token_id=tokenizer.pad_token_id,
@@ -148,6 +161,11 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
+    if args.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
+    if train and data_args.mix:
+        shares = parse_mix(data_args.mix, len(train.summary["findings"]))
+        trainer.sampler = MixSampler(column(train.rows, "file"), shares, args.seed)
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])
         trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)

@@ -12,6 +12,7 @@ TEST_FILE=${TEST_FILE:-${VALIDATION_FILE:-}}
 launch "$ROOT/full/main.py" \
     --checkpoint "$CHECKPOINT" \
     ${TEST_FILE:+--test_file "$TEST_FILE"} \
+    ${PROBE_FILE+--probe_file "$PROBE_FILE"} \
     ${PROMPT_COLUMN:+--prompt_column "$PROMPT_COLUMN"} \
     ${RESPONSE_COLUMN:+--response_column "$RESPONSE_COLUMN"} \
     ${HISTORY_COLUMN+--history_column "$HISTORY_COLUMN"} \

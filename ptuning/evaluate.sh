@@ -13,6 +13,7 @@ launch "$ROOT/ptuning/main.py" \
     --checkpoint "$CHECKPOINT" \
     ${MODEL:+--model_name_or_path "$MODEL"} \
     ${TEST_FILE:+--test_file "$TEST_FILE"} \
+    ${PROBE_FILE+--probe_file "$PROBE_FILE"} \
     ${PROMPT_COLUMN:+--prompt_column "$PROMPT_COLUMN"} \
     ${RESPONSE_COLUMN:+--response_column "$RESPONSE_COLUMN"} \
     ${HISTORY_COLUMN+--history_column "$HISTORY_COLUMN"} \

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.rows import find_files
+from common.data.sources import find_files
 from common.errors import UserError, differences
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.methods import Method
@@ -23,7 +23,7 @@ def settings_of(
 ) -> dict:
     """The settings that a continued training must share with its beginning; only its length may change."""
     lengths = ("max_source_length", "max_target_length", "max_train_samples")
-    names = ("dataset_name", *COLUMNS, *lengths, "ignore_pad_token_for_loss")
+    names = ("dataset_name", *COLUMNS, "text_unit", "mix", *lengths, "ignore_pad_token_for_loss")
     return {
         "model": str(folder.path.resolve()),
         "method": method.name,
@@ -32,6 +32,7 @@ def settings_of(
         "train_file": full_paths(data_args.train_file),
         "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
         **{name: vars(data_args)[name] for name in names},
+        "validation_split": data_args.validation_split if data_args.held_out else 0,
         **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "rows_per_step": args.rows_per_step,
@@ -146,14 +147,21 @@ def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
 
 
 def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Iterable[str], start_over: bool) -> None:
-    """Records the settings, and the files for an evaluation; removes the earlier training when starting over."""
+    """Records the settings and the files for an evaluation, with held-out rows in ``folder``.
+
+    It removes the earlier training when starting over.
+    """
     if start_over:
         for checkpoint in checkpoint_folders(folder):
             print(f"starting over: {checkpoint} is deleted", flush=True)
             shutil.rmtree(checkpoint)
         for file in [path for name in files for path in parts_of(folder / name)]:
             file.unlink()
-    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in ("test_file", "validation_file")}
+    names = ("test_file", "validation_file", "probe_file")
+    if data_args.held_out:  # the cache may be emptied
+        shutil.copytree(str(data_args.validation_file), folder / "held_out", dirs_exist_ok=True)
+        data_args.test_file = data_args.validation_file = str(folder / "held_out")
+    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in names}
     write_json(folder / SETTINGS_FILE, settings | evaluated)
 
 

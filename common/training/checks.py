@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.dataset import read_manifest
-from common.data.rows import find_files
+from common.data.mix import parse_mix
+from common.data.shards import read_manifest
+from common.data.sources import find_files
 from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
@@ -13,11 +14,19 @@ from common.models.registry import ModelFolder, open_model
 from common.models.weights import packed_weights
 from common.training.checkpoints import check_writable
 
-SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
-    ("train", "do_train", "train_file", "max_train_samples"),
-    ("validation", "do_eval", "validation_file", "max_eval_samples"),
-    ("test", "do_predict", "test_file", "max_predict_samples"),
+SPLITS = (  # split, the flag that names its files, the flag that limits its rows
+    ("train", "train_file", "max_train_samples"),
+    ("validation", "validation_file", "max_eval_samples"),
+    ("test", "test_file", "max_predict_samples"),
+    ("probe", "probe_file", None),
 )
+
+
+def needs(split: str, data_args: DataArguments, args: TrainingArguments) -> bool:
+    """Whether the flags ask for a split."""
+    if split == "probe":
+        return bool(data_args.probe_file) and (args.do_eval or args.do_predict)
+    return {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}[split]
 
 
 def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> ModelFolder:
@@ -73,14 +82,20 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
     shards = data_args.train_datasets if args.do_train else None
-    if shards:
-        read_manifest(Path(shards))
-    for split, flag, file_flag, _ in SPLITS:
-        patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
-        if patterns:
-            find_files(patterns)
-        elif vars(args)[flag] and not data_args.dataset_name and not (split == "train" and shards):
-            raise UserError(f"--{flag} needs --{file_flag}.")
+    count = len(read_manifest(Path(shards))["findings"]) if shards else 0
+    for split, file_flag, _ in SPLITS:
+        if not needs(split, data_args, args) or split == "train" and shards:
+            continue
+        patterns = vars(data_args)[file_flag]
+        files = find_files(patterns or "")
+        count = len(files) if split == "train" else count
+        if not files and not data_args.dataset_name and not (data_args.held_out and split != "train"):
+            job = {"train": "train", "validation": "eval", "test": "predict"}[split]
+            raise UserError(f"--do_{job} needs --{file_flag}.")
+    if data_args.mix and args.do_train:
+        parse_mix(data_args.mix, count)
+        if args.train_sampling_strategy != "random":
+            raise UserError(f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}.")
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:

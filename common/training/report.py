@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data.dataset import Prepared
+from common.errors import note
 from common.files import gb
 from common.launch.engines import sizes
 from common.memory.fit import Forecast
@@ -32,18 +33,29 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
 
 
 def print_prepared(split: str, data: Prepared) -> None:
-    """Prints the number of rows, and how many were cut or left out."""
-    found, left = data.summary, len(data.questions) or len(data.rows)
-    count = f"{left:,}" if left == found["rows"] else f"{left:,} of {found['rows']:,}"
-    notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{found['truncated']:,} truncated"]
-    if found["shortened"]:
-        notes.append(f"{found['shortened']:,} without their oldest turns")
-    if found["dropped"]:
-        first = f"(an empty text?), first {found['first_dropped']}"
-        notes.append(f"{found['dropped']:,} dropped with nothing to learn {first}")
-    if found["unlabelled"]:
-        notes.append(f"{found['unlabelled']:,} dropped because nothing of their answers fits the lengths")
-    console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
+    """Prints the format of each file, the number of rows, and all that was cut, left out or not read."""
+    summary = data.summary
+    for found in summary["findings"]:
+        console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {found['unit']}")
+        for name, count in found["unread"].items():
+            note(f"note: {found['file']}: {name!r} is not read ({count:,} rows)")
+        if found["empty_answers"]:
+            note(f"note: {found['file']}: {found['empty_answers']:,} empty answers of the assistant are left out")
+    if summary["bad_rows"]:
+        note(f"note: {summary['bad_rows']:,} bad rows are left out, first {': '.join(summary['bad'][0][:2])}")
+    left = len(data.questions) or len(data.rows)
+    count = f"{left:,}" if left == summary["rows"] else f"{left:,} of {summary['rows']:,}"
+    notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{summary['truncated']:,} truncated"]
+    if data.held_out:
+        notes.append(f"{len(summary['held_out']):,} different ones held out for validation, and none of their copies kept")
+    if summary["shortened"]:
+        notes.append(f"{summary['shortened']:,} without their oldest turns")
+    if summary["dropped"]:
+        first = f"(an empty text?), first {summary['first_dropped']}"
+        notes.append(f"{summary['dropped']:,} dropped with nothing to learn {first}")
+    if summary["unlabelled"]:
+        notes.append(f"{summary['unlabelled']:,} dropped because nothing of their answers fits the lengths")
+    console().print(f"{split}: {', '.join(notes)}")
 
 
 def print_plan(memory: Forecast) -> None:
@@ -78,19 +90,23 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Scores of several models side by side; with two, their ratio too."""
+    """Scores of several models side by side, and their loss on the general questions; with two, the ratio too."""
     ratio = [" / ".join([*columns][::-1])] if len(columns) == 2 else []
     headers = [Column(name, justify="right") for name in (*columns, *ratio)]
     table = Table("metric", *headers, title="scores, 0 to 100", title_justify="left")
-    for metric in SCORES:
+    first = next(iter(columns.values()))
+    for metric, name in {**{metric: metric.upper() for metric in SCORES}, "probe_loss": "loss on PROBE_FILE"}.items():
+        if metric not in first:
+            continue
         values = [scores[metric] for scores in columns.values()]
         cells = [f"{value:.2f}" for value in values]
         if ratio:
             cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
-        table.add_row(metric.upper(), *cells)
-    console().print(table)
+        table.add_row(name, *cells)
+    if table.row_count:
+        console().print(table)
     for name, scores in columns.items():
-        if scores["empty"]:
+        if scores.get("empty"):
             console().print(f"{name}: {scores['empty']} empty predictions or references count as 0")
 
 
