@@ -85,7 +85,9 @@ class FullArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = flag("Training data (JSON, CSV, Parquet, text): files with commas between them, folder, glob")
+    train_file: str | None = flag(
+        "Training data (JSON, CSV, Parquet, text): files with commas between them, folder, glob"
+    )
     train_datasets: str | None = flag("Folder of training data that common/preprocess.sh made, instead of --train_file")
     validation_file: str | None = flag("Data for --do_eval, in the same formats; default: --validation_split")
     test_file: str | None = flag("Data for --do_predict, in the same formats; default: the validation data")

@@ -27,12 +27,12 @@ from common.methods import Method
 from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
+from common.trained import COLUMNS
 from common.training import checkpoints, report
-from common.training.checks import SPLITS, check, complete
+from common.training.checks import SPLITS, check, complete, needs
 from common.training.choices import choose
 from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
-from common.trained import COLUMNS
 
 INPUTS = ["input_ids", "labels"]  # the columns that a model reads; the others tell where a row comes from
 
@@ -114,8 +114,13 @@ def prepare(
             data_args.validation_file = data_args.test_file = prepared.held_out
         if (limit := vars(data_args).get(limit_flag)) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
-        if args.process_index == 0:
+        if split == "train" and data_args.mix:
+            shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
+            prepared.sampler = MixSampler(column(prepared.rows, "file"), shares, args.seed)
+        if args.process_index == 0 and not (split == "test" and data_args.test_file == data_args.validation_file):
             report.print_prepared(split, prepared)
+        if args.process_index == 0 and split == "train" and args.do_train:
+            report.print_length(prepared, args)
         data[split] = prepared
     return data
 
@@ -163,9 +168,7 @@ def build_trainer(
     )
     if args.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
-    if train and data_args.mix:
-        shares = parse_mix(data_args.mix, len(train.summary["findings"]))
-        trainer.sampler = MixSampler(column(train.rows, "file"), shares, args.seed)
+    trainer.sampler = train.sampler if train else None
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])
         trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)

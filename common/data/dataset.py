@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut, write_held_out
+from common.data.mix import MixSampler
 from common.data.tables import FEATURES, check_any, write_table
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
@@ -39,6 +40,11 @@ class Prepared:
     cached: bool  # whether it was there before
     summary: Mapping[str, Any]  # counts of all rows; ``rows`` counts questions if there are any
     held_out: str | None = None  # folder with the rows that a training leaves for its validation
+    sampler: MixSampler | None = None  # of training files that are mixed
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return len(self.sampler or self.rows)
 
 
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
@@ -75,7 +81,9 @@ def holds_out(split: Split) -> bool:
     return split.name == "train" and split.args.held_out
 
 
-def prepare_dataset(args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str) -> Prepared:
+def prepare_dataset(
+    args: DataArguments, patterns: str | None, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Prepared:
     """The tokenized rows of a split (train, validation, test or probe), from the cache or written to it.
 
     One job tokenizes, and all others wait. Raises UserError for bad files and rows.

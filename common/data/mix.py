@@ -24,9 +24,9 @@ def parse_mix(mix: str, files: int) -> list[float]:
 class MixSampler(Sampler[int]):
     """The indices of the rows of an epoch, shuffled.
 
-    ``files``: the index of each row's file. Of file i an epoch takes shares[i] / shares[0] rows for each row of the first
-    file: drawn without repetition, after whole passes where a file has fewer. Nothing but seed and epoch decides the
-    draw, so a resumed training sees the rows of an uninterrupted one. Raises UserError for a file without rows.
+    ``files``: the index of each row's file. Of file i an epoch takes shares[i] / shares[0] rows for each row of the
+    first file: drawn without repetition, after whole passes where a file has fewer. Nothing but seed and epoch decides
+    the draw, so a resumed training sees the rows of an uninterrupted one. Raises UserError for a file without rows.
     """
 
     def __init__(self, files: Sequence[int], shares: Sequence[float], seed: int):

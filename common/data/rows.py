@@ -4,38 +4,33 @@ import csv
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, NamedTuple
 
 from common.errors import UserError
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""(place, row): error messages name the place, ``FILE, line N`` or ``FILE, row N``."""
+
+class RowError(Exception):
+    """The mistake in a row, without its place, which the reader of the file adds."""
 
 
-def find_files(patterns: str) -> list[Path]:
-    """The files of a list of paths and globs, separated by commas. Raises UserError for an entry without a file."""
-    files = []
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not found or not all(os.path.isfile(file) for file in found):
-            raise UserError(f"no data file {pattern} (looked in {os.getcwd()}).")
-        files += found
-    return [Path(file) for file in files]
+class Row(NamedTuple):
+    place: str
+    number: int
+    content: dict[str, Any]
+    problem: str = ""
+    excerpt: str = ""
 
 
-def read_rows(file: Path) -> Rows:
-    """The rows of a JSON, JSON lines or CSV file. Raises UserError for text that is broken or not UTF-8."""
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as text:
-            for place, row in (read_csv if file.suffix.lower() == ".csv" else read_json)(file, text):
-                if not isinstance(row, dict):
-                    raise UserError(f'{place}: expected an object like {{"prompt": …}}, found {type(row).__name__}.')
-                yield place, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason}.") from error
+def read_rows(file, text_unit="file"):
+    if file.suffix == ".txt":
+        for i, p in enumerate(file.read_text().split("\n\n"), 1):
+            yield Row(f"{file}, line {i}", i, {"text": p})
+        return
+    with open(file, encoding="utf-8-sig", newline="") as text:
+        for i, (place, row) in enumerate((read_csv if file.suffix.lower() == ".csv" else read_json)(file, text), 1):
+            yield Row(place, i, row)
 
 
 def read_json(file: Path, text: TextIO) -> Iterator[tuple[str, Any]]:
@@ -62,7 +57,7 @@ def parse_json(file: Path, text: str, line: int = 0) -> Any:
         raise UserError(f"{file}{f', line {line}' if line else ''}: broken JSON: {reason}.") from error
 
 
-def read_csv(file: Path, text: TextIO) -> Rows:
+def read_csv(file: Path, text: TextIO):
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(text, strict=True)
     try:
@@ -73,35 +68,3 @@ def read_csv(file: Path, text: TextIO) -> Rows:
             yield place, row
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
-
-
-def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:
-    """The value of a column. Raises UserError that names the existing columns where it is missing."""
-    if column not in row:
-        raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --{flag}).")
-    return row[column]
-
-
-def check_text(place: str, name: str, value: Any) -> str:
-    """The string, "" for null. Raises UserError for other types and for lone surrogates."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {name} holds {type(value).__name__} {value!r:.40}, expected a string.")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{place}: {name} holds half a character (a lone surrogate), which is no text.")
-    return value
-
-
-def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
-    return check_text(place, f"column {column!r}", value_of(place, row, column, flag))
-
-
-def json_of(place: str, name: str, value: Any) -> Any:
-    """The JSON value that a string holds, as CSV writes lists, None for a blank one; other values unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {name} is not JSON: {error}.") from error

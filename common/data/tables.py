@@ -89,9 +89,7 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                     origin, question = whole[index], next(questions[index])
                     cells.append((*row[:2], origin.file, origin.line, origin.row, question, asked, answered))
                 counts["rows"] += len(cells)
-                columns = [
-                    pyarrow.array([row[i] for row in cells], field.type) for i, field in enumerate(schema)
-                ]
+                columns = [pyarrow.array([row[i] for row in cells], field.type) for i, field in enumerate(schema)]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
     finally:
         gc.enable()

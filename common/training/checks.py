@@ -95,7 +95,9 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     if data_args.mix and args.do_train:
         parse_mix(data_args.mix, count)
         if args.train_sampling_strategy != "random":
-            raise UserError(f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}.")
+            raise UserError(
+                f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}."
+            )
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:

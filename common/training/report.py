@@ -1,5 +1,6 @@
 """The reports in the terminal: settings, first row, scores side by side, final summary."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from common.memory.fit import Forecast
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
+
+MANY_PASSES, FEW_STEPS = 20, 50
 
 
 def console() -> Console:
@@ -47,7 +50,9 @@ def print_prepared(split: str, data: Prepared) -> None:
     count = f"{left:,}" if left == summary["rows"] else f"{left:,} of {summary['rows']:,}"
     notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{summary['truncated']:,} truncated"]
     if data.held_out:
-        notes.append(f"{len(summary['held_out']):,} different ones held out for validation, and none of their copies kept")
+        notes.append(
+            f"{len(summary['held_out']):,} different ones held out for validation, and none of their copies kept"
+        )
     if summary["shortened"]:
         notes.append(f"{summary['shortened']:,} without their oldest turns")
     if summary["dropped"]:
@@ -56,6 +61,29 @@ def print_prepared(split: str, data: Prepared) -> None:
     if summary["unlabelled"]:
         notes.append(f"{summary['unlabelled']:,} dropped because nothing of their answers fits the lengths")
     console().print(f"{split}: {', '.join(notes)}")
+
+
+def print_length(data: Prepared, args: TrainingArguments) -> None:
+    """Prints steps and epochs of a training, the mix of its files, and a warning for too many passes or too few steps."""
+    rows = data.rows_per_epoch
+    batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    passes = steps / steps_per_epoch
+    if data.sampler:
+        files = zip(data.sampler.counts, data.summary["findings"], strict=True)
+        console().print(
+            f"train: an epoch mixes {' + '.join(f'{count:,} rows of {found["file"]}' for count, found in files)}"
+        )
+    console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.1f} epochs of {rows:,} rows")
+    if passes > MANY_PASSES:
+        note(
+            f"warning: {passes:.0f} passes over the same rows teach them by heart: EPOCHS=3 (--num_train_epochs 3) is usual."
+        )
+    elif steps < FEW_STEPS:
+        note(
+            f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs), or lower GRAD_ACCUM or BATCH_SIZE."
+        )
 
 
 def print_plan(memory: Forecast) -> None:
@@ -149,9 +177,13 @@ def print_training_summary(
 ) -> None:
     """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     seconds = metrics["train_runtime"]
-    losses = [f"{entry['loss']:.4f} (step {entry['step']})" for entry in history if "loss" in entry]
+    losses, validated = (
+        [f"{entry[name]:.4f} (step {entry['step']})" for entry in history if name in entry]
+        for name in ("loss", "eval_loss")
+    )
     pairs = {
         "loss": " -> ".join(losses[:1] + losses[-1:]) or "no step was left to train",
+        **({"validation loss": " -> ".join(validated)} if validated else {}),
         "steps": steps,
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",

