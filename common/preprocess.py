@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tqdm import tqdm
 
 from common.arguments import DataArguments, ModelArguments, flag
-from common.data import dataset, shards
+from common.data import dataset
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut
+from common.data.shards import MANIFEST, load_shards
 from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, write_table
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with guard("folder", folder, inside=True):
-        complete = read_json(folder / shards.MANIFEST)
+        complete = read_json(folder / MANIFEST)
         if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
             raise UserError(
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
                 file.unlink()
         make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
         write_manifest(folder, job, settings | findings)
-        print_prepared("train", shards.load_shards(args, folder, tokenizer))
+        print_prepared("train", load_shards(args, folder, tokenizer))
 
 
 def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
@@ -107,7 +108,7 @@ def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
     check_any(totals, job.split.args, job.split.source)
     totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
     files = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-    write_json(folder / shards.MANIFEST, content | totals | {"shards": files})
+    write_json(folder / MANIFEST, content | totals | {"shards": files})
 
 
 def shard_bounds(examples: int, count: int) -> list[int]:
@@ -132,7 +133,7 @@ def make_missing(job: Job, workers: int) -> None:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
     if not missing:
         return
-    job.files[0].with_name(shards.MANIFEST).unlink(missing_ok=True)
+    job.files[0].with_name(MANIFEST).unlink(missing_ok=True)
     fork = multiprocessing.get_context("fork")  # other ways import everything again, seconds for each worker
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)

@@ -108,7 +108,7 @@ def prepared(
     """The rows without those that are held out, and without their copies."""
     if not summary["held_out"]:
         return Prepared(rows, questions, files, cached, summary)
-    kept = np.isin(column(rows, "row"), np.array(summary["held_out"], np.uint64), invert=True)
+    kept = np.isin(column(rows, "row"), np.array(summary["held_out"], np.int64), invert=True)
     return Prepared(rows.select(np.flatnonzero(kept)), questions, files, cached, summary, str(folder / "held_out"))
 
 

@@ -128,8 +128,8 @@ def text_of(content: str | Sequence[Turn]) -> str:
 
 
 def hash_of(text: str) -> int:
-    """64 bits of the hash of a text, equal on all machines."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    """64 bits of the hash of a text, as a signed integer, equal on all machines."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def questions_of(content: str | Sequence[Turn]) -> Iterator[int]:

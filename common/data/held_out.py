@@ -25,7 +25,7 @@ class HoldOut:
     def __init__(self, share: float):
         self.share = share
         self.most = MOST if share < 1 else int(share)
-        self.hashes = array("Q")
+        self.hashes = array("q")
         self.candidates: dict[int, Example] = {}
         self.heap: list[int] = []  # the negative hashes of the candidates: the largest hash comes first
 
@@ -49,7 +49,7 @@ class HoldOut:
 
     def choose(self, source: str) -> list[Example]:
         """The held-out examples, in the order of the files. Raises UserError where too few rows are different."""
-        different = len(np.unique(np.frombuffer(self.hashes, np.uint64)))
+        different = len(np.unique(np.frombuffer(self.hashes, np.int64)))
         count = int(self.share)
         if self.share < 1:
             count = min(max(FEWEST, round(self.share * different)), different // 2)

@@ -22,7 +22,7 @@ COUNTS = ("rows", "dropped", "truncated", "shortened", "unlabelled")
 IDS = List(Value("int32"))
 ORIGIN = {  # where a row comes from, and its length in tokens before anything is cut
     **{"file": Value("int32"), "line": Value("int64")},
-    **{"row": Value("uint64"), "question": Value("uint64")},  # hashes of the conversation, and of the turns before
+    **{"row": Value("int64"), "question": Value("int64")},  # hashes of the conversation, and of the turns before
     **{"asked": Value("int32"), "answered": Value("int32")},
 }
 FEATURES = {
