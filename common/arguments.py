@@ -190,7 +190,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if self.early_stopping is not None:
             if self.early_stopping < 1:
                 raise ValueError("--early_stopping must be at least 1")
-            self.load_best_model_at_end = True
+            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
         if self.load_best_model_at_end and self.eval_steps and self.eval_strategy == self.save_strategy == "steps":
             # A checkpoint is there for each evaluation, whatever steps a script gives.
             self.save_steps = self.eval_steps

@@ -79,6 +79,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
                 start_over = args.overwrite_output_dir and checkpoint is None
                 checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
             train(trainer, data["train"], checkpoint)
+            trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
         if args.do_eval:
             evaluate(trainer, data, data_args)
         if args.do_predict:
@@ -198,7 +199,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
-        report.print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
+        report.print_training_summary(args, trainer.state, metrics, steps, tokens)
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
                 "--overwrite_cache to make it again."
             )
-        reading, hold_out = Reading(), HoldOut(args.validation_split)
+        reading, hold_out = Reading(), HoldOut(args.validation_split, bool(args.mix))
         bounds = shard_bounds(sum(1 for _ in hold_out.watch(read_examples(split, reading))), own_args.num_shards)
         check_reading(reading.summary(), args)
         shutil.rmtree(folder / "held_out", ignore_errors=True)

@@ -71,7 +71,7 @@ def fingerprint(split: Split) -> dict[str, Any]:
     return encoding_settings(split.args, split.tokenizer, split.name) | {
         "split": split.name,
         **{name: vars(split.args)[name] for name in (*COLUMNS, "text_unit")},
-        "held_out": split.args.validation_split if holds_out(split) else 0,
+        "held_out": [split.args.validation_split, bool(split.args.mix)] if holds_out(split) else None,
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
         "dataset": None if split.named is None else split.named._fingerprint,
     }
@@ -124,7 +124,7 @@ def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str,
     summary: dict[str, Any] = {}
     try:
         for table in tables:
-            reading, hold_out = Reading(), HoldOut(split.args.validation_split)
+            reading, hold_out = Reading(), HoldOut(split.args.validation_split, bool(split.args.mix))
             examples = read_examples(split, reading)
             watched = hold_out.watch(examples) if holds_out(split) else examples
             found = write_table(split, table, watched, folder / f"{table}.arrow") | reading.summary()

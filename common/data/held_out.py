@@ -19,11 +19,12 @@ class HoldOut:
     """Watches the examples of a training, and holds out those with the smallest hashes.
 
     ``share``: of the different examples, or their number from 1 on. The choice depends on nothing but the texts, so it
-    is the same after a resume and on other machines, and each copy of a held-out example is known by its hash.
+    is the same after a resume and on other machines, and each copy of a held-out example is known by its hash. With
+    ``mixed`` files only the first one is looked at: the others are there to be remembered.
     """
 
-    def __init__(self, share: float):
-        self.share = share
+    def __init__(self, share: float, mixed: bool):
+        self.share, self.mixed = share, mixed
         self.most = MOST if share < 1 else int(share)
         self.hashes = array("q")
         self.candidates: dict[int, Example] = {}
@@ -32,7 +33,7 @@ class HoldOut:
     def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
         """Passes all examples on."""
         for example in examples:
-            if example.content:
+            if example.content and not (self.mixed and example.file):
                 self.hashes.append(example.row)
                 if example.row not in self.candidates:
                     self.offer(example)

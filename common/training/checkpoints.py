@@ -140,7 +140,10 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
 
 
 def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether the state of a checkpoint has reached the end of this training."""
+    """Whether the state of a checkpoint has reached the end of this training, or was stopped early there."""
+    stopper = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    if args.early_stopping and stopper.get("early_stopping_patience_counter", 0) >= args.early_stopping:
+        return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs

@@ -137,7 +137,7 @@ def answer_rows(
 def predict(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments) -> None:
     """Answers every question of the test rows, and scores the answers that have a reference; the base's too if asked.
 
-    Writes generated_predictions.txt, one {"labels", "predict"} per line in the order of the file; labels are null
+    Writes generated_predictions.txt, one {"labels", "predict"} per line in the order of the file; labels are empty
     without a reference.
     """
     data = splits["test"]
@@ -153,7 +153,8 @@ def predict(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args:
         if trainer.is_world_process_zero():
             with open(output_dir / file_name, "w", encoding="utf-8") as file:
                 for reference, answer in zip(references, answers, strict=True):
-                    file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
+                    row = {"labels": reference or "", "predict": answer}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
         found = score([answers[index] for index in scored], [references[index] for index in scored]) if scored else {}
         columns[name] = found | probed
     metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}

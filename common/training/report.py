@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data.dataset import Prepared
@@ -39,7 +39,8 @@ def print_prepared(split: str, data: Prepared) -> None:
     """Prints the format of each file, the number of rows, and all that was cut, left out or not read."""
     summary = data.summary
     for found in summary["findings"]:
-        console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {found['unit']}")
+        unit = "rows to answer" if split == "test" else found["unit"]
+        console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {unit}")
         for name, count in found["unread"].items():
             note(f"note: {found['file']}: {name!r} is not read ({count:,} rows)")
         if found["empty_answers"]:
@@ -50,9 +51,7 @@ def print_prepared(split: str, data: Prepared) -> None:
     count = f"{left:,}" if left == summary["rows"] else f"{left:,} of {summary['rows']:,}"
     notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{summary['truncated']:,} truncated"]
     if data.held_out:
-        notes.append(
-            f"{len(summary['held_out']):,} different ones held out for validation, and none of their copies kept"
-        )
+        notes.append(f"{len(summary['held_out']):,} held out for validation, and their copies left out")
     if summary["shortened"]:
         notes.append(f"{summary['shortened']:,} without their oldest turns")
     if summary["dropped"]:
@@ -71,10 +70,9 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     passes = steps / steps_per_epoch
     if data.sampler:
-        files = zip(data.sampler.counts, data.summary["findings"], strict=True)
-        console().print(
-            f"train: an epoch mixes {' + '.join(f'{count:,} rows of {found["file"]}' for count, found in files)}"
-        )
+        counts = zip(data.sampler.counts, data.summary["findings"], strict=True)
+        parts = [f"{count:,} rows of {found['file']}" for count, found in counts]
+        console().print(f"train: an epoch mixes {' + '.join(parts)}")
     console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.1f} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
         note(
@@ -173,17 +171,19 @@ def print_settings(
 
 
 def print_training_summary(
-    args: TrainingArguments, history: list[dict[str, float]], metrics: Mapping[str, float], steps: int, tokens: int
+    args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float], steps: int, tokens: int
 ) -> None:
-    """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    """state, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    best = args.load_best_model_at_end and state.best_model_checkpoint
     seconds = metrics["train_runtime"]
     losses, validated = (
-        [f"{entry[name]:.4f} (step {entry['step']})" for entry in history if name in entry]
+        [f"{entry[name]:.4f} (step {entry['step']})" for entry in state.log_history if name in entry]
         for name in ("loss", "eval_loss")
     )
     pairs = {
         "loss": " -> ".join(losses[:1] + losses[-1:]) or "no step was left to train",
         **({"validation loss": " -> ".join(validated)} if validated else {}),
+        **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
         "steps": steps,
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
