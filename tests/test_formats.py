@@ -10,7 +10,8 @@ import pytest
 from test_data import counts, prepare, write_lines
 
 from common.arguments import DataArguments
-from common.data.formats import read_messages
+from common.data.messages import read_messages
+from common.data.rows import RowError
 from common.encoding import encode_eval, encode_train
 from common.errors import UserError
 from common.tokenizers.base import Turn

@@ -24,8 +24,8 @@ from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
-from common.data.formats import check_roles, read_messages, read_pair
-from common.data.rows import Rows, find_files, read_rows, text_of
+from common.data.formats import Columns, FormatReader
+from common.data.rows import RowError, Rows, find_files, read_rows
 from common.encoding import TrainRow
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
@@ -98,17 +98,18 @@ def open_split(
 
 def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
     """The example of every row. Raises UserError for a row that does not match the column flags."""
+    text, conversation = args.text_column, args.conversation_column
+    pair = not (text or conversation)
+    prompt, response = (args.prompt_column, args.response_column) if pair else (None, None)
+    reader = FormatReader(Columns(prompt, response, args.history_column, conversation, text), tokenizer)
     for place, row in rows:
-        if args.text_column:
-            yield place, text_of(place, row, args.text_column, "text_column")
+        try:
+            turns = reader.read(row)
+        except RowError as error:
+            raise UserError(f"{place}: {error}.") from error
+        if isinstance(turns, str):
+            yield place, turns
             continue
-        if args.conversation_column:
-            turns = read_messages(place, row, args.conversation_column)
-        else:
-            turns = read_pair(place, row, args.prompt_column, args.response_column, args.history_column)
-        check_roles(tokenizer, place, turns)
-        if not any(turn.loss for turn in turns):
-            turns = []
         if args.source_prefix and turns:
             last = max(index for index, turn in enumerate(turns) if turn.role == "user")
             turns[last] = turns[last]._replace(content=args.source_prefix + turns[last].content)

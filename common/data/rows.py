@@ -4,12 +4,16 @@ import csv
 import glob
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from common.errors import UserError
+
+
+class RowError(Exception):
+    """The mistake in a row, without its place, which the reader of the file adds."""
+
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """(place, row): error messages name the place, ``FILE, line N`` or ``FILE, row N``."""
@@ -73,35 +77,3 @@ def read_csv(file: Path, text: TextIO) -> Rows:
             yield place, row
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}.") from error
-
-
-def value_of(place: str, row: dict[str, Any], column: str, flag: str) -> Any:
-    """The value of a column. Raises UserError that names the existing columns where it is missing."""
-    if column not in row:
-        raise UserError(f"{place}: no column {column!r}; there are {', '.join(map(repr, row))} (set --{flag}).")
-    return row[column]
-
-
-def check_text(place: str, name: str, value: Any) -> str:
-    """The string, "" for null. Raises UserError for other types and for lone surrogates."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {name} holds {type(value).__name__} {value!r:.40}, expected a string.")
-    if not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{place}: {name} holds half a character (a lone surrogate), which is no text.")
-    return value
-
-
-def text_of(place: str, row: dict[str, Any], column: str, flag: str) -> str:
-    return check_text(place, f"column {column!r}", value_of(place, row, column, flag))
-
-
-def json_of(place: str, name: str, value: Any) -> Any:
-    """The JSON value that a string holds, as CSV writes lists, None for a blank one; other values unchanged."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: {name} is not JSON: {error}.") from error

@@ -1,11 +1,12 @@
 """The tokenizer of GLM-4 with the methods of ours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn
+from common.tokenizers.base import Conversation, EncodedTurn, Turn
 
 
 class GLM4Adapter:
@@ -53,5 +54,13 @@ class GLM4Adapter:
 
     def render(self, turns: Conversation, add_generation_prompt: bool = False) -> str:
         """The text that the chat template makes of a conversation."""
-        batch = [[turn._asdict() for turn in turns]]  # an empty conversation is allowed only in a batch
+        batch = [list(map(message_of, turns))]  # an empty conversation is allowed only in a batch
         return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
+
+
+def message_of(turn: Turn) -> dict[str, Any]:
+    """The turn as chat templates read it; a template tells a missing thought from an empty one."""
+    message = turn._asdict()
+    if not turn.reasoning_content:
+        del message["reasoning_content"]
+    return message
