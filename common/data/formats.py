@@ -1,4 +1,4 @@
-"""Rows of a file -> texts or checked conversations. The keys of a row tell its format, unless flags name the columns."""
+"""Rows of a file -> texts or checked conversations. Its keys tell the format of a row, unless flags name columns."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
