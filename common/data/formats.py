@@ -153,6 +153,8 @@ class FormatReader:
 
     def shape_by_keys(self, row: dict[str, Any], filled: list[str]) -> Shape:
         """The shape that the keys tell. A list of messages wins over a pair, and a pair over a text."""
+        if not row:
+            raise RowError("the row is empty")
         if len(find(filled, PREFERENCES)) == len(PREFERENCES):
             raise RowError(
                 "preference data ('chosen' and 'rejected') can't be trained: keep the better answer, or name the "
