@@ -11,7 +11,7 @@ from conftest import load_arrays, load_real_tokenizer
 from tiny_models import CHATGLM2, CHATGLM3
 
 from common.data.collator import left_pad, train_batch
-from common.data.formats import read_messages
+from common.data.messages import read_messages
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -130,7 +130,7 @@ def test_official_evaluation_rows_of_chatglm2(original2, dev_rows):
 
 
 def official_messages(case: dict) -> list[list[Turn]]:
-    return [read_messages("row", {"messages": messages}, "messages") for messages in case["conversations"]]
+    return [read_messages(messages, "conversations", set()) for messages in case["conversations"]]
 
 
 @pytest.mark.parametrize(("case", "rows"), [("train_b4", slice(0, 4)), ("train_multiturn", slice(1, 3))])

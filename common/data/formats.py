@@ -1,4 +1,4 @@
-"""Rows of a file -> texts or checked conversations. The keys of a row tell its format, unless flags name the columns."""
+"""Rows of a file -> texts or checked conversations. Its keys tell the format of a row, unless flags name columns."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -153,6 +153,8 @@ class FormatReader:
 
     def shape_by_keys(self, row: dict[str, Any], filled: list[str]) -> Shape:
         """The shape that the keys tell. A list of messages wins over a pair, and a pair over a text."""
+        if not row:
+            raise RowError("the row is empty")
         if len(find(filled, PREFERENCES)) == len(PREFERENCES):
             raise RowError(
                 "preference data ('chosen' and 'rejected') can't be trained: keep the better answer, or name the "
@@ -343,14 +345,3 @@ def check_roles(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], asking: b
 
 def has_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.is_fast and "reasoning_content" in str(tokenizer.chat_template)
-
-
-def is_text(row: dict[str, Any], columns: Columns) -> bool:
-    """Whether a row is plain text by its keys, or by a flag."""
-    if columns.text:
-        return True
-    try:
-        filled = [name for name, value in row.items() if not is_empty(value)]
-        return not any(columns) and FormatReader(columns, None).shape_by_keys(row, filled).unit == TEXT_UNIT
-    except RowError:
-        return False
