@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
-from common.data.rows import Rows
+from common.data.rows import Row
 from common.encoding import encoders_of
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
@@ -53,7 +54,7 @@ class Job:
     """The work for all workers. Each worker reads the ``rows`` of its own copy once: its shards come in order."""
 
     split: dataset.Split
-    rows: Rows
+    rows: Iterator[Row]
     bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
     key: str  # of the settings

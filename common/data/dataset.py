@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
 from common.data.formats import check_roles, read_messages, read_pair
-from common.data.rows import Rows, find_files, read_rows, text_of
+from common.data.rows import Row, read_rows, text_of
+from common.data.sources import find_files
 from common.encoding import TrainRow
 from common.errors import UserError, differences
 from common.files import read_json, short_hash, write_json
@@ -76,10 +77,10 @@ class Split(NamedTuple):
     named: Dataset | None
     encoders: Encoders
 
-    def read(self) -> Rows:
+    def read(self) -> Iterator[Row]:
         if self.named is None:
             return chain.from_iterable(map(read_rows, self.files))
-        return ((f"{self.source}, row {number}", row) for number, row in enumerate(self.named, 1))
+        return (Row(f"{self.source}, row {number}", number, row) for number, row in enumerate(self.named, 1))
 
 
 def open_split(
@@ -96,9 +97,11 @@ def open_split(
     return Split(name, args, tokenizer, source, [], named, encoders)
 
 
-def read_examples(args: DataArguments, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Examples:
+def read_examples(args: DataArguments, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> Examples:
     """The example of every row. Raises UserError for a row that does not match the column flags."""
-    for place, row in rows:
+    for place, _, row, problem, _ in rows:
+        if problem:
+            raise UserError(f"{place}: {problem}.")
         if args.text_column:
             yield place, text_of(place, row, args.text_column, "text_column")
             continue
@@ -129,7 +132,7 @@ def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: lis
     ]
 
 
-def write_table(split: Split, table: str, rows: Rows, file: Path) -> dict[str, Any]:
+def write_table(split: Split, table: str, rows: Iterator[Row], file: Path) -> dict[str, Any]:
     """Tokenizes rows of a split into an Arrow file, in batches. Returns the summary. Raises UserError for bad rows."""
     args, examples = split.args, read_examples(split.args, rows, split.tokenizer)
     summary: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}

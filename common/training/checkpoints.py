@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.rows import find_files
+from common.data.sources import find_files
 from common.errors import UserError, differences
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.methods import Method

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.dataset import read_manifest
-from common.data.rows import find_files
+from common.data.sources import find_files
 from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
