@@ -68,7 +68,7 @@ def row_of(file: Path, number: int, value: Any, text: str, unit: str = "line") -
         return Row(place, number, value)
     if not isinstance(value, RowError):
         value = f'expected an object like {{"prompt": …}}, found {type(value).__name__}'
-    return Row(place, number, {}, str(value), text[:EXCERPT].strip())
+    return Row(place, number, {}, str(value), " ".join(text[:EXCERPT].split()))
 
 
 # JSON
@@ -78,7 +78,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise RowError(f"the key {name!r} stands twice in one object")
+        raise RowError(f"duplicate key {name!r} in one object")
     return found
 
 
@@ -99,7 +99,7 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
     except RowError as error:
         return error, SKIP(text, start)[1]
     except ValueError as error:  # an integer of thousands of digits
-        return RowError(f"broken JSON: {error}"), SKIP(text, start)[1]
+        return RowError(f"broken JSON: {str(error).partition(':')[0]}"), SKIP(text, start)[1]
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", text, start) from error
 
@@ -141,18 +141,18 @@ def is_whole(first: str, second: str = "") -> bool:
     if first.lstrip("\ufeff \t").startswith("["):
         return True
     try:
-        values_of(first)
+        values_of(first.rstrip())
     except json.JSONDecodeError as error:
-        end = first.rstrip()
+        first = first.rstrip()
         # A broken line is followed by the next row, an unfinished one by its rest.
-        return error.pos >= len(end) and second != "" and (end[-1] in "{[:," or not second.lstrip().startswith("{"))
+        return error.pos >= len(first) and second != "" and (first[-1] in "{[:," or not second.lstrip().startswith("{"))
     return not second
 
 
 def read_lines(file: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     for number, line in lines:
         try:
-            values = values_of(line)
+            values = values_of(line.rstrip("\n"))
         except json.JSONDecodeError as error:
             values = [RowError(f"broken JSON: {error.msg} (column {error.colno})")]
         for value in values:
@@ -241,19 +241,22 @@ def is_message(value: Any) -> bool:
 def read_csv(file: Path, text: TextIO) -> Iterator[Row]:
     """The rows under a header. Its commas, semicolons or tabs tell the delimiter, or Excel's first line ``sep=;``."""
     csv.field_size_limit(2**31 - 1)
+    begin = text.read(4096)
+    text.seek(0)
     begun: list[tuple[int, str]] = []  # the lines of the row that is read, with their numbers
     lines = recorded(text, begun)
-    filled = (line for line in lines if not is_blank(line))
-    header = next(filled)
-    named = re.fullmatch(r'"?sep=(.)"?\s*', header, re.IGNORECASE)
+    named = re.match(r'"?sep=(.)"?[ ,;\t]*[\r\n]', begin, re.IGNORECASE)
     if named:
-        header = next(filled, "")
-    del begun[:-1]
-    reader = csv.reader(chain([header], lines), delimiter=named[1] if named else delimiter_of(header), strict=True)
+        next(lines)
+        begun.clear()
+    reader = csv.reader(lines, delimiter=named[1] if named else delimiter_of(begin), strict=True)
     rows = read_fields(file, reader, begun)
-    names = column_names(f"{file}, line {begun[0][0]}", next(rows, []))
+    names: list[str] = []
     for fields in rows:
         number, begin = begun[0]
+        if not names:
+            names = column_names(f"{file}, line {number}", fields)
+            continue
         if isinstance(fields, list) and len(fields) != len(names):
             counts = f"{len(fields)} instead of {len(names)}"
             fields = RowError(f"this row has more or fewer fields than the header names ({counts})")
@@ -276,11 +279,12 @@ def recorded(text: TextIO, begun: list[tuple[int, str]]) -> Iterator[str]:
         yield line
 
 
-def delimiter_of(header: str) -> str:
-    """The delimiter that is most frequent outside quotes; for a single column one that no text holds."""
-    bare = re.sub('"[^"]*"?', "", header)
-    found = max(DELIMITERS, key=bare.count)
-    return found if found in bare else NO_DELIMITER
+def delimiter_of(begin: str) -> str:
+    """The delimiter that is most frequent in the first line, outside quotes; without any one that no text holds."""
+    header = re.sub('"[^"]*"?', "name", begin).lstrip("\r\n")
+    header = re.split("[\r\n]", header, maxsplit=1)[0]
+    found = max(DELIMITERS, key=header.count)
+    return found if found in header else NO_DELIMITER
 
 
 def read_fields(
@@ -296,7 +300,8 @@ def read_fields(
                 where = f"{file}, line {last_opening(begun)}"
                 raise UserError(f"{where}: broken CSV: a quote is opened and never closed.") from error
             lines = f" (lines {begun[0][0]} to {begun[-1][0]})" if len(begun) > 1 else ""
-            fields = RowError(f"broken CSV: {error}{lines}")
+            reason = str(error).replace(f"'{NO_DELIMITER}'", "the end of the line")
+            fields = RowError(f"broken CSV: {reason}{lines}")
         if fields is None:
             return
         if isinstance(fields, RowError) or (fields and not (len(fields) == 1 and fields[0].isspace())):
