@@ -26,7 +26,7 @@ Conversations = Sequence[Conversation]
 class Origin(NamedTuple):
     """The conversation that a row comes from, and its length in tokens before anything is cut."""
 
-    index: int  # of the conversation in the given list
+    conversation: int  # index in the given list
     asked: int  # tokens that the model does not learn to write
     answered: int
 
@@ -95,7 +95,7 @@ def encode_eval(
     rows = []
     for prompt_ids, answer_ids, truncated, dropped, origin in answers:
         text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
-        reference = None if open_ended[origin.index] and not text else text
+        reference = None if open_ended[origin.conversation] and not text else text
         rows.append(EvalRow(prompt_ids, reference, truncated, dropped, origin))
     return rows
 

@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json(file: Path) -> dict | None:
     """The object in a JSON file; None if the file is missing, broken or holds another value."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad writes the byte order mark
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None

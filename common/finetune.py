@@ -113,7 +113,7 @@ def prepare(
             prepared = prepare_dataset(own, vars(data_args)[file_flag], tokenizer, split)
         if prepared.held_out:
             data_args.validation_file = data_args.test_file = prepared.held_out
-        if (limit := vars(data_args).get(limit_flag)) is not None:
+        if limit_flag and (limit := vars(data_args)[limit_flag]) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
         if split == "train" and data_args.mix:
             shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))

@@ -10,7 +10,8 @@ import pytest
 
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
-from common.data.rows import find_files, read_rows
+from common.data.rows import read_rows
+from common.data.sources import find_files
 from common.encoding import encoders_of
 from common.errors import UserError
 from common.loading import load_tokenizer

@@ -6,14 +6,14 @@ import pytest
 from common.data.mix import MixSampler, parse_mix
 from common.errors import UserError
 
-FILES = [0] * 60 + [1] * 100 + [2] * 5
+FILES = np.repeat([0, 1, 2], [60, 100, 5])
 
 
 def counts(sampler: MixSampler, epoch: int) -> list[int]:
     sampler.set_epoch(epoch)
     drawn = np.array(list(sampler))
     assert len(drawn) == len(sampler)
-    return np.bincount(np.array(FILES)[drawn], minlength=3).tolist()
+    return np.bincount(FILES[drawn], minlength=3).tolist()
 
 
 def test_shares_count_rows_for_one_row_of_the_first_file():
@@ -60,4 +60,4 @@ def test_a_mix_that_does_not_fit_is_refused(mix, says):
 
 def test_a_file_without_rows_is_refused():
     with pytest.raises(UserError, match="a file has no row"):
-        MixSampler([0, 0, 2], [1, 1, 1], 42)
+        MixSampler(np.array([0, 0, 2]), [1, 1, 1], 42)

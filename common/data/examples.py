@@ -93,9 +93,12 @@ def read_examples(split: Split, reading: Reading) -> Iterator[Example]:
         reader = FormatReader(columns_of(split.args), split.tokenizer, asking=split.name == "test")
         count = 0
         for row in rows:
-            problem, content = row.problem, ""
+            problem = row.problem
+            content: str | list[Turn] = ""
             try:
                 content = "" if problem else reader.read(row.content)
+                if isinstance(content, str) and content and not split.args.text_column:
+                    raise RowError("is plain text, and here questions with answers are expected (--text_column text)")
             except RowError as error:
                 problem = str(error)
             if problem:

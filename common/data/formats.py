@@ -345,3 +345,14 @@ def check_roles(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], asking: b
 
 def has_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.is_fast and "reasoning_content" in str(tokenizer.chat_template)
+
+
+def is_text(row: dict[str, Any], columns: Columns) -> bool:
+    """Whether a row is plain text by its keys, or by a flag."""
+    if columns.text:
+        return True
+    try:
+        filled = [name for name, value in row.items() if not is_empty(value)]
+        return not any(columns) and FormatReader(columns, None).shape_by_keys(row, filled).unit == TEXT_UNIT
+    except RowError:
+        return False

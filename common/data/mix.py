@@ -29,8 +29,7 @@ class MixSampler(Sampler[int]):
     the draw, so a resumed training sees the rows of an uninterrupted one. Raises UserError for a file without rows.
     """
 
-    def __init__(self, files: Sequence[int], shares: Sequence[float], seed: int):
-        files = np.asarray(files)
+    def __init__(self, files: np.ndarray, shares: Sequence[float], seed: int):
         self.parts = [np.flatnonzero(files == index) for index in range(len(shares))]
         self.counts = [round(share / shares[0] * len(self.parts[0])) for share in shares]
         if any(count and not len(part) for part, count in zip(self.parts, self.counts, strict=True)):

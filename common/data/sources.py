@@ -45,6 +45,7 @@ ZIPPED = {
 WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", re.IGNORECASE)
 JSON_ROW = re.compile(r'\s*(\[\s*)*\{\s*"')  # no CSV header and hardly any text begins so
 MARKS = {  # the longer one of two that begin alike comes first
+    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -53,6 +54,9 @@ MARKS = {  # the longer one of two that begin alike comes first
 ASCII = bytes(range(128))
 # First bytes of GB2312's punctuation and of its 3,755 most frequent characters, which are over 99% of a Chinese text.
 FREQUENT = bytes([0xA1, 0xA2, 0xA3, *range(0xB0, 0xD8)])
+
+# Four characters of Chinese in UTF-8, which GB18030 text holds by no accident.
+UTF8_CHINESE = re.compile(rb"([\xe4-\xe9][\x80-\xbf]{2}){4}")
 
 note_once = cache(note)  # a file is looked for and read more than once
 
@@ -132,12 +136,12 @@ def examine(file: Path, size: int, changed: int) -> Source:
     with open(file, encoding=encoding) as text:
         begin = text.read(4096)
     kind = KINDS.get(file.suffix.lower())
-    if JSON_ROW.match(begin) or (kind is None and begin.lstrip()[:1] in "{["):  # "" is in it too: an empty file
+    if JSON_ROW.match(begin) or not begin.strip() or (kind is None and begin.lstrip()[0] in "{["):
         return Source("json", encoding)
     if kind is None:
         ending = f"the ending {file.suffix}" if file.suffix else "a name without ending"
         raise UserError(f"{file}: {ending} is not read unless the file holds JSON: {ENDINGS} are.")
-    if kind == "parquet" and size:
+    if kind == "parquet":
         raise UserError(f"{file} is no Parquet file: copy or download it again.")
     return Source(kind, encoding)
 
@@ -154,9 +158,7 @@ def refused(file: Path, head: bytes) -> tuple[str, str] | None:
             names = zipfile.ZipFile(file).namelist()
         except zipfile.BadZipFile:  # truncated
             names = []
-        return next(
-            (ZIPPED[part] for part in ZIPPED if any(name.startswith(part) for name in names)), (ARCHIVE, UNPACK)
-        )
+        return next((ZIPPED[part] for part in ZIPPED for name in names if name.startswith(part)), (ARCHIVE, UNPACK))
     if head[257:262] == b"ustar":  # tar
         return ARCHIVE, UNPACK
     if WEB_PAGE.match(head):
@@ -165,26 +167,26 @@ def refused(file: Path, head: bytes) -> tuple[str, str] | None:
 
 
 def encoding_of(file: Path, head: bytes) -> str:
-    """Python's name of the encoding. Raises UserError, with line and offset, for text that is damaged or of no known one.
+    """Python's name of the encoding. Raises UserError, with line and offset, for damaged text and for others.
 
     Text that is not UTF-8 is taken for GB18030 only if it reads as Chinese all through: most bytes of damaged UTF-8 are
     still UTF-8, and Western letters are no frequent characters of Chinese.
     """
-    encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
-    if encoding == "utf-8-sig" and head.count(0) > len(head) // 10:
-        raise UserError(f"{file} is UTF-16 text without a byte order mark, or no text: save it as UTF-8.")
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+    encoding, zeros = marked or "utf-8", head.count(0)
     damage = find_damage(file, encoding)
-    if damage is None:
+    if damage is None and (marked or zeros <= len(head) // 10):
         return encoding
-    if encoding == "utf-8-sig" and 0 in head:
+    if not marked and zeros:
         raise UserError(f"{file} is UTF-16 text without a byte order mark, or no text: save it as UTF-8.")
-    if encoding == "utf-8-sig" and not head.startswith(codecs.BOM_UTF8) and is_chinese(file):
-        if (damage := find_damage(file, "gb18030")) is None:
+    if not marked and is_chinese(file):
+        encoding = "gb18030"
+        damage = find_damage(file, encoding)
+        if damage is None:
             note_once(f"note: {file} is read as GB18030, because it is not UTF-8")
-            return "gb18030"
-        raise UserError(f"{damage} is neither UTF-8 nor GB18030, as the other text is: mend it, or save it as UTF-8.")
-    names = {"utf-8-sig": "UTF-8 text (nor Chinese in GB18030)"}
-    raise UserError(f"{damage} is not {names.get(encoding, encoding.upper() + ' text')}: save the file as UTF-8.")
+            return encoding
+    name = encoding.removesuffix("-sig").upper()
+    raise UserError(f"{damage} is not {name} text: mend it, or save the file as UTF-8.")
 
 
 def pieces(file: Path, limit: int = -1) -> Iterator[bytes]:
@@ -218,10 +220,10 @@ def line_at(file: Path, encoding: str, offset: int) -> int:
 def is_chinese(file: Path) -> bool:
     """Whether text that is not UTF-8 looks like GB18030, whole or damaged."""
     utf8, gb18030 = (codecs.getincrementaldecoder(name)("ignore") for name in ("utf-8", "gb18030"))
-    high = valid = pairs = frequent = (
-        0  # bytes over 127, those of them in UTF-8; characters of two bytes, frequent ones
-    )
+    high = valid = pairs = frequent = 0  # bytes over 127, those in UTF-8; characters of two bytes, frequent ones
     for chunk in pieces(file):
+        if UTF8_CHINESE.search(chunk):
+            return False
         high += len(chunk.translate(None, ASCII))
         valid += len(utf8.decode(chunk, final=not chunk).encode().translate(None, ASCII))
         text = gb18030.decode(chunk, final=not chunk)

@@ -83,7 +83,7 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                     index, asked, answered = row.origin
                     counts["truncated"] += row.truncated
                     counts["shortened"] += row.dropped_turns > 0
-                    if table == "rows" and max(row[1]) < 0:
+                    if isinstance(row, TrainRow) and max(row.labels) < 0:
                         counts["unlabelled"] += 1
                         continue
                     origin, question = whole[index], next(questions[index])

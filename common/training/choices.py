@@ -34,8 +34,8 @@ def choose_text(data_args: DataArguments) -> None:
         data_args.text_column = read_manifest(Path(data_args.train_datasets))["text_column"]
         return
     for file in find_files(data_args.train_file or "")[:1]:
-        first = next((row.content for row in read_rows(file, data_args.text_unit) if not row.problem), {})
-        if is_text(first, columns_of(data_args)):
+        first = next((row for row in read_rows(file, data_args.text_unit) if not row.problem), None)
+        if first and is_text(first.content, columns_of(data_args)):
             data_args.text_column = data_args.text_column or "text"
 
 
