@@ -12,7 +12,6 @@ from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
 from common.data.rows import read_rows
 from common.data.sources import find_files
-from common.encoding import encoders_of
 from common.errors import UserError
 from common.loading import load_tokenizer
 
@@ -31,7 +30,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def prepare(args: DataArguments, file: Path | None, tokenizer, split: str = "train") -> Prepared:
-    return prepare_dataset(args, file and str(file), tokenizer, split, encoders_of(bool(args.text_column)))
+    return prepare_dataset(args, file and str(file), tokenizer, split)
 
 
 def counts(prepared: Prepared, *names: str) -> list:

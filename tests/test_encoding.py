@@ -218,7 +218,9 @@ def test_cut_evaluation_row(demo_tokenizer):
 def test_rows_keep_their_order(demo_tokenizer):
     contents, summaries = [f"类型#裙{i}" for i in range(5)], [f"好看{i}" for i in range(5)]
     rows = encode_train(demo_tokenizer, pairs(contents, summaries), 64, 64)
-    assert rows == [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
+    alone = [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
+    assert [row[:4] for row in rows] == [row[:4] for row in alone]
+    assert [row.origin.conversation for row in rows] == list(range(5))
 
 
 def test_a_typed_mask_token_does_not_move_the_labels(demo_tokenizer):

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common.arguments import DataArguments
-from common.data.dataset import mask_pads
+from common.data.tables import mask_pads
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer

@@ -21,7 +21,6 @@ import pytest
 from common.arguments import DataArguments
 from common.data.dataset import prepare_dataset, read_examples
 from common.data.rows import read_rows
-from common.encoding import encoders_of
 from common.errors import UserError
 from common.flags import REMOVED, RENAMED
 from common.loading import load_tokenizer
@@ -114,9 +113,9 @@ def test_every_data_example_is_read_and_encoded(kind, number, tokenizers, tmp_pa
     expected = by_messages if kind == "chatglm3" else by_rounds
     if expected is None:
         with pytest.raises(UserError, match="rows.json, line 1: turn 1 has the role system"):
-            prepare_dataset(args, str(file), tokenizer, "train", encoders_of(bool(args.text_column)))
+            prepare_dataset(args, str(file), tokenizer, "train")
         return
-    rows = prepare_dataset(args, str(file), tokenizer, "train", encoders_of(bool(args.text_column))).rows
+    rows = prepare_dataset(args, str(file), tokenizer, "train").rows
     labels = [[label for label in row["labels"] if label != -100] for row in rows]
     assert [plain(tokenizer.decode(ids, skip_special_tokens=True)) for ids in labels] == list(map(plain, expected))
 

@@ -71,7 +71,7 @@ def fingerprint(split: Split) -> dict[str, Any]:
     return encoding_settings(split.args, split.tokenizer, split.name) | {
         "split": split.name,
         **{name: vars(split.args)[name] for name in (*COLUMNS, "text_unit")},
-        "held_out": [split.args.validation_split, bool(split.args.mix)] if holds_out(split) else None,
+        "holds_out": [split.args.validation_split, bool(split.args.mix)] if holds_out(split) else None,
         "files": [{"name": str(file), "size": stat.st_size, "modified": stat.st_mtime_ns} for file, stat in stats],
         "dataset": None if split.named is None else split.named._fingerprint,
     }

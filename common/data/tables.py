@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 from datasets import Features, List, Value
+from transformers import PreTrainedTokenizerBase
 
 from common.arguments import DataArguments
 from common.data.examples import Example, Split, questions_of
@@ -45,16 +46,16 @@ def encode(split: Split, table: str, contents: list) -> list[TrainRow] | list[Ev
     if table == "questions":
         rows = encode_eval(split.tokenizer, contents, *lengths)
         return [row for row in rows if row.reference is not None] if split.name == "validation" else rows
-    return mask_pads(split, encode_train(split.tokenizer, contents, *lengths))
+    return mask_pads(split.args, split.tokenizer, encode_train(split.tokenizer, contents, *lengths))
 
 
-def mask_pads(split: Split, rows: list[TrainRow]) -> list[TrainRow]:
+def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
     """Removes the labels of pad tokens within rows, as the official scripts do, unless the pad is also the end token.
 
     Plain text, which the official scripts do not know, keeps all labels.
     """
-    pad = split.tokenizer.pad_token_id
-    if not split.args.ignore_pad_token_for_loss or pad == split.tokenizer.eos_token_id:
+    pad = tokenizer.pad_token_id
+    if not args.ignore_pad_token_for_loss or pad == tokenizer.eos_token_id:
         return rows
     return [
         row._replace(labels=[-100 if label == pad else label for label in row.labels]) if pad in row.labels else row
