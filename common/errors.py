@@ -23,8 +23,12 @@ class UserError(Exception):
 
 
 def note(text: str) -> None:
-    """Prints text on stderr at once, where a person sees it even if standard output goes into a file."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints text on stderr at once, where a person sees it even if standard output goes into a file.
+
+    Of the processes that train together only the first one prints.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str | None:
@@ -62,5 +66,5 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:  # some errors of DeepSpeed have no narrower class
         if (sentence := describe(error)) is None:
             raise
-        note(f"error: {sentence}")
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)

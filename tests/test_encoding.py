@@ -275,7 +275,9 @@ def test_every_trained_answer_is_a_row_of_rounds(rounds_tokenizer):
     contents = [turn.content for turn in THREE_ROUNDS]
     first = conversation_of(*contents[:2])
     last = conversation_of(*contents[4:], history=[contents[:2], contents[2:4]])
-    assert train == encode_train(rounds_tokenizer, [first, last, first], 200, 64)
+    alone = encode_train(rounds_tokenizer, [first, last, first], 200, 64)
+    assert [row[:4] for row in train] == [row[:4] for row in alone]
+    assert [row.origin.conversation for row in train] == [0, 0, 1]
     rows = encode_eval(rounds_tokenizer, [THREE_ROUNDS], 200, 64)
     assert [row.reference for row in rows] == ["hello", "白色"]
     assert rows[1].prompt_ids == encode_chat(rounds_tokenizer, "world", [contents[:2], contents[2:4]])
@@ -295,7 +297,7 @@ def test_too_long_rounds_lose_the_oldest_first(rounds_tokenizer):
         for dropped, length in enumerate(lengths):
             short = encode(rounds_tokenizer, [conversation_of(query, answer, history[dropped:])], 200, 64)[0]
             found = encode(rounds_tokenizer, chat, length + specials, 64)[0]
-            assert found == short._replace(dropped_turns=2 * dropped)
+            assert found == short._replace(dropped_turns=2 * dropped, origin=found.origin)
         cut = encode(rounds_tokenizer, chat, lengths[2] + specials - 1, 64)[0]
         assert (cut.truncated, cut.dropped_turns) == (True, 4)
 

@@ -72,7 +72,7 @@ def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None
 
 def choose_length(data_args: DataArguments, args: TrainingArguments) -> None:
     """A number of steps that a user gives wins over epochs, and both over the defaults."""
-    if args.max_steps > 0 and args.num_train_epochs is not None and args.process_index == 0:
+    if args.max_steps > 0 and args.num_train_epochs is not None:
         note(f"note: --max_steps {args.max_steps} wins over --num_train_epochs {args.num_train_epochs:g}.")
     if (
         args.do_train
@@ -81,4 +81,5 @@ def choose_length(data_args: DataArguments, args: TrainingArguments) -> None:
         and is_shipped(training_files(data_args))
     ):
         args.max_steps = args.default_steps or -1
-    args.num_train_epochs = args.num_train_epochs or EPOCHS
+    if args.num_train_epochs is None:
+        args.num_train_epochs = EPOCHS
