@@ -12,16 +12,17 @@ from common.encoding import has_roles
 from common.tokenizers.base import Turn
 
 MESSAGES = ("messages", "conversations", "conversation")
-INSTRUCTIONS, INPUTS = ("instruction", "指令"), ("input", "输入")  # of Alpaca: an input belongs to its instruction
-QUESTIONS = (*INSTRUCTIONS, *INPUTS, "content", "prompt", "question", "query", "q", "problem", "问题", "提问", "问")
+INSTRUCTIONS, INPUTS = ("instruction", "指令"), ("input", "输入", "context")  # an input belongs to its instruction
+QUESTIONS = (
+    *(*INSTRUCTIONS, "input", "输入", "content", "prompt", "question", "query", "q", "ask", "problem"),
+    *("问题", "提问", "问"),
+)
 ANSWERS = (
     *("output", "summary", "response", "answer", "completion", "a", "target", "solution", "reply"),
     *("输出", "答案", "回答", "答复", "答", "回复", "摘要"),
 )
-SPEAKERS, SPEAKERS_THAT_ANSWER = (
-    ("user", "human", "用户"),
-    ("assistant", "bot", "gpt", "助手"),
-)  # if none of those is there
+# Where none of those is there, because a column of such a name may hold something else beside a question.
+WEAK_QUESTIONS, WEAK_ANSWERS = ("user", "human", "source", "src", "用户"), ("assistant", "bot", "gpt", "tgt", "助手")
 SYSTEMS, TOOLS, HISTORIES, TEXTS = ("system", "system_prompt"), ("tools", "functions"), ("history", "历史"), ("text",)
 CONVERSATIONS, PAIRS, TEXT_UNIT = "conversations", "questions with answers", "texts"  # units of rows
 PREFERENCES = ("chosen", "rejected")
@@ -204,13 +205,13 @@ class FormatReader:
         return shape._replace(history=history, input=given if find([shape.main], INSTRUCTIONS) else None)
 
     def find_question(self, row: dict[str, Any], filled: list[str]) -> str | None:
-        found = find(row, QUESTIONS) or find(row, SPEAKERS)
+        found = find(row, QUESTIONS) or find(row, WEAK_QUESTIONS)
         if find(found, INSTRUCTIONS):  # Alpaca: its input belongs to the instruction
             found = [name for name in found if name not in find(found, INPUTS)]
         return self.only(found, filled, "prompt")
 
     def find_answer(self, row: dict[str, Any], filled: list[str]) -> str | None:
-        return self.only(find(row, ANSWERS) or find(row, SPEAKERS_THAT_ANSWER), filled, "response")
+        return self.only(find(row, ANSWERS) or find(row, WEAK_ANSWERS), filled, "response")
 
     def only(self, found: list[str], filled: list[str], flag: str) -> str | None:
         """The one column of these; of several the one that holds something, or that the first row of the file had."""

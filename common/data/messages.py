@@ -19,7 +19,11 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
+    "系统": "system",
+    "用户": "user",
+    "助手": "assistant",
     "function": "result",
     "function_response": "result",
     "tool_response": "result",
@@ -106,7 +110,7 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
         messages = [message for both in messages for message in split_round(both)]
     learn_observations = column.lower() != "messages" and not is_sharegpt(messages)
     turns: list[Turn] = []
-    spoken = False  # whether a turn other than the system prompt was read
+    spoken, before = False, ""  # whether a turn other than the system prompt was read; the role of the last message
     for number, message in enumerate(messages, 1):
         try:
             role = role_of(message)
@@ -114,7 +118,9 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
                 raise RowError("a system message comes first and only once")
             if role not in ("system", "user") and not spoken:
                 raise RowError(f"a conversation begins with the user, not with {role}")
-            spoken = spoken or role != "system"
+            if role == before == "call":
+                raise RowError("two calls in a row, but the model waits for the result before the next")
+            spoken, before = spoken or role != "system", role
             turns += read_message(role, message, learn_observations, column, unread)
         except RowError as error:
             raise RowError(f"message {number}: {error}") from error
@@ -161,7 +167,8 @@ def read_message(
     """The turns of a message: ChatGLM3's tool is a call and its result, and a text beside a call is a turn too."""
     content_field, reasoning_field = first_of(message, *CONTENT_FIELDS), first_of(message, *REASONING_FIELDS)
     content, reasoning = message.get(content_field), message.get(reasoning_field)
-    kind = "result" if role == "tool" and content is not None else role
+    is_result = content is not None or message.get("tool_call_id") is not None
+    kind = "result" if role == "tool" and is_result else role
     read = {first_of(message, *ROLE_FIELDS), content_field, "loss", "weight", *READ[kind]}
     note_unread(message, read | {reasoning_field} if kind in ("assistant", "call") else read, column, unread)
     default = kind in ("assistant", "call", "tool") or kind == "observation" and learn_observations
