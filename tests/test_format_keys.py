@@ -63,6 +63,8 @@ def test_columns_that_hold_nothing_do_not_count(tokenizer3):
     assert read(table | {"question": "甲", "answer": "乙"}, tokenizer3)[1] == ["user: 甲", "assistant: 乙"]
     messages = [{"role": "user", "content": "甲", "tool_calls": None}, {"role": "assistant", "content": "乙"}]
     assert read(table | {"messages": messages}, tokenizer3)[1] == ["user: 甲", "assistant: 乙"]
+    assert read(table | {"text": "一段话", "response": None}, tokenizer3) == ("text", "一段话")
+    assert read({"text": "甲", "prompt": "甲", "response": ""}, tokenizer3) == ("pairs of prompt and response", [])
     assert read({"instruction": "", "input": "甲", "output": "乙"}, tokenizer3) == (
         "Alpaca",
         ["user: 甲", "assistant: 乙"],
@@ -176,6 +178,7 @@ def test_a_column_of_a_flag_that_a_row_lacks(flag, tokenizer3):
         *({"content": "甲"}, {"content": "甲", "summary": ""}, {"content": "甲", "summary": None}),
         *({"question": "甲"}, {"instruction": "甲", "input": ""}, {"messages": [{"role": "user", "content": "甲"}]}),
         {"messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "乙", "weight": 0}]},
         {"conversations": [{"from": "human", "value": "甲"}]},
     ],
 )

@@ -130,12 +130,12 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
 
 
 def is_sharegpt(messages: list[Any]) -> bool:
-    return isinstance(messages[0], dict) and "from" in messages[0]
+    return isinstance(messages[0], dict) and messages[0].get("from") is not None
 
 
 def is_round(message: Any) -> bool:
     """Whether it is a question with its answer, as ms-swift writes them: {"human": …, "assistant": …}."""
-    return isinstance(message, dict) and "human" in message and "assistant" in message
+    return isinstance(message, dict) and "human" in message and "assistant" in message and "role" not in message
 
 
 def split_round(both: Any) -> list[Any]:
@@ -195,15 +195,14 @@ def read_message(
 
 def read_given(role: str, message: dict[str, Any], content: Any, loss: bool, column: str, unread: set[str]) -> Turn:
     """The turn of a system message, with the tools in it that GLM-4 writes there, or of a question."""
-    tools = message.get("tools") if role == "system" else None
     if any(not is_empty(message.get(name)) for name in ("tool_calls", "function_call")):
         raise RowError(f"only the assistant calls tools, not {role}")
+    text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
+    # Beside a text, the tokenizer of ChatGLM3 indents the tools.
+    tools = tools_text("tools", message.get("tools"), indent=4 if text else None) if role == "system" else ""
     if content is None and not tools:
         raise RowError(f"{role} without content")
-    text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    if tools:  # beside a text they are written as the tokenizer of ChatGLM3 does
-        text = f"{text}\n{tools_text('tools', tools, indent=4)}" if text else tools_text("tools", tools)
-    return Turn(role, text, metadata, loss)
+    return Turn(role, "\n".join(filter(None, (text, tools))), metadata, loss)
 
 
 def note_unread(fields: dict[str, Any], read: set[str], where: str, unread: set[str]) -> None:
