@@ -237,7 +237,7 @@ def read_answer(message: dict[str, Any], content: Any, loss: bool, column: str, 
     if len(calls) > 1:
         raise RowError("tool_calls and function_call hold two calls, but the model waits for a result after each")
     text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    turns = [Turn("assistant", text, metadata, loss)] if text or not calls else []
+    turns = [Turn("assistant", text, metadata, loss)] if text or metadata or not calls else []
     for call in calls:
         where = f"{column}.tool_calls" if message.get("tool_calls") else f"{column}.function_call"
         turns.append(read_call(*call_of(call, where, unread), loss))
