@@ -12,16 +12,17 @@ from common.encoding import has_roles
 from common.tokenizers.base import Turn
 
 MESSAGES = ("messages", "conversations", "conversation")
-INSTRUCTIONS, INPUTS = ("instruction", "指令"), ("input", "输入")  # of Alpaca: an input belongs to its instruction
-QUESTIONS = (*INSTRUCTIONS, *INPUTS, "content", "prompt", "question", "query", "q", "problem", "问题", "提问", "问")
+INSTRUCTIONS, INPUTS = ("instruction", "指令"), ("input", "输入", "context")  # an input belongs to its instruction
+QUESTIONS = (
+    *(*INSTRUCTIONS, "input", "输入", "content", "prompt", "question", "query", "q", "ask", "problem"),
+    *("问题", "提问", "问"),
+)
 ANSWERS = (
     *("output", "summary", "response", "answer", "completion", "a", "target", "solution", "reply"),
     *("输出", "答案", "回答", "答复", "答", "回复", "摘要"),
 )
-SPEAKERS, SPEAKERS_THAT_ANSWER = (
-    ("user", "human", "用户"),
-    ("assistant", "bot", "gpt", "助手"),
-)  # if none of those is there
+# Where none of those is there, because a column of such a name may hold something else beside a question.
+WEAK_QUESTIONS, WEAK_ANSWERS = ("user", "human", "source", "src", "用户"), ("assistant", "bot", "gpt", "tgt", "助手")
 SYSTEMS, TOOLS, HISTORIES, TEXTS = ("system", "system_prompt"), ("tools", "functions"), ("history", "历史"), ("text",)
 CONVERSATIONS, PAIRS, TEXT_UNIT = "conversations", "questions with answers", "texts"  # units of rows
 PREFERENCES = ("chosen", "rejected")
@@ -69,7 +70,9 @@ class FormatReader:
         self.shapes: dict[tuple[str | None, ...], Shape] = {}  # keys of a row, None, its empty keys -> shape
 
     def read(self, row: dict[str, Any]) -> str | list[Turn]:
-        """The text or the conversation of a row; "" or [] if it has nothing to learn or to ask.
+        """The text or the conversation of a row; "" or [] if it has nothing to learn.
+
+        If ``asking``, a conversation has a learned answer, which is a reference, or ends with a question.
 
         Raises RowError for a row of an unknown shape, of another format than the first, or with a mistake in a field.
         """
@@ -117,15 +120,13 @@ class FormatReader:
             self.name = name
         elif name != self.name:
             raise RowError(f"is {name}, but the file began with {self.name}")
-        if self.asking and is_unanswered(turns[-1]):
-            del turns[-1]
-        elif not self.asking:
-            turns, empty = without_empty_answers(turns)
-            self.empty_answers += empty
         check_roles(self.tokenizer, turns, self.asking)
         self.unread.update(unread)
-        asked = self.asking and turns[-1].role in ("user", "observation")
-        return turns if asked or any(turn.loss for turn in turns) else []
+        if self.asking:
+            return ending_with_question(turns)
+        self.empty_answers += sum(map(is_unanswered, turns))
+        turns = without_empty_answers(turns)
+        return turns if any(turn.loss for turn in turns) else []
 
     def find_shape(self, row: dict[str, Any], filled: list[str]) -> Shape:
         """The shape of a row by the flags, or else by its keys; ``filled`` are the keys that hold something."""
@@ -164,13 +165,18 @@ class FormatReader:
         if column := self.only(lists, filled, "conversation"):
             return Shape("a list of messages", CONVERSATIONS, column)
         question, answer = self.find_question(row, filled), self.find_answer(row, filled)
-        texts, messages = find(row, TEXTS), find(row, MESSAGES)
-        if question and answer or not answer and question and (self.asking or not texts):
+        texts, messages = find(filled, TEXTS), find(row, MESSAGES)
+        holds_pair = question in filled or answer in filled
+        if question and (answer or self.asking) and (holds_pair or not texts):
             return self.pair_shape(row, filled)
-        if texts and not answer:
+        if texts and answer not in filled:
             return Shape("text", TEXT_UNIT, texts[0])
-        if messages and not answer:
+        if messages and not holds_pair:
             return Shape("a list of messages", CONVERSATIONS, messages[0])
+        if question:
+            return self.pair_shape(row, filled)  # which says that the answer is missing
+        if "text" in row and not holds_pair:
+            return Shape("text", TEXT_UNIT, "text")
         raise RowError(
             f"unknown shape of row: its keys are {', '.join(map(repr, row))}; known are {KNOWN}; name other columns "
             "with PROMPT_COLUMN and RESPONSE_COLUMN, CONVERSATION_COLUMN or TEXT_COLUMN"
@@ -204,24 +210,24 @@ class FormatReader:
         return shape._replace(history=history, input=given if find([shape.main], INSTRUCTIONS) else None)
 
     def find_question(self, row: dict[str, Any], filled: list[str]) -> str | None:
-        found = find(row, QUESTIONS) or find(row, SPEAKERS)
+        found = find(row, QUESTIONS) or find(row, WEAK_QUESTIONS)
         if find(found, INSTRUCTIONS):  # Alpaca: its input belongs to the instruction
             found = [name for name in found if name not in find(found, INPUTS)]
         return self.only(found, filled, "prompt")
 
     def find_answer(self, row: dict[str, Any], filled: list[str]) -> str | None:
-        return self.only(find(row, ANSWERS) or find(row, SPEAKERS_THAT_ANSWER), filled, "response")
+        return self.only(find(row, ANSWERS) or find(row, WEAK_ANSWERS), filled, "response")
 
     def only(self, found: list[str], filled: list[str], flag: str) -> str | None:
         """The one column of these; of several the one that holds something, or that the first row of the file had."""
         found = [name for name in found if name not in self.columns]
-        if len(found) > 1:
-            found = [name for name in found if name in filled] or found
-        if len(found) > 1 and self.first:
-            found = [name for name in found if name in (self.first.main, self.first.response)] or found
-        if len(found) > 1:
-            raise RowError(f"columns {', '.join(map(repr, found))}: say which to read with {flag_of(flag)}")
-        return found[0] if found else None
+        one = [name for name in found if name in filled]
+        if len(one) != 1:
+            first = (self.first.main, self.first.response) if self.first else ()
+            one = [name for name in found if name in first] or one or found[:1]
+        if len(one) > 1:
+            raise RowError(f"columns {', '.join(map(repr, one))}: say which to read with {flag_of(flag)}")
+        return one[0] if one else None
 
 
 def find(names: Iterable[str], known: Collection[str]) -> list[str]:
@@ -299,15 +305,23 @@ def is_unanswered(turn: Turn) -> bool:
     return turn.role == "assistant" and not (turn.content or turn.metadata or turn.reasoning_content)
 
 
-def without_empty_answers(turns: list[Turn]) -> tuple[list[Turn], int]:
-    """The turns without answers that say nothing and the questions before them, and the number of those answers."""
+def ending_with_question(turns: list[Turn]) -> list[Turn]:
+    """The turns without an empty answer at the end; without any answer there, if no turn is a reference."""
+    has_reference = any(turn.loss and not is_unanswered(turn) for turn in turns)
+    while turns[-1].role == "assistant" and (is_unanswered(turns[-1]) or not has_reference):
+        turns = turns[:-1]
+    return turns
+
+
+def without_empty_answers(turns: list[Turn]) -> list[Turn]:
+    """The turns without the answers that say nothing, and without the questions before those."""
     kept: list[Turn] = []
     for turn, following in zip(turns, [*turns[1:], None], strict=True):
         if not is_unanswered(turn):
             kept.append(turn)
         elif kept and kept[-1].role == "user" and not (following and following.role == "assistant"):
             kept.pop()
-    return kept, sum(map(is_unanswered, turns))
+    return kept
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,11 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
+    "系统": "system",
+    "用户": "user",
+    "助手": "assistant",
     "function": "result",
     "function_response": "result",
     "tool_response": "result",
@@ -106,7 +110,7 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
         messages = [message for both in messages for message in split_round(both)]
     learn_observations = column.lower() != "messages" and not is_sharegpt(messages)
     turns: list[Turn] = []
-    spoken = False  # whether a turn other than the system prompt was read
+    spoken, before = False, ""  # whether a turn other than the system prompt was read; the role of the last message
     for number, message in enumerate(messages, 1):
         try:
             role = role_of(message)
@@ -114,7 +118,9 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
                 raise RowError("a system message comes first and only once")
             if role not in ("system", "user") and not spoken:
                 raise RowError(f"a conversation begins with the user, not with {role}")
-            spoken = spoken or role != "system"
+            if role == before == "call":
+                raise RowError("two calls in a row, but the model waits for the result before the next")
+            spoken, before = spoken or role != "system", role
             turns += read_message(role, message, learn_observations, column, unread)
         except RowError as error:
             raise RowError(f"message {number}: {error}") from error
@@ -124,12 +130,12 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
 
 
 def is_sharegpt(messages: list[Any]) -> bool:
-    return isinstance(messages[0], dict) and "from" in messages[0]
+    return isinstance(messages[0], dict) and messages[0].get("from") is not None
 
 
 def is_round(message: Any) -> bool:
     """Whether it is a question with its answer, as ms-swift writes them: {"human": …, "assistant": …}."""
-    return isinstance(message, dict) and "human" in message and "assistant" in message
+    return isinstance(message, dict) and "human" in message and "assistant" in message and "role" not in message
 
 
 def split_round(both: Any) -> list[Any]:
@@ -161,7 +167,8 @@ def read_message(
     """The turns of a message: ChatGLM3's tool is a call and its result, and a text beside a call is a turn too."""
     content_field, reasoning_field = first_of(message, *CONTENT_FIELDS), first_of(message, *REASONING_FIELDS)
     content, reasoning = message.get(content_field), message.get(reasoning_field)
-    kind = "result" if role == "tool" and content is not None else role
+    is_result = content is not None or message.get("tool_call_id") is not None
+    kind = "result" if role == "tool" and is_result else role
     read = {first_of(message, *ROLE_FIELDS), content_field, "loss", "weight", *READ[kind]}
     note_unread(message, read | {reasoning_field} if kind in ("assistant", "call") else read, column, unread)
     default = kind in ("assistant", "call", "tool") or kind == "observation" and learn_observations
@@ -188,15 +195,14 @@ def read_message(
 
 def read_given(role: str, message: dict[str, Any], content: Any, loss: bool, column: str, unread: set[str]) -> Turn:
     """The turn of a system message, with the tools in it that GLM-4 writes there, or of a question."""
-    tools = message.get("tools") if role == "system" else None
     if any(not is_empty(message.get(name)) for name in ("tool_calls", "function_call")):
         raise RowError(f"only the assistant calls tools, not {role}")
+    text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
+    # Beside a text, the tokenizer of ChatGLM3 indents the tools.
+    tools = tools_text("tools", message.get("tools"), indent=4 if text else None) if role == "system" else ""
     if content is None and not tools:
         raise RowError(f"{role} without content")
-    text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    if tools:  # beside a text they are written as the tokenizer of ChatGLM3 does
-        text = f"{text}\n{tools_text('tools', tools, indent=4)}" if text else tools_text("tools", tools)
-    return Turn(role, text, metadata, loss)
+    return Turn(role, "\n".join(filter(None, (text, tools))), metadata, loss)
 
 
 def note_unread(fields: dict[str, Any], read: set[str], where: str, unread: set[str]) -> None:
@@ -231,7 +237,7 @@ def read_answer(message: dict[str, Any], content: Any, loss: bool, column: str, 
     if len(calls) > 1:
         raise RowError("tool_calls and function_call hold two calls, but the model waits for a result after each")
     text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    turns = [Turn("assistant", text, metadata, loss)] if text or not calls else []
+    turns = [Turn("assistant", text, metadata, loss)] if text or metadata or not calls else []
     for call in calls:
         where = f"{column}.tool_calls" if message.get("tool_calls") else f"{column}.function_call"
         turns.append(read_call(*call_of(call, where, unread), loss))

@@ -48,6 +48,11 @@ class GLM4Adapter:
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
                 )
             body = after.removeprefix(before).removeprefix(header)
+            if leaves_out_thoughts(turn, body):
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out the thoughts of an answer: remove "
+                    "them, or use another model."
+                )
             encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
             before = after
         return encoded
@@ -56,6 +61,12 @@ class GLM4Adapter:
         """The text that the chat template makes of a conversation."""
         batch = [list(map(message_of, turns))]  # an empty conversation is allowed only in a batch
         return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
+
+
+def leaves_out_thoughts(turn: Turn, body: str) -> bool:
+    """Whether a template writes a turn without its thoughts, which may also stand in the text of an answer."""
+    in_text = turn.loss and "</think>" in turn.content
+    return turn.reasoning_content.strip() not in body or in_text and "</think>" not in body
 
 
 def message_of(turn: Turn) -> dict[str, Any]:
