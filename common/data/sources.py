@@ -55,8 +55,9 @@ ASCII = bytes(range(128))
 # First bytes of GB2312's punctuation and of its 3,755 most frequent characters, which are over 99% of a Chinese text.
 FREQUENT = bytes([0xA1, 0xA2, 0xA3, *range(0xB0, 0xD8)])
 
-# Four characters of Chinese in UTF-8, which GB18030 text holds by no accident.
-UTF8_CHINESE = re.compile(rb"([\xe4-\xe9][\x80-\xbf]{2}){4}")
+# Four characters of Chinese in UTF-8, which GB18030 text holds by no accident: 2 is a first byte, 1 a further one.
+UTF8_BYTES = bytes(2 if 0xE4 <= byte <= 0xE9 else int(0x80 <= byte <= 0xBF) for byte in range(256))
+UTF8_CHINESE = bytes([2, 1, 1] * 4)
 
 note_once = cache(note)  # a file is looked for and read more than once
 
@@ -207,7 +208,7 @@ def find_damage(file: Path, encoding: str) -> str | None:
         except UnicodeDecodeError as error:  # its object is the rest of earlier chunks and this one
             offset = position - len(error.object) + error.start
             byte = error.object[error.start]
-            return f"{file}, line {line_at(file, encoding, offset)}: byte 0x{byte:02x} at offset {offset:,}"
+            return f"{file}, line {line_at(file, encoding, offset)}: byte 0x{byte:02x} at offset {offset}"
     return None
 
 
@@ -218,16 +219,16 @@ def line_at(file: Path, encoding: str, offset: int) -> int:
 
 
 def is_chinese(file: Path) -> bool:
-    """Whether text that is not UTF-8 looks like GB18030, whole or damaged."""
-    utf8, gb18030 = (codecs.getincrementaldecoder(name)("ignore") for name in ("utf-8", "gb18030"))
-    high = valid = pairs = frequent = 0  # bytes over 127, those in UTF-8; characters of two bytes, frequent ones
+    """Whether text that is not UTF-8 looks like GB18030, whole or damaged, by its first 4 MB that are not ASCII."""
+    sample = b""
     for chunk in pieces(file):
-        if UTF8_CHINESE.search(chunk):
+        if UTF8_CHINESE in chunk.translate(UTF8_BYTES):
             return False
-        high += len(chunk.translate(None, ASCII))
-        valid += len(utf8.decode(chunk, final=not chunk).encode().translate(None, ASCII))
-        text = gb18030.decode(chunk, final=not chunk)
-        pairs += (len(text.encode("gbk", "ignore")) - len(text.encode("ascii", "ignore"))) // 2
-        starts = text.encode("gb2312", "ignore").translate(None, ASCII)[::2]
-        frequent += len(starts) - len(starts.translate(None, FREQUENT))
-    return valid < 0.7 * high and frequent > 0.5 * pairs
+        if len(sample) < 4 * CHUNK and not chunk.isascii():
+            sample += chunk
+    text = sample.decode("gb18030", "ignore")
+    pairs = (len(text.encode("gbk", "ignore")) - len(text.encode("ascii", "ignore"))) // 2  # characters of two bytes
+    starts = text.encode("gb2312", "ignore").translate(None, ASCII)[::2]
+    frequent = len(starts) - len(starts.translate(None, FREQUENT))
+    utf8 = sample.decode("utf-8", "ignore").encode()
+    return frequent > 0.5 * pairs and len(utf8.translate(None, ASCII)) < 0.7 * len(sample.translate(None, ASCII))
