@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from common.deepspeed_file import GATHERS, check_settings, current_settings
 from common.errors import UserError
 from common.models.precision import choose_precision, compute_dtype, half_dtype, this_device
 
@@ -253,7 +254,7 @@ def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]
     if not given.startswith("{") and not Path(given).is_file():
         raise UserError(f"--{flag}: no file {given}.")
     try:
-        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"--{flag}: {given} is broken JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -279,34 +280,30 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
 
     Raises UserError if the file contradicts flags, naming each entry beside its flag.
     """
-    config, file = read_config("deepspeed", args.deepspeed), args.deepspeed
-    check_sections(config, file)
+    file = args.deepspeed
+    config = current_settings(read_config("deepspeed", file), file)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         config.setdefault(name, "auto")
     for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 without this
-        config[name] = {"enabled": "auto"} | (config.get(name) or {})
-    zero = config["zero_optimization"] = {"stage": 0} | (config.get("zero_optimization") or {})
+        config[name] = {"enabled": "auto"} | config.get(name, {})
     # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.
     config["zero_allow_untested_optimizer"] = True
-    if zero["stage"] == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"][GATHERS] = True
     compared = HfTrainerDeepSpeedConfig(config)
     compared.trainer_config_process(SimpleNamespace(**vars(args), world_size=args.processes))
+    if args.max_steps > 0:  # else the number of steps is known only with the data
+        compared.fill_match("scheduler.params.total_num_steps", args.max_steps, "max_steps")
+        compared.fill_match(
+            "scheduler.params.warmup_num_steps", max(1, args.get_warmup_steps(args.max_steps)), "warmup_steps"
+        )
     found = "; ".join(line.removeprefix("- ds ") for line in compared.mismatches)
     if found:
         rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
         found = found.replace("train_batch_size (calculated)", rows).replace("|", " or --")
         raise UserError(f'{file} says {found.replace(" vs hf ", ", but --")}: change one, or write "auto" there.')
+    check_settings(compared.config, file)
     return config
-
-
-def check_sections(config: dict[str, Any], file: Any) -> None:
-    """Raises UserError for a section of a DeepSpeed file that is no object."""
-    for name in ("fp16", "bf16", "optimizer", "scheduler", "zero_optimization"):
-        section = config.get(name) or {}
-        inner = ("params", "offload_optimizer", "offload_param") if isinstance(section, dict) else ()
-        if not all(isinstance(part, dict) for part in [section, *(section.get(key) or {} for key in inner)]):
-            raise UserError(f"{file}: {name} must be an object with settings.")
 
 
 def fsdp_config(args: TrainingArguments) -> dict[str, Any]:

@@ -377,7 +377,7 @@ def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, 
 
 def test_nothing_is_merged_into_a_quantized_base(adapter, checkpoint, tmp_path, monkeypatch, capsys):
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_bit": 4}))
     assert merge(monkeypatch, "--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 2
     assert "holds quantized weights, into which nothing can be added" in capsys.readouterr().err
     assert not (tmp_path / "merged" / "config.json").exists()

@@ -33,6 +33,8 @@ TOKENIZER = "transformers.PreTrainedTokenizer"
 PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     # the engines
     "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig": "contradictions of a DeepSpeed file are not found",
+    "deepspeed.runtime.config.DeepSpeedConfig": "mistakes in a DeepSpeed file show after the model is loaded",
+    "deepspeed.runtime.zero.config.DeepSpeedZeroConfig": "other names of its settings are not known",
     "deepspeed.ops.__compatible_ops__": "DeepSpeed compiles for a minute on CPUs",
     "deepspeed.ops.op_builder.builder.OpBuilder": "several jobs compile one extension at once",
     "deepspeed.ops.op_builder.cpu.ShareMemCommBuilder": "DeepSpeed compiles for a minute on CPUs",

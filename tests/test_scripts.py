@@ -258,8 +258,16 @@ def test_a_full_disk_ends_with_one_sentence(tmp_path, capsys):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+# As files of several years say it: in text, by an old name, and with values that depend on the model.
+OLD_ZERO_3 = """{"train_batch_size": "auto", "zero_optimization": {"stage": "3", "reduce_bucket_size": "auto",
+"stage3_prefetch_bucket_size": "auto", "stage3_gather_fp16_weights_on_model_save": true}}"""
+
+
 def test_deepspeed_trains_in_one_process_too(tmp_path):
+    """With an old file."""
+    (tmp_path / "ds.json").write_text(OLD_ZERO_3)
     variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4", "EVALUATE": "false"}
+    variables["DEEPSPEED"] = str(tmp_path / "ds.json")
     bash("full/ds_train_finetune.sh", **variables)
     assert (tmp_path / "model.safetensors").is_file()
 

@@ -196,8 +196,8 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
 def seems_whole(folder: Path, weights: bool) -> bool:
     """Whether a folder has a config and, if asked for, complete weights, as far as this shows without a hub."""
     files = weight_files(folder) if weights else []
-    needed = [folder / "config.json", *files]
-    return bool(files) == weights and all(file.is_file() and is_complete(file) for file in needed)
+    whole = all(file.is_file() and is_complete(file) for file in files)
+    return bool(files) == weights and whole and read_json(folder / "config.json") is not None
 
 
 def download(
