@@ -7,6 +7,7 @@
 # with commas between them, or a glob. HISTORY_COLUMN holds earlier rounds; CONVERSATION_COLUMN holds whole conversations
 # and replaces the other columns. A killed run continues where it stopped; --overwrite_cache starts over.
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 # The lengths of lora/train.sh, or for plain text of lora/train_text.sh: the training must use the same lengths.

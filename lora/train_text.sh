@@ -3,6 +3,7 @@
 # the rest.
 #     bash train_text.sh                                 the shipped demo on the advertisements as plain text
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='corpus/*.json' VALIDATION_FILE=dev.csv TEXT_COLUMN=text bash train_text.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
