@@ -72,7 +72,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
                 checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
-            train(trainer, data["train"], checkpoint)
+            with checkpoints.kept(output_dir):
+                train(trainer, data["train"], checkpoint)
         if args.do_eval:
             evaluate(trainer, data_args)
         if args.do_predict:
