@@ -1,4 +1,4 @@
-"""The numbers of the data report, from the Arrow columns of tokenized rows: lengths, cuts, repetitions, strange rows."""
+"""The numbers of the data report, from the columns of tokenized rows: lengths, cuts, repetitions, strange rows."""
 
 import re
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def scripts_of(text: str) -> list[str]:
 class RowFacts(NamedTuple):
     """A tokenized row and its origin."""
 
-    index: int  # in the tokenized rows
+    number: int  # its index in the tokenized rows
     file: int  # index in the list of files
     line: int  # its line, or its row where the file has no lines
     asked: int  # tokens of the question before anything is cut
@@ -85,10 +85,11 @@ def survey(rows: Dataset, source_limit: int, target_limit: int, joint: bool) -> 
         excess = np.maximum(asked - source_limit, 0) + np.maximum(answered - target_limit, 0)
     excess[~asks] = 0  # plain text
 
-    def facts(index: int) -> RowFacts:
-        return RowFacts(index, *(int(columns[name][index]) for name in RowFacts._fields[1:]))
+    def facts(number: int) -> RowFacts:
+        return RowFacts(number, *(int(columns[name][number]) for name in RowFacts._fields[1:]))
 
-    firsts = first_of_each(columns["file"].astype(np.int64) << 40 | columns["line"])  # of each conversation
+    origins = columns["file"].astype(np.int64) << 40 | columns["line"]
+    firsts = first_of_each(origins)
     commonest, first = commonest_of(columns["question"], asks)
     return Survey(
         rows=len(both),
@@ -107,7 +108,7 @@ def survey(rows: Dataset, source_limit: int, target_limit: int, joint: bool) -> 
         commonest=commonest,
         first_with_it=None if first is None else facts(first),
         superfluous=len(firsts) - len(first_of_each(columns["row"][firsts])),
-        strangest=[facts(index) for index in strangest_of(both, firsts)],
+        strangest=[facts(number) for number in strangest_of(both, origins)],
     )
 
 
@@ -142,12 +143,18 @@ def first_of_each(values: NDArray) -> NDArray:
     return np.unique(values, return_index=True)[1]
 
 
-def strangest_of(lengths: NDArray, candidates: NDArray) -> list[int]:
-    """The rows of ``candidates`` whose logarithms of length are farthest from the median; none that is just there."""
-    logs = np.log(np.maximum(lengths[candidates], 1))
-    distance = np.abs(logs - np.median(logs)) if len(logs) else logs
-    order = np.argsort(-distance, kind="stable")[:STRANGEST]
-    return [int(candidates[index]) for index in order if distance[index] > 0]
+def strangest_of(lengths: NDArray, origins: NDArray) -> list[int]:
+    """The rows whose logarithms of length are farthest from the median, one of each origin."""
+    if not len(lengths):
+        return []
+    logs = np.log(np.maximum(lengths, 1))
+    distance = np.abs(logs - np.median(logs))
+    found: dict[int, int] = {}  # origin: row
+    for row in np.argsort(-distance, kind="stable"):
+        if len(found) == STRANGEST or not distance[row]:
+            break
+        found.setdefault(int(origins[row]), int(row))
+    return list(found.values())
 
 
 def allowed(rows: int) -> int:
@@ -195,5 +202,5 @@ def commonest_of(values: NDArray, where: NDArray) -> tuple[int, int | None]:
     if not len(indices):
         return 0, None
     _, firsts, counts = np.unique(values[indices], return_index=True, return_counts=True)
-    most = counts.argmax()
-    return int(counts[most]), int(indices[firsts[most]])
+    most = int(counts.max())
+    return most, int(indices[firsts[counts == most].min()])
