@@ -2,9 +2,11 @@
 
 import errno
 import os
+import pwd
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -37,13 +39,28 @@ def describe(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
+        owner = other_owner(Path(error.filename)) if error.filename and isinstance(error, PermissionError) else ""
+        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}{owner}."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
             first = ". ".join(text.split(". ")[:2])  # two sentences
             last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # last line, without its place in the source
-            return f"{sentence.format(first=first, last=last)}. What was saved before is complete."
+            return f"{sentence.format(first=first, last=last)}."
     return None
+
+
+def other_owner(path: Path) -> str:
+    """ "; it belongs to user NAME", or the folder where it would be does; "" if that is this user."""
+    path = path.absolute()
+    existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    owner = existing.lstat().st_uid
+    if owner == os.geteuid():
+        return ""
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:  # it is known on another machine, or outside this container
+        name = str(owner)
+    return f"; {'it' if existing == path else existing} belongs to user {name}"
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:

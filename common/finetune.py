@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
 from functools import partial
@@ -18,6 +19,8 @@ from common.data.collator import train_batch
 from common.data.dataset import Prepared, column, prepare_dataset
 from common.data.mix import MixSampler, parse_mix
 from common.data.shards import load_shards
+from common.data.survey import overlap, survey
+from common.encoding import has_roles
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -31,6 +34,7 @@ from common.trained import COLUMNS
 from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete, needs
 from common.training.choices import choose
+from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
 
@@ -78,7 +82,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
                 checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
-            train(trainer, data["train"], checkpoint)
+            with checkpoints.kept(output_dir):
+                train(trainer, data["train"], checkpoint)
             trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
         if args.do_eval:
             evaluate(trainer, data, data_args)
@@ -118,12 +123,28 @@ def prepare(
         if split == "train" and data_args.mix:
             shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
             prepared.sampler = MixSampler(column(prepared.rows, "file"), shares, args.seed)
-        if args.process_index == 0 and not (split == "test" and data_args.test_file == data_args.validation_file):
-            report.print_prepared(split, prepared)
-        if args.process_index == 0 and split == "train" and args.do_train:
-            report.print_length(prepared, args)
         data[split] = prepared
+        if args.process_index == 0:
+            show(split, data, data_args, args, has_roles(tokenizer))
     return data
+
+
+def show(
+    split: str, data: Mapping[str, Prepared], data_args: DataArguments, args: TrainingArguments, joint: bool
+) -> None:
+    """Prints what was read, and the data report; ``joint``: question and answer share their room."""
+    if split == "test" and data_args.test_file == data_args.validation_file and "validation" in data:
+        return
+    prepared = data[split]
+    report.print_prepared(split, prepared)
+    if split in ("train", "validation") and len(prepared.rows):
+        limits = data_args.max_source_length, data_args.max_target_length
+        found = survey(prepared.rows, *limits, joint)
+        print_survey(split, found, prepared.files, prepared.summary["scripts"], full=args.dry_run)
+    if split == "validation" and "train" in data:
+        warn_of_overlap(len(prepared.rows), *overlap(data["train"].rows, prepared.rows))
+    if split == "train" and args.do_train:
+        report.print_length(prepared, args)
 
 
 def build_model(

@@ -1,4 +1,5 @@
-# Every script sources this file. It finds the environment and defines how a program starts on all devices.
+# Every script sources this file, after a line that starts it again with bash where sh is another shell. It finds the
+# environment and defines how a program starts on all devices.
 # shellcheck shell=bash
 set -euo pipefail
 

@@ -6,6 +6,7 @@
 # MODEL names the tokenizer: demo, demo3, a folder, a short name or a hub id. TRAIN_FILE and the columns are those of
 # train.sh. A killed run continues where it stopped; --overwrite_cache starts over.
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 # The lengths of lora/train.sh, or for plain text of lora/train_text.sh: the training must use the same lengths.

@@ -6,6 +6,7 @@
 #     LR=1e-5 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 #     MODEL=chatglm2-6b DEVICE_MEMORY=80 NUM_GPUS=8 bash ds_train_finetune.sh --plan     does it fit? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id

@@ -2,6 +2,7 @@
 # Trains an adapter on whole conversations, with system prompts and tools. train.sh does the rest.
 #     bash train_chat.sh                                 the shipped ChatGLM3 demo on the shipped conversations
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE=chat.json bash train_chat.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

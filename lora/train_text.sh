@@ -4,6 +4,7 @@
 #     bash train_text.sh                                 the shipped demo on the advertisements as plain text
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE=novel.txt bash train_text.sh                  .txt, or rows with a key text
 #     MODEL=THUDM/chatglm3-6b TRAIN_FILE='corpus/*.json' TEXT_COLUMN=body bash train_text.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

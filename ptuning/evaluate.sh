@@ -4,6 +4,7 @@
 #     CHECKPOINT=output/mine/checkpoint-3000 TEST_FILE=test.json bash evaluate.sh
 # The variables that you set win over the records of the training; further flags go to main.py.
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 CHECKPOINT=${CHECKPOINT:-$ROOT/ptuning/output}           # a training, or a folder of trainings: the newest one

@@ -5,6 +5,7 @@
 #     LR=1e-2 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 #     MODEL=chatglm-6b DEVICE_MEMORY=8 bash train.sh --plan      does it fit on a card with 8 GB? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id

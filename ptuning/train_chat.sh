@@ -2,6 +2,7 @@
 # Trains a prefix on conversations: rows with a question, an answer and the rounds before them. train.sh does the rest.
 #     bash train_chat.sh                                 the shipped demo on the shipped conversations
 #     MODEL=THUDM/chatglm-6b TRAIN_FILE=chat.json bash train_chat.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 

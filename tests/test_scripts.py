@@ -241,11 +241,12 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(capsys):
     assert "can't write to the output folder /proc/out" in error
 
 
-def test_a_full_disk_ends_with_one_sentence(tmp_path, capsys):
-    """A file system of one megabyte, where the second checkpoint does not fit; mounting one takes root."""
+@pytest.mark.parametrize("size", ["1m", "2m"])
+def test_a_full_disk_ends_with_one_sentence(size, tmp_path, capsys):
+    """A small file system, where the first or the second checkpoint does not fit; mounting one takes root."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -254,6 +255,7 @@ def test_a_full_disk_ends_with_one_sentence(tmp_path, capsys):
         assert run_here("ptuning/train.sh", *flags, check=False, **variables) == 2
         said = capsys.readouterr().err  # after a progress bar, which ends without a line's end
         assert "error: " in said and "No space left on device" in said and "Traceback" not in said
+        assert ("What was saved before is complete." in said) == (size == "2m")
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 

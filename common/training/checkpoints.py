@@ -4,14 +4,15 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
-from common.errors import UserError, differences
+from common.errors import UserError, describe, differences, other_owner
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.methods import Method
 from common.models.registry import ModelFolder
@@ -50,7 +51,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b" ")
     except OSError as error:
-        raise UserError(f"can't write to the output folder {folder}: {error.strerror}.") from error
+        reason = f"{error.strerror}{other_owner(folder)}"
+        raise UserError(f"can't write to the output folder {folder}: {reason}.") from error
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -78,6 +80,18 @@ def is_complete_checkpoint(folder: Path) -> bool:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints from which a training can continue, oldest first."""
     return list(filter(is_complete_checkpoint, checkpoint_folders(folder)))
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Errors that a user can mend say that the checkpoints in the folder are complete, if there are any."""
+    try:
+        yield
+    except Exception as error:
+        sentence = None if isinstance(error, UserError) else describe(error)
+        if sentence is None or not complete_checkpoints(folder):
+            raise
+        raise UserError(f"{sentence} What was saved before is complete.") from error
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
@@ -106,13 +107,36 @@ def print_plan(memory: Forecast) -> None:
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token of a row with its id and its label; - is a position without one."""
-    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    cells = [
-        f"{piece} {index}:{'-' if label == -100 else label}"
-        for piece, index, label in zip(pieces, row["input_ids"], row["labels"], strict=True)
-    ]
-    console().print("first training row, token id:label  " + "  ".join(cells))
+    """Every token of a row with its id and its label, in as many columns as fit; - is a position without a label."""
+    tokens = [readable(tokenizer, index) for index in row["input_ids"]]
+    labels = ["-" if label == -100 else str(label) for label in row["labels"]]
+    cells = list(zip(tokens, map(str, row["input_ids"]), labels, strict=True))
+    titles, longest, gap = ("token", "id", "label"), 24, 4
+    widths = [min(max(map(cell_len, column)), longest) for column in zip(titles, *cells, strict=True)]
+    across = max(1, (console().width + gap) // (sum(widths) + len(titles) - 1 + gap))
+    down = -(-len(cells) // across)
+    columns = Table.grid(padding=(0, gap, 0, 0))
+    parts = []
+    for first in range(0, len(cells), down):
+        headers = [
+            Column("token", overflow="fold", max_width=longest),
+            *(Column(t, justify="right") for t in titles[1:]),
+        ]
+        parts.append(Table(*headers, box=None, padding=(0, 1, 0, 0), pad_edge=False))
+        for cell in cells[first : first + down]:
+            parts[-1].add_row(*cell)
+    columns.add_row(*parts)
+    learned = len(labels) - labels.count("-")
+    console().print(f"first training row: {len(tokens):,} tokens, {learned:,} with a label", columns, sep="\n")
+
+
+def readable(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+    """A token as text, with ▁ for a blank and escapes for control characters."""
+    token = tokenizer.convert_ids_to_tokens(index)
+    if tokenizer.is_fast:  # GLM-4 stores bytes as other characters; only whole characters can be decoded
+        text = tokenizer.decode([index])
+        token = token if "\ufffd" in text else text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace(" ", "▁"))
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
