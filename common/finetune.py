@@ -137,7 +137,7 @@ def show(
         return
     prepared = data[split]
     report.print_prepared(split, prepared)
-    if split in ("train", "validation") and len(prepared.rows):
+    if split == "train" or split == "validation" and not data_args.held_out:
         limits = data_args.max_source_length, data_args.max_target_length
         found = survey(prepared.rows, *limits, joint)
         print_survey(split, found, prepared.files, prepared.summary["scripts"], full=args.dry_run)

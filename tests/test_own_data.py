@@ -16,8 +16,8 @@ from common.training.choices import choose
 
 SHIPPED = ROOT / "AdvertiseGen" / "train.json"
 ROWS = SHIPPED.read_text().splitlines()[:60]
-TRAINING = """--do_train --model_name_or_path demo --pre_seq_len 8 --max_source_length 64 --max_target_length 16 --use_cpu
---per_device_train_batch_size 16 --per_device_eval_batch_size 10 --learning_rate 2e-2 --logging_steps 1"""
+TRAINING = """--do_train --model_name_or_path demo --pre_seq_len 8 --max_source_length 64 --max_target_length 16
+--use_cpu --per_device_train_batch_size 16 --per_device_eval_batch_size 10 --learning_rate 2e-2 --logging_steps 1"""
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_epochs_given_for_the_shipped_rows_win_over_default_steps():
     ("flags", "says", "warns"),
     [
         ("--num_train_epochs 3", "12 steps of 16 rows: 3.0 epochs of 60 rows", "12 steps change little"),
-        ("--max_steps 90", "90 steps of 16 rows: 22.5 epochs of 60 rows", "22 passes over the same rows"),
+        ("--max_steps 90", "90 steps of 16 rows: 22.5 epochs of 60 rows", "22 passes teach"),
     ],
 )
 def test_steps_and_epochs_are_printed_and_extremes_warned_about(flags, says, warns, mine, tmp_path, capfd):

@@ -108,9 +108,10 @@ def read_examples(split: Split, reading: Reading) -> Iterator[Example]:
                     reading.bad.append((row.place, problem, excerpt))
                 continue
             count += 1
-            text = text_of(content)
-            reading.scripts.update(scripts_of(text))
-            yield Example(index, row.number, row.place, prefixed(content, split.args), hash_of(text), row.content)
+            spoken = content if isinstance(content, str) else "\n".join([turn.content for turn in content])
+            reading.scripts.update(scripts_of(spoken))
+            key = hash_of(text_of(content))
+            yield Example(index, row.number, row.place, prefixed(content, split.args), key, row.content)
         findings = {"format": reader.name, "unit": reader.unit, "unread": dict(reader.unread)}
         reading.files.append({"file": source, "rows": count, "empty_answers": reader.empty_answers} | findings)
 

@@ -104,7 +104,7 @@ def survey(rows: Dataset, source_limit: int, target_limit: int, joint: bool) -> 
         is_text=not asks.any(),
         cut=int(np.count_nonzero(excess)),
         lost=int(excess.sum()),
-        smallest=(joint_lengths if joint else separate_lengths)(asked[asks], answered[asks]),
+        smallest=smallest_lengths(asked[asks], answered[asks]),
         commonest=commonest,
         first_with_it=None if first is None else facts(first),
         superfluous=len(firsts) - len(first_of_each(columns["row"][firsts])),
@@ -162,21 +162,10 @@ def allowed(rows: int) -> int:
     return max(0, -(-rows // 100) - 1)
 
 
-def joint_lengths(asked: NDArray, answered: NDArray) -> tuple[int, int]:
-    """The lengths with the smallest sum that cut under 1%, split as the questions and answers are long."""
-    if not len(asked):
-        return 0, 0
-    longest = int(np.partition(asked + answered, -1 - allowed(len(asked)))[-1 - allowed(len(asked))])
-    total = max(longest - 1, 2 * SHORTEST)  # a row may have one token more than both lengths
-    question, answer = percentiles(asked)[3], percentiles(answered)[3]
-    source = round(total * question / (question + answer))
-    source = min(max(source, SHORTEST), total - SHORTEST)
-    return source, total - source
-
-
-def separate_lengths(asked: NDArray, answered: NDArray) -> tuple[int, int]:
+def smallest_lengths(asked: NDArray, answered: NDArray) -> tuple[int, int]:
     """The lengths with the smallest sum that cut under 1%, where questions and answers have a limit each.
 
+    In an evaluation they have one in each model, also where they share their room in a training.
     The longest questions are given up one by one. As many of the longest answers of the other rows can be given up as
     are left of the 1%: ``place`` is the first answer, longest first, that must fit.
     """

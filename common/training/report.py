@@ -64,7 +64,7 @@ def print_prepared(split: str, data: Prepared) -> None:
 
 
 def print_length(data: Prepared, args: TrainingArguments) -> None:
-    """Prints steps and epochs of a training, the mix of its files, and a warning for too many passes or too few steps."""
+    """Prints steps and epochs, the mix of the files, and a warning for too many passes or too few steps."""
     rows = data.rows_per_epoch
     batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
@@ -76,13 +76,9 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
         console().print(f"train: an epoch mixes {' + '.join(parts)}")
     console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.1f} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
-        note(
-            f"warning: {passes:.0f} passes over the same rows teach them by heart: EPOCHS=3 (--num_train_epochs 3) is usual."
-        )
+        note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
-        note(
-            f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs), or lower GRAD_ACCUM or BATCH_SIZE."
-        )
+        note(f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs) or lower BATCH_SIZE.")
 
 
 def print_plan(memory: Forecast) -> None:
