@@ -5,7 +5,7 @@ ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -55,11 +55,6 @@ def conversation_of(query: str, response: str, history: History = ()) -> list[Tu
     """The history, a question and its answer. Only this answer is trained."""
     rounds = [(Turn("user", question), Turn("assistant", answer)) for question, answer in history]
     return [*(turn for both in rounds for turn in both), Turn("user", query), Turn("assistant", response, loss=True)]
-
-
-def encoders_of(text: bool) -> dict[str, Callable]:
-    """The functions that make training rows, of plain text or of conversations, and questions to answer."""
-    return {"rows": encode_texts if text else encode_train, "questions": encode_eval}
 
 
 def encode_train(
