@@ -63,8 +63,8 @@ def print_content(found: Survey, files: list[str], scripts: Mapping[str, int]) -
     lines.append(f"scripts: {', '.join(f'{name} in {count:,} rows' for name, count in counts) or 'none'}")
     console().print(*(f"  {line}" for line in lines), sep="\n")
     if found.strangest:
-        headers = ["file", *(Column(name, justify="right") for name in ("line or row", "question", "answer"))]
-        table = Table(*headers, title="strangest rows by length, in tokens", title_justify="left")
+        numbers = [Column(name, justify="right") for name in ("line or row", "question", "answer")]
+        table = Table("file", *numbers, title="strangest rows by length, in tokens", title_justify="left")
         for row in found.strangest:
             table.add_row(files[row.file], *(f"{number:,}" for number in (row.line, row.asked, row.answered)))
         console().print(table)
@@ -93,7 +93,7 @@ def warn(split: str, found: Survey, files: list[str]) -> None:
 
 
 def warn_of_overlap(rows: int, conversations: int, questions: int) -> None:
-    """Warns where some of the ``rows`` of the validation are trained too; the counts are those of ``survey.overlap``."""
+    """Warns where some of the ``rows`` of a validation are trained too; the counts are those of ``overlap``."""
     if conversations or questions:
         note(
             f"warning: of {rows:,} validation rows {conversations:,} are training rows too, and {questions:,} have a "
