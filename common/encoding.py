@@ -127,7 +127,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) ->
         ids = [*ids, tokenizer.eos_token_id]
         for begin in range(0, len(ids), size):
             block = ids[begin : begin + size]
-            origin = Origin(index, len(start), len(block))
+            origin = Origin(index, 0, len(block))
             rows.append(TrainRow(start + block, [-100] * len(start) + block, origin=origin))
     return rows
 

@@ -42,12 +42,17 @@ class Reading:
     """The findings in the files of a split, complete when all its examples were read."""
 
     files: list[dict[str, Any]] = field(default_factory=list)  # file, format, unit, rows, unread, empty_answers
-    scripts: Counter[str] = field(default_factory=Counter)
+    characters: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, str, str]] = field(default_factory=list)  # place, problem, excerpt of the first bad rows
     bad_rows: int = 0
 
     def summary(self) -> dict[str, Any]:
-        return {"findings": self.files, "scripts": dict(self.scripts), "bad": self.bad, "bad_rows": self.bad_rows}
+        return {
+            "findings": self.files,
+            "scripts": scripts_of(self.characters),
+            "bad": self.bad,
+            "bad_rows": self.bad_rows,
+        }
 
 
 class Split(NamedTuple):
@@ -108,8 +113,8 @@ def read_examples(split: Split, reading: Reading) -> Iterator[Example]:
                     reading.bad.append((row.place, problem, excerpt))
                 continue
             count += 1
-            spoken = content if isinstance(content, str) else "\n".join([turn.content for turn in content])
-            reading.scripts.update(scripts_of(spoken))
+            for text in [content] if isinstance(content, str) else [turn.content for turn in content]:
+                reading.characters.update(text)
             key = hash_of(text_of(content))
             yield Example(index, row.number, row.place, prefixed(content, split.args), key, row.content)
         findings = {"format": reader.name, "unit": reader.unit, "unread": dict(reader.unread)}

@@ -1,6 +1,7 @@
 """The numbers of the data report, from the columns of tokenized rows: lengths, cuts, repetitions, strange rows."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +15,10 @@ PERCENTILES = (50, 90, 95, 99, 100)
 SHORTEST = 3  # tokens, the least that --max_source_length and --max_target_length may be
 STRANGEST = 5  # rows
 
-# The characters of each script; Latin and Chinese first, because most texts hold no others.
-SCRIPTS = {
+SCRIPTS = {  # the letters of each script, as in a regular expression
     "Chinese": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
     "Latin": "A-Za-zÀ-ÖØ-öø-ɏ\u1e00-\u1eff",
-    "Japanese": "\u3041-\u3096\u30a1-\u30fa\uff66-\uff9d",
+    "Japanese kana": "\u3041-\u3096\u30a1-\u30fa\uff66-\uff9d",
     "Korean": "\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e",
     "Cyrillic": "\u0400-\u052f",
     "Greek": "\u0370-\u03ff",
@@ -27,17 +27,16 @@ SCRIPTS = {
     "Devanagari": "\u0900-\u097f",
     "Thai": "\u0e00-\u0e7f",
 }
-SEARCHES = {name: re.compile(f"[{characters}]").search for name, characters in SCRIPTS.items()}
-FIND_OTHERS = re.compile(f"[{''.join([*SCRIPTS.values()][2:])}]").search
 
 
-def scripts_of(text: str) -> list[str]:
-    """The scripts of a text, in the order of ``SCRIPTS``. Chinese characters among kana are Japanese."""
-    if text.isascii():
-        return ["Latin"] if SEARCHES["Latin"](text) else []
-    names = list(SCRIPTS) if FIND_OTHERS(text) else ["Chinese", "Latin"]
-    found = [name for name in names if SEARCHES[name](text)]
-    return [name for name in found if name != "Chinese"] if "Japanese" in found else found
+def scripts_of(characters: Mapping[str, int]) -> dict[str, int]:
+    """The number of letters of each script, the commonest first; ``characters``: the number of each character."""
+    text = "".join(characters)
+    found = {
+        name: sum(characters[letter] for letter in re.findall(f"[{letters}]", text))
+        for name, letters in SCRIPTS.items()
+    }
+    return dict(sorted(((name, count) for name, count in found.items() if count), key=lambda item: -item[1]))
 
 
 class RowFacts(NamedTuple):

@@ -15,7 +15,7 @@ MANY_EQUAL, SHARE_EQUAL = 5, 0.1  # rows with one question: at least so many, an
 def print_survey(split: str, found: Survey, files: list[str], scripts: Mapping[str, int], full: bool) -> None:
     """Prints the data report of a split, and warnings on stderr.
 
-    scripts: rows that hold each script. full: repetitions, scripts and the strangest rows too.
+    scripts: letters of each script. full: repetitions, scripts and the strangest rows too.
     """
     print_lengths(split, found)
     if full:
@@ -59,15 +59,12 @@ def print_content(found: Survey, files: list[str], scripts: Mapping[str, int]) -
     if found.first_with_it and found.commonest > 1:
         where = place(found.first_with_it, files)
         lines.append(f"rows with the commonest question: {found.commonest:,}, the first in {where}")
-    counts = sorted(scripts.items(), key=lambda item: -item[1])
-    lines.append(f"scripts: {', '.join(f'{name} in {count:,} rows' for name, count in counts) or 'none'}")
+    letters = [f"{percent(count, sum(scripts.values()))} {name}" for name, count in scripts.items()]
+    lines.append(f"letters: {', '.join(letters) or 'none'}")
     console().print(*(f"  {line}" for line in lines), sep="\n")
     if found.strangest:
-        headers: list[Column | str] = [
-            "file",
-            *(Column(name, justify="right") for name in ("line or row", "question", "answer")),
-        ]
-        table = Table(*headers, title="strangest rows by length, in tokens", title_justify="left")
+        numbers = [Column(name, justify="right") for name in ("line or row", "question", "answer")]
+        table = Table("file", *numbers, title="strangest rows by length, in tokens", title_justify="left")
         for row in found.strangest:
             table.add_row(files[row.file], *(f"{number:,}" for number in (row.line, row.asked, row.answered)))
         console().print(table)
@@ -96,7 +93,7 @@ def warn(split: str, found: Survey, files: list[str]) -> None:
 
 
 def warn_of_overlap(rows: int, conversations: int, questions: int) -> None:
-    """Warns where some of the validation's ``rows`` are trained too; the counts are those of ``survey.overlap``."""
+    """Warns where some of the ``rows`` of a validation are trained too; the counts are those of ``overlap``."""
     if conversations or questions:
         note(
             f"warning: of {rows:,} validation rows {conversations:,} are training rows too, and {questions:,} have a "
