@@ -249,7 +249,7 @@ def read_csv(file: Path, text: TextIO) -> Iterator[Row]:
     if named:
         next(lines)
         begun.clear()
-    reader = csv.reader(lines, delimiter=named[1] if named else delimiter_of(begin), strict=True)
+    reader = csv.reader(lines, delimiter=named[1] if named else delimiter_of(file, begin), strict=True)
     rows = read_fields(file, reader, begun)
     names: list[str] = []
     for fields in rows:
@@ -279,10 +279,12 @@ def recorded(text: TextIO, begun: list[tuple[int, str]]) -> Iterator[str]:
         yield line
 
 
-def delimiter_of(begin: str) -> str:
+def delimiter_of(file: Path, begin: str) -> str:
     """The delimiter that is most frequent in the first line, outside quotes; without any one that no text holds."""
     header = re.sub('"[^"]*"?', "name", begin).lstrip("\r\n")
     header = re.split("[\r\n]", header, maxsplit=1)[0]
+    if file.suffix.lower() == ".tsv" and "\t" in header:
+        return "\t"
     found = max(DELIMITERS, key=header.count)
     return found if found in header else NO_DELIMITER
 
