@@ -96,7 +96,6 @@ def test_a_folder_gives_its_data_files_by_name_and_the_rest_is_named_once(tmp_pa
     assert capfd.readouterr().err == f"note: in {tmp_path}/ these are not read: README.md, folder.json, t.xlsx\n"
     assert [file.name for file in find_files(f"{tmp_path}/*.*s*")] == [
         "a.csv",
-        "b.JSONL",
         "e.tsv",
         "f.ndjson",
         "t.xlsx",
@@ -195,11 +194,12 @@ def test_line_ends_of_all_systems(tmp_path, end):
         ('\n{\n "a": {\n  "b": [1]\n }\n}\n', [2]),
         ('{\n"a": 1\n}\n\n{\n"a": 2\n}{"a": 3}', [1, 5, 7]),
         ('{"a": 1} {"a": 2}\n{"a": 3}{"a": 4}', [1, 1, 2, 2]),
+        ('{"m": [{"role": 1},\n{"role": 2}\n]}\n{"m":\n{"a": [\n{}]}}', [1, 4]),
         ('{"m": [\n{"role": "user"},\n{"role": "x"}\n]}\n{"m": []}', [1, 5]),
         ('[{"a": 1}]\n\n[{"a": 2}, {"a": 3}][]', [1, 2, 3]),
         ('\ufeff{"a": 1}\n\ufeff{"a": 2}\n', [1, 2]),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_several_values_one_after_another(tmp_path, text, numbers):
     values, position, decoder = [], 0, json.JSONDecoder()
@@ -279,6 +279,7 @@ def test_json_that_cannot_be_read_on_is_refused_with_its_line(tmp_path, text, sa
     [
         ('{"a" 2}', "broken JSON: Expecting ':' delimiter (column 6)"),
         ('{"a": 1', "broken JSON: Expecting ',' delimiter (column 8)"),
+        ('{"a": 1,', "broken JSON: Expecting property name"),
         ('{"a": "x', "broken JSON: Unterminated string starting at (column 7)"),
         ('{"a": 1},', "broken JSON: Extra data (column 9)"),
         ('{"a": "x\0"}', "broken JSON: Invalid control character at (column 9)"),
@@ -286,10 +287,11 @@ def test_json_that_cannot_be_read_on_is_refused_with_its_line(tmp_path, text, sa
         ('{"a": ' + "1" * 5000 + "}", "broken JSON: Exceeds the limit"),
         ('{"a": 1, "b": 2, "b": 3}', "duplicate key 'b' in one object"),
         ('{"a": [{"b": 2, "b": 2}]}', "duplicate key 'b' in one object"),
+        ('{"a": [{"b": 2, "b": 2}, ' + "[" * 100_000, "broken JSON: nested too deeply"),
         ("null", 'expected an object like {"prompt": …}, found NoneType'),
         ('["a"]', 'expected an object like {"prompt": …}, found list'),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_bad_line_is_one_bad_row(tmp_path, bad, says, place):
