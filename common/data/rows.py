@@ -78,7 +78,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise RowError(f"duplicate key {name!r} in one object")
+        raise RowError(f"duplicate key {name!r:.40} in one object")
     return found
 
 
@@ -211,7 +211,7 @@ def find_rows(file: Path, text: str, position: int) -> int | None:
     if name in ("tools", "functions") or ROW_KEYS.intersection(beside) or any(map(is_message, rows)):
         return None
     if beside:
-        note_once(f"note: {file}: the rows are in {name!r}; not read: {', '.join(map(repr, beside))}")
+        note_once(f"note: {file}: the rows are in {name!r}; not read: {', '.join(map(repr, beside)):.200}")
     return start
 
 
