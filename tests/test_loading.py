@@ -81,6 +81,11 @@ def test_config_tells_the_generation(config, key, model_class, tokenizer_class, 
     assert type(make_config(spec, config)) is model_class.config_class
 
 
+def test_config_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FIRST), encoding="utf-8-sig")
+    assert read_config(tmp_path) == FIRST
+
+
 @pytest.mark.parametrize("kind", ["glm", "glm4"])
 def test_glm4_is_told_by_its_model_type(kind, tmp_path):
     assert spec_of(tmp_path, {"model_type": kind, "vocab_size": 151552}).key == "glm"

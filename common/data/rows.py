@@ -78,7 +78,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise RowError(f"duplicate key {name!r} in one object")
+        raise RowError(f"duplicate key {name!r:.40} in one object")
     return found
 
 
@@ -93,13 +93,14 @@ def skip_space(text: str, position: int) -> int:
 def value_at(text: str, start: int) -> tuple[Any, int]:
     """The value that begins there, or a RowError, and its end. Raises json.JSONDecodeError where no end can be told."""
     try:
-        return DECODE(text, start)
-    except json.JSONDecodeError:
-        raise
-    except RowError as error:
-        return error, SKIP(text, start)[1]
-    except ValueError as error:  # an integer of thousands of digits
-        return RowError(f"broken JSON: {str(error).partition(':')[0]}"), SKIP(text, start)[1]
+        try:
+            return DECODE(text, start)
+        except json.JSONDecodeError:
+            raise
+        except RowError as error:
+            return error, SKIP(text, start)[1]
+        except ValueError as error:  # an integer of thousands of digits
+            return RowError(f"broken JSON: {str(error).partition(':')[0]}"), SKIP(text, start)[1]
     except RecursionError as error:
         raise json.JSONDecodeError("nested too deeply", text, start) from error
 
@@ -138,14 +139,15 @@ def read_json(file: Path, text: TextIO) -> Iterator[Row]:
 
 def is_whole(first: str, second: str = "") -> bool:
     """Whether a file with these two lines is an array, one object, or objects over several lines."""
-    if first.lstrip("\ufeff \t").startswith("["):
+    first = first.strip("\ufeff \t\r\n")
+    if first.startswith("["):
         return True
     try:
-        values_of(first.rstrip())
+        values_of(first)
     except json.JSONDecodeError as error:
-        first = first.rstrip()
-        # A broken line is followed by the next row, an unfinished one by its rest.
-        return error.pos >= len(first) and second != "" and (first[-1] in "{[:," or not second.lstrip().startswith("{"))
+        # A broken line is followed by the next row, an unfinished one by its rest, which is an object in a list only.
+        unfinished = error.pos >= len(first) and second != ""
+        return unfinished and (error.msg == "Expecting value" or not second.lstrip().startswith("{"))
     return not second
 
 
@@ -209,21 +211,22 @@ def find_rows(file: Path, text: str, position: int) -> int | None:
     if name in ("tools", "functions") or ROW_KEYS.intersection(beside) or any(map(is_message, rows)):
         return None
     if beside:
-        note_once(f"note: {file}: the rows are in {name!r}; not read: {', '.join(map(repr, beside))}")
+        note_once(f"note: {file}: the rows are in {name!r}; not read: {', '.join(map(repr, beside)):.200}")
     return start
 
 
 def members(text: str, position: int) -> dict[str, tuple[Any, int]]:
-    """{name: (value, its position)} of the object that begins there and is whole; {} if a name stands twice in it."""
+    """{name: (value, its position)} of the valid object that begins there; {} if a name stands twice in it."""
     found: list[tuple[str, tuple[Any, int]]] = []
+    position = skip_space(text, position + 1)
     while text[position] != "}":
-        if (position := skip_space(text, position + 1)) and text[position] == "}":  # an empty object
-            break
-        name, end = SKIP(text, position)
-        start = skip_space(text, skip_space(text, end) + 1)
+        name, colon = SKIP(text, position)
+        start = skip_space(text, skip_space(text, colon) + 1)
         value, end = SKIP(text, start)
         found.append((name, (value, start)))
         position = skip_space(text, end)
+        if text[position] == ",":
+            position = skip_space(text, position + 1)
     return dict(found) if len(dict(found)) == len(found) else {}
 
 
@@ -241,15 +244,15 @@ def is_message(value: Any) -> bool:
 def read_csv(file: Path, text: TextIO) -> Iterator[Row]:
     """The rows under a header. Its commas, semicolons or tabs tell the delimiter, or Excel's first line ``sep=;``."""
     csv.field_size_limit(2**31 - 1)
-    begin = text.read(4096)
+    head = text.read(4096)
     text.seek(0)
     begun: list[tuple[int, str]] = []  # the lines of the row that is read, with their numbers
     lines = recorded(text, begun)
-    named = re.match(r'"?sep=(.)"?[ ,;\t]*[\r\n]', begin, re.IGNORECASE)
+    named = re.match(r'"?sep=(.)"?[ ,;\t]*[\r\n]', head, re.IGNORECASE)
     if named:
         next(lines)
         begun.clear()
-    reader = csv.reader(lines, delimiter=named[1] if named else delimiter_of(begin), strict=True)
+    reader = csv.reader(lines, delimiter=named[1] if named else delimiter_of(file, head), strict=True)
     rows = read_fields(file, reader, begun)
     names: list[str] = []
     for fields in rows:
@@ -279,10 +282,12 @@ def recorded(text: TextIO, begun: list[tuple[int, str]]) -> Iterator[str]:
         yield line
 
 
-def delimiter_of(begin: str) -> str:
-    """The delimiter that is most frequent in the first line, outside quotes; without any one that no text holds."""
-    header = re.sub('"[^"]*"?', "name", begin).lstrip("\r\n")
+def delimiter_of(file: Path, head: str) -> str:
+    """The delimiter that is most frequent in the first line, outside quotes; in one column one that no text holds."""
+    header = re.sub('"[^"]*"?', "name", head).lstrip("\r\n")
     header = re.split("[\r\n]", header, maxsplit=1)[0]
+    if file.suffix.lower() == ".tsv" and "\t" in header:
+        return "\t"
     found = max(DELIMITERS, key=header.count)
     return found if found in header else NO_DELIMITER
 

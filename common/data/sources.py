@@ -23,6 +23,7 @@ ENDINGS = f"{', '.join(list(KINDS)[:-1])} and {list(KINDS)[-1]}"
 CHUNK = 1 << 20  # bytes
 ARCHIVE, UNPACK = "an archive", "unpack it, and give the files in it"
 WORKBOOK = "an Excel workbook", "save it as CSV UTF-8 (in Excel: Save As, CSV UTF-8), and give that file"
+OLD_OFFICE = "an Excel workbook or another Office file", "save a table as CSV UTF-8, a text as plain text (.txt, UTF-8)"
 # What a file is by its first bytes, and the remedy.
 STARTS = {
     b"\x1f\x8b": (ARCHIVE, UNPACK),  # gzip
@@ -31,7 +32,7 @@ STARTS = {
     b"7z\xbc\xaf\x27\x1c": (ARCHIVE, UNPACK),
     b"Rar!\x1a\x07": (ARCHIVE, UNPACK),
     b"\x28\xb5\x2f\xfd": (ARCHIVE, UNPACK),  # zstd
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": WORKBOOK,  # .xls, and .xlsx with a password
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": OLD_OFFICE,  # also an .xlsx with a password
     b"%PDF-": ("a PDF document", "save its text as .txt"),
     b"ARROW1": ("an Arrow file", "save it as Parquet"),
     b"version https://git-lfs.github.com/spec/": ("a Git LFS pointer, not the data", "run git lfs pull in its folder"),
@@ -82,24 +83,21 @@ def find_files(patterns: str) -> list[Path]:
 
 def files_of(pattern: str) -> list[Path]:
     """The files of one path, folder or glob. Raises UserError if there is none."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        inside = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-        files = [file for file in inside if file.is_file() and file.suffix.lower() in KINDS]
-        if not files:
-            raise UserError(f"no data file in the folder {pattern}: {ENDINGS} are read.")
-        note_rest(pattern, inside, files)
-        return files
-    if path.is_file() or not glob.has_magic(pattern):
-        if not path.is_file():
-            raise UserError(f"no data file {pattern} (looked in {os.getcwd()}).")
+    path = Path(os.path.expanduser(pattern))
+    if path.is_file():
         return [path]
-    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-    files = [match for match in matches if match.is_file()]
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        files = [file for file in found if file.is_file() and file.suffix.lower() in KINDS]
+        missing = f"no data file in the folder {pattern}: {ENDINGS} are read."
+    else:
+        found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern)]
+        files = [file for file in found if file.is_file()]
+        missing = f"no data file {pattern} (looked in {os.getcwd()})."
     if not files:
-        raise UserError(f"no data file matches {pattern} (looked in {os.getcwd()}).")
+        raise UserError(missing)
     if "**" not in pattern:  # which is meant to go through folders
-        note_rest(pattern, matches, files)
+        note_rest(pattern, found, files)
     return files
 
 
@@ -176,7 +174,7 @@ def encoding_of(file: Path, head: bytes) -> str:
     marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     encoding, zeros = marked or "utf-8", head.count(0)
     damage = find_damage(file, encoding)
-    if damage is None and (marked or zeros <= len(head) // 10):
+    if damage is None and (marked or zeros <= len(head) // 20):
         return encoding
     if not marked and zeros:
         raise UserError(f"{file} is UTF-16 text without a byte order mark, or no text: save it as UTF-8.")
@@ -229,6 +227,8 @@ def is_chinese(file: Path) -> bool:
     text = sample.decode("gb18030", "ignore")
     pairs = (len(text.encode("gbk", "ignore")) - len(text.encode("ascii", "ignore"))) // 2  # characters of two bytes
     starts = text.encode("gb2312", "ignore").translate(None, ASCII)[::2]
-    frequent = len(starts) - len(starts.translate(None, FREQUENT))
+    kana = starts.count(0xA4) + starts.count(0xA5)  # of EUC-JP, which has them at the same place
+    frequent = len(starts) - len(starts.translate(None, FREQUENT)) - kana
     utf8 = sample.decode("utf-8", "ignore").encode()
-    return frequent > 0.5 * pairs and len(utf8.translate(None, ASCII)) < 0.7 * len(sample.translate(None, ASCII))
+    # Frequent are over 95% in simplified Chinese, 50% to 70% in traditional, 15% to 30% if it is Big5.
+    return frequent > 0.4 * pairs and len(utf8.translate(None, ASCII)) < 0.7 * len(sample.translate(None, ASCII))
