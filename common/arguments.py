@@ -154,7 +154,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = flag("Predict the memory, print it, and stop before weights are downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
-    report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
+    report_to: list[str] = flag(
+        "Trackers besides the terminal, as in wandb,tensorboard; or none, or all", "tensorboard"
+    )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
     engine: Engine = field(default_factory=Engine, init=False)
@@ -187,6 +189,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.engine = engine_of(self)
         self.dry_run = self.dry_run or self.plan
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        self.report_to = [name.strip() for names in given for name in names.split(",")]
         self.accelerator_config = read_config("accelerator_config", self.accelerator_config)
         super().__post_init__()
         if self.torch_compile:

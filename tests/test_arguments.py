@@ -53,6 +53,19 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ("none", []),
+        ("wandb", ["wandb"]),
+        ("wandb tensorboard", ["wandb", "tensorboard"]),
+        ("wandb,tensorboard", ["wandb", "tensorboard"]),
+    ],
+)
+def test_trackers_are_one_or_several(flags, trackers):
+    assert parse_arguments(LoraArguments, ["--report_to", *flags.split()])[3].report_to == trackers
+
+
+@pytest.mark.parametrize(
     ("flags", "dtype"),
     [([], torch.bfloat16), (["--precision", "fp32"], torch.float32), (["--precision", "fp16"], torch.float16)],
 )
