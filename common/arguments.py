@@ -154,8 +154,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = flag("Predict the memory, print it, and stop before weights are downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
-    report_to: list[str] = flag(
-        "Trackers besides the terminal, as in wandb,tensorboard; or none, or all", "tensorboard"
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
     )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
