@@ -168,7 +168,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     num_train_epochs: float | None = flag("Passes over the training rows; default: 3, or --default_steps")
     default_steps: int = flag("Steps over the shipped rows if neither --max_steps nor --num_train_epochs is given", 0)
     early_stopping: int | None = flag("Evaluations without improvement that end a training; keeps the best checkpoint")
-    report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
+    )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
     engine: Engine = field(default_factory=Engine, init=False)
@@ -210,6 +213,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.engine = engine_of(self)
         self.dry_run = self.dry_run or self.plan
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        self.report_to = [name.strip() for names in given for name in names.split(",")]
         self.accelerator_config = read_config("accelerator_config", self.accelerator_config)
         super().__post_init__()
         if self.torch_compile:

@@ -7,6 +7,7 @@ settings would not see them.
 import json
 from typing import Any
 
+from accelerate.utils import patch_environment
 from pydantic import ValidationError
 
 from common.errors import UserError
@@ -60,7 +61,8 @@ def as_number(value: Any) -> Any:
 
 def current_zero(given: dict[str, Any], file: Any) -> dict[str, Any]:
     """The section of ZeRO. Where a file sets an old name and its new one, the new one counts."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # only a training under DeepSpeed needs it
+    with patch_environment(PYTORCH_NVML_BASED_CUDA_CHECK="1"):  # DeepSpeed would set it for good: reading sets nothing
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
     zero = {(fields[name].alias if name in fields else None) or name: value for name, value in given.items()}

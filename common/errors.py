@@ -1,10 +1,11 @@
 """Errors that a user can mend: the program prints one sentence, no traceback, and ends with exit code 2."""
 
+import difflib
 import errno
 import os
 import pwd
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for name, value in now.items()
         if earlier.get(name) != value
     )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known name that ``word`` was probably meant to be; "" if none is near."""
+    alike = [name for name in known if name[:1] == word[:1]]
+    begun = [name for name in alike if name.startswith(word[:-1])] if len(word) > 4 else []
+    close = difflib.get_close_matches(word, alike, n=1, cutoff=0.8)
+    return close[0] if close else begun[0] if len(begun) == 1 else ""
 
 
 @contextmanager

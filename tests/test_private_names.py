@@ -21,6 +21,7 @@ UNDOCUMENTED = (
         "deepspeed.runtime",
         "huggingface_hub.utils",
         "transformers.integrations.deepspeed",
+        "transformers.integrations.integration_utils",
         "transformers.modeling_layers",
     ),
     *("transformers.modeling_utils", "transformers.utils.generic", "transformers.utils.output_capturing"),
@@ -41,6 +42,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "accelerate.utils.fsdp_utils.save_fsdp_optimizer": "checkpoints of FSDP2 hold frozen weights twice",
     "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": "DDP unshares weights",
     # the Trainer
+    "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK": "trackers of --report_to are not known",
     f"{TRAINER}._save": "checkpoints hold the whole model",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
     f"{TRAINER}._load_from_checkpoint": "a training under FSDP2 can't be continued",

@@ -216,7 +216,7 @@ def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
     elif kind in ("glm", "glm4") and of_transformers:
         return SPECS["glm"]
     elif kind != "chatglm" or not {"inner_hidden_size", "padded_vocab_size"} & config.keys():
-        problem = f"a model of type {kind!r}" + f" ({', '.join(map(str, classes))})" * bool(classes)
+        problem = f"a model of type {kind!r}" + f" ({', '.join(map(str, classes))})" * (kind == "glm")
     if problem:
         raise UserError(
             f"{path / 'config.json'} describes {problem}: "

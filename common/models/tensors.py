@@ -3,7 +3,6 @@
 import os
 import re
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
 
 
-def tensor_names(file: Path) -> Iterable[str]:
-    """The names of the tensors of a weight file."""
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors of a weight file. Raises UserError like ``read_weights``."""
+    check_complete(file)
     if file.suffix != ".safetensors":
-        return read_weights(file)
+        return list(read_weights(file))
     with safe_open(file, "pt") as stored:
         return list(stored.keys())
 

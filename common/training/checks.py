@@ -1,6 +1,10 @@
 """The checks before anything is loaded: a mistake costs no time, and its message is one sentence."""
 
+import importlib.util
+import sys
 from pathlib import Path
+
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.mix import parse_mix
@@ -9,6 +13,7 @@ from common.data.sources import find_files
 from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
+from common.metrics import SCORES
 from common.models.quantization import checkpointing_of
 from common.models.registry import ModelFolder, open_model
 from common.models.weights import packed_weights
@@ -20,6 +25,9 @@ SPLITS = (  # split, the flag that names its files, the flag that limits its row
     ("test", "test_file", "max_predict_samples"),
     ("probe", "probe_file", None),
 )
+# Trackers whose module or package has another name.
+MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def needs(split: str, data_args: DataArguments, args: TrainingArguments) -> bool:
@@ -34,6 +42,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
+    check_trackers(args)
+    check_best_model(args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
     if folder.bits and folder.weights:
@@ -115,6 +125,50 @@ def check_devices(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs are visible to one process: start with bash train.sh, which gives each GPU a process, "
             f"or with torchrun --nproc_per_node {args.n_gpu}, or choose one GPU with CUDA_VISIBLE_DEVICES=0."
         )
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Raises UserError for a tracker of --report_to that is unknown or not installed."""
+    trackers, known = args.report_to, sorted(INTEGRATION_TO_CALLBACK)
+    for name in trackers:
+        if name not in known:
+            problem = "it stands alone" if name in ("none", "all") else f"there are {', '.join(known)}, none and all"
+            raise UserError(f"--report_to {','.join(trackers)}: {name} is no tracker; {problem}.")
+    missing = [name for name in trackers if name != "kubeflow" and not is_installed(MODULES.get(name, name))]
+    if missing:
+        packages = " ".join(PACKAGES.get(name, name) for name in missing)
+        verb = "are" if missing[1:] else "is"
+        raise UserError(
+            f"--report_to {','.join(trackers)}: {', '.join(missing)} {verb} not installed here: "
+            f"{sys.executable} -m pip install {packages}"
+        )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name, in which a tracker keeps its runs, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def check_best_model(args: TrainingArguments) -> None:
+    """Raises UserError if the best checkpoint is asked for by a measure that no evaluation of the training gives."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not args.do_train or not metric:
+        return
+    if args.eval_strategy == "no":
+        if not args.load_best_model_at_end and args.save_strategy != "best":
+            return
+        raise UserError(
+            f"the best checkpoint by {metric} needs evaluations during training: give --eval_strategy steps "
+            "--eval_steps N (EVAL_STEPS=N), or leave out --load_best_model_at_end and --metric_for_best_model."
+        )
+    if metric not in ("loss", *SCORES):
+        raise UserError(
+            f"--metric_for_best_model {metric} (BEST_METRIC): there are loss and, of generated answers, "
+            f"{', '.join(SCORES)}."
+        )
+    if args.greater_is_better is (metric == "loss"):
+        raise UserError(f"--greater_is_better {args.greater_is_better} would keep the worst {metric}: leave it out.")
 
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
