@@ -403,6 +403,15 @@ def test_a_damaged_byte_of_utf8_is_named_by_line_and_offset(tmp_path, end, damag
         assert refusal(file).startswith(says)
 
 
+def test_one_zero_byte_does_not_make_it_utf16(tmp_path):
+    before = lines_of(CHINESE * 9).encode() + b'{"a": "\0"}\n'
+    file = write(tmp_path / "x.json", before)
+    assert [row.number for row in read_rows(file) if row.problem] == [28]
+    assert f"line 29: byte 0xff at offset {len(before)} is not UTF-8" in refusal(
+        write(tmp_path / "y.json", before + b"\xff")
+    )
+
+
 def test_text_that_was_cut_is_named_by_line_and_offset(tmp_path):
     content = lines_of(CHINESE).encode()[:-5]
     file = write(tmp_path / "x.json", content)

@@ -176,7 +176,7 @@ def encoding_of(file: Path, head: bytes) -> str:
     damage = find_damage(file, encoding)
     if damage is None and (marked or zeros <= len(head) // 20):
         return encoding
-    if not marked and zeros:
+    if not marked and zeros > len(head) // 500:  # a NUL is half of each line end, at least
         raise UserError(f"{file} is UTF-16 text without a byte order mark, or no text: save it as UTF-8.")
     if not marked and is_chinese(file):
         encoding = "gb18030"
