@@ -11,7 +11,6 @@ from transformers import TrainerState
 from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.flags import parse_arguments
-from common.training.checkpoints import is_finished
 from common.training.choices import choose
 
 SHIPPED = ROOT / "AdvertiseGen" / "train.json"
@@ -54,10 +53,7 @@ def test_own_rows_are_judged_on_themselves(mine, tmp_path, capfd):
     held_out = [json.loads(line) for line in (tmp_path / "held_out" / "1-mine.jsonl").read_text().splitlines()]
     assert len(held_out) == 10 and all(json.dumps(row, ensure_ascii=False) in ROWS for row in held_out)
     answers = [json.loads(line)["labels"] for line in (tmp_path / "generated_predictions.txt").read_text().splitlines()]
-    assert len(answers) == 10
-    assert all(
-        row["summary"].replace("，", ",").startswith(answer) for row, answer in zip(held_out, answers, strict=True)
-    )
+    assert [answer[:3] for answer in answers] == [row["summary"][:3] for row in held_out]
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [1, 2, 2, 2]
     recorded = json.loads((tmp_path / "run_settings.json").read_text())
@@ -150,19 +146,23 @@ def test_a_mix_that_does_not_fit_is_refused(flags, says, mine, general, tmp_path
 
 
 def test_a_training_that_gets_worse_ends_early_with_its_best_checkpoint(mine, tmp_path, capfd):
-    flags = f"{TRAINING} --train_file {mine} --max_steps 40 --eval_strategy steps --eval_steps 2 --early_stopping 2"
-    flags += " --metric_for_best_model loss --greater_is_better true"  # a falling loss counts as worse
-    finetune(flags, tmp_path)
-    state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))
+    plain = [
+        {"content": f"类型#裤*风格#{style}", "summary": f"这条裤子的风格是{style}。"} for style in ("潮流", "休闲")
+    ]
+    (tmp_path / "dev.json").write_text("\n".join(map(json.dumps, plain)))  # the style that the training leaves
+    flags = f"{TRAINING} --train_file {mine} --max_steps 30 --learning_rate 0.5 --validation_file {tmp_path}/dev.json"
+    flags += " --eval_strategy steps --eval_steps 1 --early_stopping 2"
+    folder = tmp_path / "out"
+    finetune(flags, folder)
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     found = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-    best = max(found, key=lambda step: found[step])
-    assert best == 2 and state.global_step == 6
+    best = min(found, key=lambda step: found[step])
+    assert state.global_step == best + 2 < 30
     prefix = "pytorch_model.bin"
-    assert (tmp_path / prefix).read_bytes() == (tmp_path / f"checkpoint-{best}" / prefix).read_bytes()
-    assert f"checkpoint-{best} (loss " in capfd.readouterr().out
-    finetune(flags, tmp_path)
+    assert (folder / prefix).read_bytes() == (folder / f"checkpoint-{best}" / prefix).read_bytes()
+    assert f"checkpoint-{best} (loss {found[best]:.4f})" in capfd.readouterr().out
+    finetune(flags, folder)
     assert "the training was finished before" in capfd.readouterr().out
-    assert is_finished(state, parse_arguments(PrefixArguments, [*flags.split(), "--early_stopping", "2"])[-1])
 
 
 def test_the_best_answers_can_choose_the_checkpoint(mine, tmp_path):
