@@ -55,7 +55,7 @@ def test_own_rows_are_judged_on_themselves(mine, tmp_path, capfd):
     answers = [json.loads(line)["labels"] for line in (tmp_path / "generated_predictions.txt").read_text().splitlines()]
     assert [answer[:3] for answer in answers] == [row["summary"][:3] for row in held_out]
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [1, 2, 2, 2]
+    assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [1, 2]
     recorded = json.loads((tmp_path / "run_settings.json").read_text())
     assert recorded["test_file"] == recorded["validation_file"] == str(tmp_path / "held_out" / "1-mine.jsonl")
 
