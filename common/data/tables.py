@@ -1,11 +1,12 @@
 """Examples -> tokenized rows in an Arrow file."""
 
 import gc
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -90,11 +91,21 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                     origin, question = whole[index], next(questions[index])
                     cells.append((*row[:2], origin.file, origin.line, origin.row, question, asked, answered))
                 counts["rows"] += len(cells)
-                columns = [pyarrow.array([row[i] for row in cells], field.type) for i, field in enumerate(schema)]
+                values = zip(*cells, strict=True) if cells else [()] * len(schema)
+                columns = [to_arrow(column, field.type) for column, field in zip(values, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
     finally:
         gc.enable()
     return counts
+
+
+def to_arrow(column: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:
+    """A column; lists of ids go through numpy, which takes half the time."""
+    if not pyarrow.types.is_list(kind):
+        return pyarrow.array(column, kind)
+    offsets = np.cumsum([0, *map(len, column)], dtype=np.int32)
+    values = np.fromiter(chain.from_iterable(column), np.int32, offsets[-1])
+    return pyarrow.ListArray.from_arrays(offsets, values)
 
 
 def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> None:
