@@ -136,7 +136,7 @@ def show(
     if split == "test" and data_args.test_file == data_args.validation_file and "validation" in data:
         return
     prepared = data[split]
-    report.print_prepared(split, prepared)
+    report.print_prepared(split, prepared, in_full=split == "train" or not data_args.held_out)
     if split == "train" or split == "validation" and not data_args.held_out:
         limits = data_args.max_source_length, data_args.max_target_length
         found = survey(prepared.rows, *limits, joint)
@@ -220,7 +220,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
-        report.print_training_summary(args, trainer.state, metrics, steps, tokens)
+        report.print_training_summary(args, data, trainer.state, metrics, steps, tokens)
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:

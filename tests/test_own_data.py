@@ -104,7 +104,7 @@ def test_epochs_given_for_the_shipped_rows_win_over_default_steps():
 @pytest.mark.parametrize(
     ("flags", "says", "warns"),
     [
-        ("--num_train_epochs 3", "12 steps of 16 rows: 3.0 epochs of 60 rows", "12 steps change little"),
+        ("--num_train_epochs 3", "12 steps of 16 rows: 3 epochs of 60 rows", "12 steps change little"),
         ("--max_steps 90", "90 steps of 16 rows: 22.5 epochs of 60 rows", "22 passes teach"),
     ],
 )
@@ -122,7 +122,7 @@ def test_a_mixed_training_continues_bit_for_bit(mine, general, tmp_path, capfd):
     finetune(flags, tmp_path / "whole")
     out = capfd.readouterr().out
     assert f"train: an epoch mixes 60 rows of {mine} + 18 rows of {general}" in out
-    assert "10 steps of 16 rows: 2.0 epochs of 78 rows" in out
+    assert "10 steps of 16 rows: 2 epochs of 78 rows" in out
     shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "again" / "checkpoint-6")  # in the second epoch
     finetune(flags, tmp_path / "again")
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")

@@ -36,10 +36,10 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
     console().print(table)
 
 
-def print_prepared(split: str, data: Prepared) -> None:
-    """Prints the format of each file, the number of rows, and all that was cut, left out or not read."""
+def print_prepared(split: str, data: Prepared, in_full: bool = True) -> None:
+    """Prints the number of rows, and what was cut or left out; in full, each file's format and unread fields too."""
     summary = data.summary
-    for found in summary["findings"]:
+    for found in summary["findings"] if in_full else ():
         unit = "rows to answer" if split == "test" else found["unit"]
         console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {unit}")
         for name, count in found["unread"].items():
@@ -71,14 +71,18 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     passes = steps / steps_per_epoch
     if data.sampler:
-        counts = zip(data.sampler.counts, data.summary["findings"], strict=True)
-        parts = [f"{count:,} rows of {found['file']}" for count, found in counts]
-        console().print(f"train: an epoch mixes {' + '.join(parts)}")
-    console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.1f} epochs of {rows:,} rows")
+        console().print(f"train: an epoch mixes {mix_of(data)}")
+    console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
         note(f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs) or lower BATCH_SIZE.")
+
+
+def mix_of(data: Prepared) -> str:
+    """The rows that an epoch takes of each file."""
+    counts = zip(data.sampler.counts, data.summary["findings"], strict=True) if data.sampler else ()
+    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in counts)
 
 
 def print_plan(memory: Forecast) -> None:
@@ -191,7 +195,12 @@ def print_settings(
 
 
 def print_training_summary(
-    args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float], steps: int, tokens: int
+    args: TrainingArguments,
+    data: Prepared,
+    state: TrainerState,
+    metrics: Mapping[str, float],
+    steps: int,
+    tokens: int,
 ) -> None:
     """state, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     best = args.load_best_model_at_end and state.best_model_checkpoint
@@ -205,6 +214,7 @@ def print_training_summary(
         **({"validation loss": " -> ".join(validated)} if validated else {}),
         **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
         "steps": steps,
+        **({"mix of an epoch": mix_of(data)} if data.sampler else {}),
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
         **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
