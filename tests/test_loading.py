@@ -295,6 +295,15 @@ def test_text_in_place_of_a_file_is_named(name, part, content, kind, remedy, cha
     assert str(broken / name) in str(error.value)
 
 
+def test_a_file_or_a_link_to_nothing_is_no_model(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="model.gguf is a file: MODEL .* is the folder that holds a model"):
+        open_model(tmp_path / "model.gguf")
+    (tmp_path / "link").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="link is a link to /nowhere, which is no folder"):
+        open_model(tmp_path / "link")
+
+
 def test_a_link_to_nothing_is_named(chatglm3_folder, tmp_path):
     broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
     (broken / "pytorch_model.bin").unlink()

@@ -77,6 +77,9 @@ def open_model(
     if is_local(name):
         complete = path = DEMOS.get(name) or Path(name)
         lasting_name = name if name in DEMOS else str(path.resolve())
+    elif os.path.lexists(name):
+        kind = "a file" if Path(name).is_file() else f"a link to {os.path.realpath(name)}, which is no folder"
+        raise UserError(f"{name} is {kind}: MODEL (--model_name_or_path) is the folder that holds a model.")
     elif is_hub_name(name):
         complete = find_complete(name, revision, cache_dir)
         path = complete or download(name, revision, cache_dir, weights=False)

@@ -67,7 +67,9 @@ def load_base(
     else:
         generation = GenerationConfig.from_model_config(folder.config)
     try:
-        model, info = folder.spec.model.from_pretrained(
+        # Without a path, the Auto classes of transformers can't tell the class.
+        kind = type(empty_model(folder.spec, folder.config)) if stored else folder.spec.model
+        model, info = kind.from_pretrained(
             None if stored else folder.path,
             state_dict=stored,
             config=folder.config,
