@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_utils import IntervalStrategy
 
 from common.deepspeed_file import GATHERS, check_settings, current_settings
 from common.errors import UserError
@@ -195,11 +196,14 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             if self.early_stopping < 1:
                 raise ValueError("--early_stopping must be at least 1")
             self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
+        if self.eval_strategy == "steps" and self.eval_steps == 0:
+            self.eval_strategy = IntervalStrategy.NO
         if self.load_best_model_at_end and self.eval_steps and self.eval_strategy == self.save_strategy == "steps":
             # A checkpoint is there for each evaluation, whatever steps a script gives.
             self.save_steps = self.eval_steps
-        if (self.metric_for_best_model or "loss").removeprefix("eval_") != "loss":
-            self.predict_with_generate = True
+        if self.metric_for_best_model:
+            self.metric_for_best_model = self.metric_for_best_model.lower()
+            self.predict_with_generate |= not self.metric_for_best_model.endswith("loss")
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32

@@ -23,9 +23,9 @@ add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BA
 
 EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
 MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
-EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between two looks at the validation rows
+EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between evaluations; 0: none
 BEST_METRIC=${BEST_METRIC:-}                             # loss, rouge-l or bleu-4: keeps the checkpoint that is best in it
-EARLY_STOPPING=${EARLY_STOPPING:-}                       # looks without a better value, after which the training ends
+EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a better value that end the training
 
 PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: half on a GPU, fp32 on a CPU
 SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format that the original code reads
@@ -47,7 +47,7 @@ MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 SAVE_STEPS=${SAVE_STEPS:-1000}
 SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # checkpoints to keep; one of a 6B model takes 25 to 100 GB
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/${TASK:-$(data_name)}-$(basename "$MODEL")-full-$LR}
-EVALUATE=${EVALUATE:-true}                               # false: only train
+EVALUATE=${EVALUATE:-true}                               # false: score no answers afterwards
 
 case " $* " in
     *" --output_dir"*) echo "error: set OUTPUT_DIR=... for the training and its evaluation, not --output_dir." >&2; exit 2 ;;

@@ -22,9 +22,9 @@ add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BA
 
 EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
 MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
-EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between two looks at the validation rows
+EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between evaluations; 0: none
 BEST_METRIC=${BEST_METRIC:-}                             # loss, rouge-l or bleu-4: keeps the checkpoint that is best in it
-EARLY_STOPPING=${EARLY_STOPPING:-}                       # looks without a better value, after which the training ends
+EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a better value that end the training
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
 # BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
