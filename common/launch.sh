@@ -14,6 +14,7 @@ launch() {
     "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
 }
 
+FLAGS=()
 # add_flags NAME...: adds --name VALUE to FLAGS for each variable that is not empty.
 add_flags() {
     local name
@@ -33,6 +34,9 @@ data_name() {
 }
 
 # A --train_file after the script's name counts as TRAIN_FILE, which names OUTPUT_DIR too.
-for ((i = 1; i < $#; i++)); do
-    if [ "${!i}" = --train_file ]; then TRAIN_FILE=${*:i+1:1}; fi
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+        --train_file | --train-file) TRAIN_FILE=${*:i+1:1} ;;
+        --train_file=* | --train-file=*) TRAIN_FILE=${!i#*=} ;;
+    esac
 done

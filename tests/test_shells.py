@@ -58,3 +58,43 @@ def test_a_clone_on_windows_keeps_its_line_ends(tmp_path):
     subprocess.run([*git, "clone", "-q", source, tmp_path / "clone"], check=True)
     for name in names:
         assert (tmp_path / "clone" / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
+def flag(name: str, script: str, *flags: str, **variables: str) -> str:
+    command = commands_of(script, *flags, **variables)[0]
+    return command[command.index(name) + 1]
+
+
+@pytest.mark.parametrize(
+    ("file", "word"),
+    [
+        ("/data/kefu.json", "kefu"),
+        ("a.b.jsonl,other.json", "a.b"),
+        ("客服 数据.csv", "客服_数据"),
+        ("/data/rows/", "rows"),
+        ("rows/*.json", "rows"),
+        (str(ROOT / "AdvertiseGen" / "train.json"), "adgen"),
+    ],
+)
+def test_the_output_folder_is_named_after_the_data(file, word):
+    expected = str(ROOT / "lora" / "output" / f"{word}-chatglm3-6b-lora-8-5e-5")
+    assert flag("--output_dir", "lora/train.sh", MODEL="THUDM/chatglm3-6b", TRAIN_FILE=file) == expected
+    assert flag("--output_dir", "lora/train.sh", "--train_file", file, MODEL="chatglm3-6b") == expected
+
+
+def test_the_data_of_the_chat_and_text_scripts_is_named_too():
+    assert flag("--output_dir", "lora/train_chat.sh").endswith("/chat-demo3-lora-8-5e-3")
+    assert flag("--output_dir", "lora/train_text.sh").endswith("/text-demo-lora-8-5e-3")
+    assert flag("--output_dir", "ptuning/train_chat.sh", TRAIN_FILE="mine.json").endswith("/mine-demo-pt-32-1e-1")
+    assert flag("--output_dir", "full/train.sh", TRAIN_DATASETS="/data/tokens").endswith("/tokens-demo-full-1e-3")
+
+
+@pytest.mark.parametrize("script", ["ptuning/train.sh", "lora/train.sh", "full/train.sh"])
+def test_flags_of_a_user_are_passed_and_empty_variables_are_not(script):
+    plain = commands_of(script)[0]
+    assert {"--num_train_epochs", "--max_steps", "--mix", "--prompt_column", "--early_stopping"}.isdisjoint(plain)
+    names = {"EPOCHS": "3", "MAX_STEPS": "5", "MIX": "1,2", "EARLY_STOPPING": "2", "VALIDATION_SPLIT": "0.1"}
+    command = commands_of(script, BEST_METRIC="rouge-l", **names)[0]
+    flags = ["--num_train_epochs", "--max_steps", "--mix", "--early_stopping", "--validation_split"]
+    assert [command[command.index(name) + 1] for name in flags] == list(names.values())
+    assert command[command.index("--metric_for_best_model") + 1] == "rouge-l"
