@@ -163,7 +163,7 @@ def test_conversations_train_and_evaluate(tmp_path):
     variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4"}
     run_here("ptuning/train_chat.sh", "--max_predict_samples", "8", **variables)
     assert len(predictions(tmp_path)) == 8
-    assert read(tmp_path, "run_settings.json")["history_column"] == "history"
+    assert read(tmp_path, "run_settings.json")["test_file"].endswith("/AdvertiseGen/dev_chat.json")
 
 
 def test_conversations_with_tools_train(tmp_path):
