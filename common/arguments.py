@@ -192,6 +192,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
         if self.deepspeed and self.auto_batch_size:
             raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
+        if self.eval_steps is not None and self.eval_steps <= 0:
+            raise ValueError("--eval_steps (EVAL_STEPS) must be above 0; --eval_strategy no trains without evaluations")
+        if self.num_train_epochs is not None and self.num_train_epochs < 0:
+            raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
+        if self.metric_for_best_model:  # the report writes ROUGE-L
+            self.metric_for_best_model = self.metric_for_best_model.lower()
         if self.early_stopping is not None:
             if self.early_stopping < 1:
                 raise ValueError("--early_stopping must be at least 1")

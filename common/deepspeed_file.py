@@ -22,7 +22,10 @@ NUMBERS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("steps_per_print", "gradient_predivide_factor"),
 )
-OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}  # old switch -> section
+OFFLOADS = {  # old switch -> section
+    "cpu_offload": "offload_optimizer",
+    **dict.fromkeys(("cpu_offload_param", "cpu_offload_params"), "offload_param"),
+}
 GATHERS = "stage3_gather_16bit_weights_on_model_save"
 OLD_GATHERS = "stage3_gather_fp16_weights_on_model_save"
 # transformers puts numbers that depend on the model in place of "auto" here; elsewhere "auto" is DeepSpeed's default.
@@ -38,9 +41,12 @@ def current_settings(given: dict[str, Any], file: Any) -> dict[str, Any]:
         config["zero_optimization"] = {"stage": 1}
     for name in SECTIONS:
         section = config[name] = as_number(config.get(name) or {})
-        inner = ("params", *OFFLOADS.values()) if isinstance(section, dict) else ()
-        if not all(isinstance(part, dict) for part in [section, *(section.get(key) or {} for key in inner)]):
-            raise UserError(f"{file}: {name} must be an object with settings.")
+        parts = {name: section}
+        if isinstance(section, dict):
+            parts |= {f"{name}.{key}": section.get(key) or {} for key in ("params", *OFFLOADS.values())}
+        for place, part in parts.items():
+            if not isinstance(part, dict):
+                raise UserError(f"{file}: {place} is {part!r:.40}, not an object with settings.")
     for name in NUMBERS:
         if config.get(name, "auto") != "auto" and not isinstance(config[name], int | float):
             raise UserError(f'{file}: {name} is {config[name]!r}: give a number, or "auto".')

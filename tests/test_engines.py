@@ -243,6 +243,11 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
             (True, True),
         ),
         (
+            {"stage": 3, "cpu_offload_params": True},
+            {"stage": 3, "offload_param": CPU} | GATHERS,
+            (False, True),
+        ),
+        (
             {"stage": 2, "cpu_offload": False, "offload_optimizer": CPU},
             {"stage": 2, "offload_optimizer": CPU},
             (True, False),
@@ -274,7 +279,8 @@ def test_a_deepspeed_file_is_read_under_todays_names(zero, read, offload, tmp_pa
         ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "offload_optimizer.device is 'gpu': "),
         ({"zero_optimization": {"cpu_offload": "often"}}, "zero_optimization.cpu_offload is 'often': "),
         ({"zero_optimization": {"bucket_size": 3}}, "zero_optimization.bucket_size is 3: there is no such setting"),
-        ({"zero_optimization": 3}, "zero_optimization must be an object with settings"),
+        ({"zero_optimization": 3}, "zero_optimization is 3, not an object with settings"),
+        ({"zero_optimization": {"offload_optimizer": "auto"}}, "zero_optimization.offload_optimizer is 'auto', not an"),
         ({"train_batch_size": "many"}, "train_batch_size is 'many': give a number, or \"auto\""),
         ({"fp16": {"enabled": False, "loss_scale": "big"}}, "fp16.loss_scale is 'big': "),
         ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),

@@ -29,6 +29,7 @@ def read(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, asking: boo
         *(("content", "summary"), ("prompt", "response"), ("question", "answer"), ("prompt", "completion")),
         *(("input", "output"), ("q", "a"), ("问题", "答案"), ("问题", "回答"), ("问", "答"), ("Question", "Answer ")),
         *(("user", "assistant"), ("human", "bot"), ("输入", "输出"), ("query", "response"), ("指令", "输出")),
+        ("context", "target"),  # of the first scripts for ChatGLM-6B
     ],
 )
 def test_columns_of_question_and_answer_are_known_by_their_names(question, answer, tokenizer3, tokenizer2):
@@ -242,6 +243,7 @@ def test_a_weight_decides_as_loss_does(fields, learned, tokenizer3):
             "message 2: a conversation begins|message 2: tool without content",
         ),
         (answer(function_call="f"), "message 2: function_call is not JSON"),
+        ({"conversations": [{"question": "甲", "answer": "乙"}]}, "message 1: .*; this one has question, answer"),
         (answer(reasoning_content="丙"), "reasoning_content: this model has no part for thoughts"),
         (answer(reasoning="丙"), "reasoning_content: this model has no part for thoughts"),
     ],

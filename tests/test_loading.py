@@ -312,7 +312,9 @@ def test_a_link_to_nothing_is_named(chatglm3_folder, tmp_path):
         open_model(broken)
 
 
-@pytest.mark.parametrize("name", ["consolidated.00.pth", "weights.bin", "ggml-model.gguf"])
+@pytest.mark.parametrize(
+    "name", ["consolidated.00.pth", "weights.bin", "ggml-model.gguf", "model.safetensors.incomplete"]
+)
 def test_weights_of_another_kind_are_named(name, chatglm3_folder, tmp_path):
     broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
     (broken / "pytorch_model.bin").rename(broken / name)

@@ -78,6 +78,13 @@ def test_without_a_split_nothing_is_scored(mine, capfd):
     assert "nothing is scored" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("wish", ["--early_stopping 2", "--load_best_model_at_end --metric_for_best_model rouge-l"])
+def test_without_a_split_there_is_no_best_checkpoint(wish, mine):
+    flags = f"--train_file {mine} --do_predict --eval_strategy steps --eval_steps 1 --validation_split 0 {wish}"
+    with pytest.raises(UserError, match="--validation_split 0 leaves no rows to tell the best checkpoint by"):
+        chosen(*flags.split())
+
+
 # Length
 
 
@@ -167,7 +174,7 @@ def test_a_training_that_gets_worse_ends_early_with_its_best_checkpoint(mine, tm
 
 def test_the_best_answers_can_choose_the_checkpoint(mine, tmp_path):
     flags = (
-        "--max_steps 3 --eval_strategy steps --eval_steps 1 --load_best_model_at_end --metric_for_best_model rouge-l"
+        "--max_steps 3 --eval_strategy steps --eval_steps 1 --load_best_model_at_end --metric_for_best_model ROUGE-L"
     )
     finetune(f"{TRAINING} --train_file {mine} {flags}", tmp_path)
     state = TrainerState.load_from_json(str(tmp_path / "trainer_state.json"))

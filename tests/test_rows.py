@@ -101,6 +101,7 @@ def test_a_folder_gives_its_data_files_by_name_and_the_rest_is_named_once(tmp_pa
         "t.xlsx",
     ]
     assert capfd.readouterr().err == f"note: in {tmp_path}/*.*s* these are not read: folder.json\n"
+    write(tmp_path / "folder.json" / "dataset_info.json", "{}")  # as datasets and LLaMA-Factory describe their data
     with pytest.raises(UserError, match=r"no data file in the folder .*folder.json: \.json, .* and \.parquet are read"):
         find_files(str(tmp_path / "folder.json"))
 
@@ -140,6 +141,8 @@ def test_an_empty_file_has_no_rows(tmp_path, name, content):
         ("t.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer"),
         ("t.json", "\ufeff\n<!DOCTYPE html>\n<html>", "is a web page that was saved as data: download the file itself"),
         ("t.csv", "<HTML lang=en>", "is a web page that was saved as data"),
+        ("t.json", "<!-- 404 -->\n<html>", "is a web page that was saved as data"),
+        ("t.json", '<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code></Error>', "is a web page that was saved"),
         ("t.pdf", b"%PDF-1.7\n", "is a PDF document"),
         ("t.parquet", "a,b\n1,2\n", "is no Parquet file: copy or download it again."),
         ("t.parquet", b"PAR1" + bytes(50), "broken Parquet after row 0"),
@@ -236,7 +239,8 @@ def test_one_object_that_holds_the_rows_is_unwrapped_and_the_rest_named(tmp_path
         {"dialogue": [{"role": "user", "content": "a"}]},
         {"instruction": "a", "output": "b", "entities": [{"name": "c"}]},
         {"tools": [{"name": "f"}]},
-        {"train": [{"q": "a"}], "test": [{"q": "b"}]},
+        {"conversations": [{"human": "a", "assistant": "b"}]},
+        {"id": 1, "chat": {"turns": [{"q": "a"}]}},
         {"data": ["a", "b"]},
         {},
     ],
@@ -244,6 +248,26 @@ def test_one_object_that_holds_the_rows_is_unwrapped_and_the_rest_named(tmp_path
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_that_is_a_row_stays_one(tmp_path, row, indent):
     assert found(write(tmp_path / "rows.json", json.dumps(row, indent=indent))) == [(1, row)]
+
+
+def test_the_one_list_of_rows_may_lie_deeper(tmp_path, capfd):
+    file = write(tmp_path / "rows.json", json.dumps({"data": {"train": [{"q": "a"}], "test": []}}))
+    assert found(file) == [(1, {"q": "a"})]
+    assert capfd.readouterr().err == f"note: {file}: the rows are in 'train'; not read: 'test'\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"train": [{"q": "a"}], "test": [{"q": "b"}]}, "holds several lists of rows (train, test): give each a file"),
+        ({"data": {"train": [{"q": "a"}], "dev": [{"q": "b"}]}}, "holds several lists of rows (train, dev)"),
+        ({"prompt": {"0": "a", "1": "b"}, "response": {"0": "c", "1": "d"}}, "is a table by columns or by index"),
+        ({"0": {"prompt": "a", "response": "c"}, "1": {"prompt": "b", "response": "d"}}, "is a table by columns or"),
+    ],
+)
+def test_one_object_that_holds_the_rows_otherwise_is_refused(tmp_path, content, says):
+    file = write(tmp_path / "rows.json", json.dumps(content))
+    assert refusal(file).startswith(f"{file} {says}")
 
 
 def test_an_object_among_others_is_a_row(tmp_path):
@@ -257,7 +281,7 @@ def test_an_object_among_others_is_a_row(tmp_path):
         ('[\n{"a": 1},\n{"a" 2}\n]', ", line 3: broken JSON: Expecting ':' delimiter (column 6)"),
         ('[\n{"a": 1},\n{"a": 2}\n', ", line 4: broken JSON"),
         ('[\n{"a": 1}\n{"a": 2}\n]', ", line 3: broken JSON: Expecting ',' delimiter (column 1)"),
-        ('[\r\n{"a": 1},\r\n]', ", line 3: broken JSON"),
+        ('[\r\n{"a": 1},\r\n]', ", line 2: broken JSON: a comma after the last row (column 9)"),
         ('[\n,{"a": 1}]', ", line 2: broken JSON"),
         ('[{"a": 1}]\n{"a": 2}', ", line 2: broken JSON: Extra data"),
         ('[\n{"a": "un\nfinished"}]', ", line 2: broken JSON"),
@@ -442,6 +466,8 @@ def test_text_of_two_encodings_is_refused(tmp_path):
         ("señor niño ¿Qué?", "cp1252"),
         ("Привет мир", "cp1251"),
         ("這是一個繁體中文的句子，我們使用這種文字。衣服的顏色很漂亮", "big5"),
+        ("你好嗎", "big5"),
+        ("今天天氣", "big5"),
         ("私は学生です。今日は天気がいいですね。", "shift_jis"),
         ("私は学生です。今日は天気がいいですね。日本語の文章を書いています。", "euc_jp"),
     ],
@@ -557,6 +583,20 @@ def test_without_a_blank_line_each_line_is_a_paragraph(tmp_path, text):
     start = 3 if text[0] == "\n" else 1
     expected = [(start + index, {"text": character}) for index, character in enumerate("一二三")]
     assert found(write(tmp_path / "x.txt", text), "paragraph") == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030"])
+def test_a_txt_with_the_same_tabs_in_each_row_is_a_table(tmp_path, encoding):
+    """Excel saves such tables as "Unicode text" and as "Text (tab delimited)"."""
+    file = write(tmp_path / "x.txt", '问题\t答案\r\n"一\r\n二"\t三\r\n四,五\t\r\n'.encode(encoding))
+    assert found(file) == [(2, {"问题": "一\r\n二", "答案": "三"}), (4, {"问题": "四,五", "答案": ""})]
+    long = write(tmp_path / "y.txt", f"问题\t答案\n{'一' * 5000}\t三\n".encode(encoding))
+    assert found(long) == [(2, {"问题": "一" * 5000, "答案": "三"})]
+
+
+@pytest.mark.parametrize("text", ["一\t二", "\t一\n二", "一\t二\n三\n四\t五", "一\n二\t三"])
+def test_text_with_tabs_here_and_there_is_text(tmp_path, text):
+    assert found(write(tmp_path / "x.txt", text)) == [(1, {"text": text})]
 
 
 def test_text_that_begins_with_a_bracket_is_text(tmp_path):

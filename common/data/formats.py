@@ -22,7 +22,8 @@ ANSWERS = (
     *("输出", "答案", "回答", "答复", "答", "回复", "摘要"),
 )
 # Where none of those is there, because a column of such a name may hold something else beside a question.
-WEAK_QUESTIONS, WEAK_ANSWERS = ("user", "human", "source", "src", "用户"), ("assistant", "bot", "gpt", "tgt", "助手")
+WEAK_QUESTIONS = ("user", "human", "source", "src", "context", "用户")
+WEAK_ANSWERS = ("assistant", "bot", "gpt", "tgt", "助手")
 SYSTEMS, TOOLS, HISTORIES, TEXTS = ("system", "system_prompt"), ("tools", "functions"), ("history", "历史"), ("text",)
 CONVERSATIONS, PAIRS, TEXT_UNIT = "conversations", "questions with answers", "texts"  # units of rows
 PREFERENCES = ("chosen", "rejected")

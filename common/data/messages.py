@@ -150,6 +150,8 @@ def role_of(message: Any) -> str:
     if not isinstance(message, dict):
         raise RowError(f'expected a message like {{"role": "user", "content": …}}, found {message!r:.40}')
     role = message.get(first_of(message, *ROLE_FIELDS))
+    if role is None:
+        raise RowError(f"a message needs role and content, or from and value; this one has {', '.join(message)}")
     name = role.strip().lower() if isinstance(role, str) else ""
     if name not in ROLES:
         raise RowError(f"unknown role {role!r}; there are {KNOWN_ROLES}")

@@ -19,7 +19,7 @@ EXCERPT = 60  # characters
 DELIMITERS = ",;\t"
 NO_DELIMITER = "\x1f"  # no text holds it
 SPACE = re.compile(r"[ \t\n\r\ufeff]*")  # files that were joined have byte order marks inside
-# The keys of a row beside a list of objects, which else would be taken for the rows of the file.
+# The keys of a row with lists of objects, which else would be taken for the rows of the file.
 ROW_KEYS = {
     *("prompt", "response", "content", "summary", "question", "answer", "query", "instruction", "input", "output"),
     *("history", "system", "text", "messages", "conversations", "conversation", "tools", "functions"),
@@ -193,26 +193,33 @@ def read_array(file: Path, text: str, position: int, numbers: Iterator[int]) -> 
         if not closed:
             if not text.startswith(",", position):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-            position = skip_space(text, position + 1)
+            comma, position = position, skip_space(text, position + 1)
+            if text.startswith("]", position):
+                raise json.JSONDecodeError("a comma after the last row", text, comma)
     return skip_space(text, position + 1)
 
 
 def find_rows(file: Path, text: str, position: int) -> int | None:
     """Where the list of rows begins in the one object of a file, {"data": […]}; None if the object is a row itself.
 
-    What stands beside the list is named in a note.
+    What stands beside the list is named in a note. Raises UserError for several lists, and for a table that is no list.
     """
     found = members(text, position)
+    values = [value for value, _ in found.values()]
+    if len(values) > 1 and all(map(is_object, values)) and len(set(map(tuple, values))) == 1:
+        raise UserError(
+            f"{file} is a table by columns or by index: write its rows (pandas: to_json(orient='records'))."
+        )
+    if len(values) == 1 and is_object(values[0]):  # {"data": {"train": […]}}
+        return find_rows(file, text, next(iter(found.values()))[1])
     lists = [name for name, (value, _) in found.items() if isinstance(value, list) and any(map(is_object, value))]
-    if len(lists) != 1:
+    if not lists or ROW_KEYS.intersection(found) or any(is_message(row) for name in lists for row in found[name][0]):
         return None
-    name, beside = lists[0], [name for name in found if name not in lists]
-    rows, start = found[name]
-    if name in ("tools", "functions") or ROW_KEYS.intersection(beside) or any(map(is_message, rows)):
-        return None
-    if beside:
-        note_once(f"note: {file}: the rows are in {name!r}; not read: {', '.join(map(repr, beside)):.200}")
-    return start
+    if len(lists) > 1:
+        raise UserError(f"{file} holds several lists of rows ({', '.join(lists)}): give each a file of its own.")
+    if beside := [name for name in found if name not in lists]:
+        note_once(f"note: {file}: the rows are in {lists[0]!r}; not read: {', '.join(map(repr, beside)):.200}")
+    return found[lists[0]][1]
 
 
 def members(text: str, position: int) -> dict[str, tuple[Any, int]]:
@@ -286,7 +293,7 @@ def delimiter_of(file: Path, head: str) -> str:
     """The delimiter that is most frequent in the first line, outside quotes; in one column one that no text holds."""
     header = re.sub('"[^"]*"?', "name", head).lstrip("\r\n")
     header = re.split("[\r\n]", header, maxsplit=1)[0]
-    if file.suffix.lower() == ".tsv" and "\t" in header:
+    if file.suffix.lower() in (".tsv", ".txt") and "\t" in header:
         return "\t"
     found = max(DELIMITERS, key=header.count)
     return found if found in header else NO_DELIMITER
@@ -364,5 +371,5 @@ def read_parquet(file: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(f"{file}, row {number}", number, row)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"{file}: broken Parquet after row {number}: {reason}: copy or download it again.") from error

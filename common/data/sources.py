@@ -1,6 +1,7 @@
 """Data files: which ones a user means, and the kind and the encoding of each."""
 
 import codecs
+import csv
 import glob
 import io
 import os
@@ -43,7 +44,9 @@ ZIPPED = {
     "content.xml": ("a document of LibreOffice", "save a table as CSV UTF-8, a text as .txt"),
     "word/": ("a Word document", "save it as plain text (.txt, UTF-8)"),
 }
-WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html)\b", re.IGNORECASE)
+WEB_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)*<(!doctype html|html|\?xml)\b", re.IGNORECASE | re.DOTALL)
+# What data sets have beside their rows in a folder: of datasets, and of LLaMA-Factory.
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 JSON_ROW = re.compile(r'\s*(\[\s*)*\{\s*"')  # no CSV header and hardly any text begins so
 MARKS = {  # the longer one of two that begin alike comes first
     codecs.BOM_UTF8: "utf-8-sig",
@@ -55,6 +58,7 @@ MARKS = {  # the longer one of two that begin alike comes first
 ASCII = bytes(range(128))
 # First bytes of GB2312's punctuation and of its 3,755 most frequent characters, which are over 99% of a Chinese text.
 FREQUENT = bytes([0xA1, 0xA2, 0xA3, *range(0xB0, 0xD8)])
+PRIVATE = re.compile("[\ue000-\uf8ff]")  # what GB18030 gives for bytes of no character, as those of other encodings
 
 # Four characters of Chinese in UTF-8, which GB18030 text holds by no accident: 2 is a first byte, 1 a further one.
 UTF8_BYTES = bytes(2 if 0xE4 <= byte <= 0xE9 else int(0x80 <= byte <= 0xBF) for byte in range(256))
@@ -89,15 +93,16 @@ def files_of(pattern: str) -> list[Path]:
     if path.is_dir():
         found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
         files = [file for file in found if file.is_file() and file.suffix.lower() in KINDS]
+        files = [file for file in files if file.name not in DESCRIPTIONS]
         missing = f"no data file in the folder {pattern}: {ENDINGS} are read."
     else:
         found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern)]
         files = [file for file in found if file.is_file()]
         missing = f"no data file {pattern} (looked in {os.getcwd()})."
-    if not files:
-        raise UserError(missing)
     if "**" not in pattern:  # which is meant to go through folders
         note_rest(pattern, found, files)
+    if not files:
+        raise UserError(missing)
     return files
 
 
@@ -135,6 +140,8 @@ def examine(file: Path, size: int, changed: int) -> Source:
     with open(file, encoding=encoding) as text:
         begin = text.read(4096)
     kind = KINDS.get(file.suffix.lower())
+    if kind == "text" and is_table(begin, len(begin) == 4096):
+        kind = "csv"
     if JSON_ROW.match(begin) or not begin.strip() or (kind is None and begin.lstrip()[0] in "{["):
         return Source("json", encoding)
     if kind is None:
@@ -143,6 +150,12 @@ def examine(file: Path, size: int, changed: int) -> Source:
     if kind == "parquet":
         raise UserError(f"{file} is no Parquet file: copy or download it again.")
     return Source(kind, encoding)
+
+
+def is_table(begin: str, cut: bool) -> bool:
+    """Whether a .txt has the same number of tabs in each row, as Excel's "Unicode text"; ``cut``: it may go on."""
+    rows = [row for row in csv.reader(io.StringIO(begin), delimiter="\t") if row]
+    return len(rows) > 1 < len(rows[0]) and len(set(map(len, rows[:-1] if cut else rows))) == 1
 
 
 def refused(file: Path, head: bytes) -> tuple[str, str] | None:
@@ -231,4 +244,9 @@ def is_chinese(file: Path) -> bool:
     frequent = len(starts) - len(starts.translate(None, FREQUENT)) - kana
     utf8 = sample.decode("utf-8", "ignore").encode()
     # Frequent are over 95% in simplified Chinese, 50% to 70% in traditional, 15% to 30% if it is Big5.
-    return frequent > 0.4 * pairs and len(utf8.translate(None, ASCII)) < 0.7 * len(sample.translate(None, ASCII))
+    readable = len(PRIVATE.findall(text)) <= 0.05 * pairs
+    return (
+        readable
+        and frequent > 0.4 * pairs
+        and len(utf8.translate(None, ASCII)) < 0.7 * len(sample.translate(None, ASCII))
+    )

@@ -110,8 +110,10 @@ def to_arrow(column: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:
 
 def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> None:
     """Raises UserError, with the reason, if no row is left."""
-    wanted = "text" if args.text_column else "a question and an answer"
-    reason = f"{summary['dropped']} rows lack one" if summary["dropped"] else "there are no rows at all"
+    wanted, lacking = "a question and an answer", "lack one that is learned"
+    if args.text_column:
+        wanted, lacking = "text", "lack one"
+    reason = f"{summary['dropped']} rows {lacking}" if summary["dropped"] else "there are no rows at all"
     if summary["unlabelled"]:
         reason = f"nothing of the answers fits {args.max_source_length} + {args.max_target_length} tokens"
     if not summary["rows"]:

@@ -21,7 +21,10 @@ from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 PICTURE_KEYS = {"vision_config", "eva_config", "qformer_config", "image_length", "image_size", "boi_token_id"}
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
-OTHER_WEIGHTS = (".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
+OTHER_WEIGHTS = (
+    *(".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx"),
+    *(".incomplete", ".aria2", ".crdownload", ".part"),  # of downloads that were broken off
+)
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
 
 

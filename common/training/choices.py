@@ -10,7 +10,7 @@ from common.data.formats import is_text
 from common.data.rows import read_rows
 from common.data.shards import read_manifest
 from common.data.sources import find_files
-from common.errors import note
+from common.errors import UserError, note
 
 SHIPPED = Path(__file__).resolve().parents[2] / "AdvertiseGen"
 EPOCHS = 3.0
@@ -51,7 +51,10 @@ def choose(data_args: DataArguments, args: TrainingArguments) -> None:
 
 
 def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None:
-    """The shipped rows have a validation file; of other rows a share is held out, unless a file is given."""
+    """The shipped rows have a validation file; of other rows a share is held out, unless a file is given.
+
+    Raises UserError if the best checkpoint is asked for, and there is no validation data.
+    """
     evaluates = args.do_eval or args.do_predict
     if not (args.do_train and evaluates) or data_args.dataset_name:
         return
@@ -65,8 +68,13 @@ def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None
         return
     data_args.held_out = data_args.validation_split > 0
     if not data_args.held_out:
+        if args.load_best_model_at_end:
+            raise UserError(
+                "--validation_split 0 leaves no rows to tell the best checkpoint by (BEST_METRIC, EARLY_STOPPING): "
+                "name a VALIDATION_FILE (--validation_file), or leave them out."
+            )
         note("note: there is no validation data (--validation_split 0): nothing is scored.")
-        args.do_eval = args.do_predict = args.load_best_model_at_end = False
+        args.do_eval = args.do_predict = False
         args.eval_strategy = IntervalStrategy.NO
 
 
