@@ -221,7 +221,8 @@ OFFICIAL_ZERO_3 = {
 def test_the_official_zero_3_file_is_predicted_unchanged(tmp_path, capsys):
     """The bucket of its "auto" is what transformers puts there: the square of the hidden size."""
     (tmp_path / "ds_zero_3.json").write_text(json.dumps(OFFICIAL_ZERO_3))
-    variables = {"DEEPSPEED": str(tmp_path / "ds_zero_3.json"), "OUTPUT_DIR": str(tmp_path / "out"), "NUM_GPUS": "8"}
+    variables = {"DEEPSPEED": str(tmp_path / "ds_zero_3.json"), "OUTPUT_DIR": str(tmp_path / "out")}
+    variables |= {"EXPECTED_PROCESSES": "8"}  # as the launcher says
     assert run_here("full/ds_train_finetune.sh", "--plan", DEVICE_MEMORY="80", MODEL="chatglm3-6b", **variables) == 0
     assert "8 processes under DeepSpeed" in capsys.readouterr().out
 

@@ -208,7 +208,8 @@ def test_a_conversation_may_end_with_the_result_of_a_tool(tokenizer3):
     messages = [{"role": "user", "content": "甲"}, call, {"role": "tool", "content": "乙"}]
     turns = FormatReader(Columns(), tokenizer3, asking=True).read({"messages": messages})
     assert [turn.role for turn in turns] == ["user", "assistant", "observation"]
-    assert len(encode_eval(tokenizer3, [turns], 99, 99)) == 1
+    call, answer = encode_eval(tokenizer3, [turns], 99, 99)
+    assert "tool_call()" in call.reference and answer.reference is None  # the answer to the result is asked for too
 
 
 # Weights, calls, thoughts

@@ -46,6 +46,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     f"{TRAINER}._save": "checkpoints hold the whole model",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
     f"{TRAINER}._load_from_checkpoint": "a training under FSDP2 can't be continued",
+    f"{TRAINER}._get_train_sampler": "--mix draws no rows",
     f"{TRAINER}._load_best_model": "--load_best_model_at_end finds no prefix",
     "_hf_peft_config_loaded": "of a model: P-Tuning v2 in 4 bit is refused by the Trainer, which reads this field",
     # evaluation on a CPU

@@ -173,7 +173,7 @@ def test_conversations_with_tools_train(tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8
     assert any("tool_call(" in row["labels"] for row in rows)
-    assert read(tmp_path, "run_settings.json")["conversation_column"] == "conversations"
+    assert read(tmp_path, "run_settings.json")["test_file"].endswith("/AdvertiseGen/dev_tools.json")
 
 
 def test_plain_text_prepared_ahead_trains_as_a_language_model(tmp_path):
@@ -298,8 +298,8 @@ def test_every_method_prints_help(method, monkeypatch, capsys):
         assert flag in said
 
 
-SHARED = ("MODEL", "TRAIN_FILE", "VALIDATION_FILE", "PROMPT_COLUMN", "RESPONSE_COLUMN", "HISTORY_COLUMN")
-SHARED += ("CONVERSATION_COLUMN", "MAX_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "GRAD_ACCUM", "GRADIENT_CHECKPOINTING")
+SHARED = ("MODEL", "TRAIN_FILE", "TRAIN_DATASETS", "EPOCHS", "MAX_STEPS", "EVAL_STEPS", "BEST_METRIC", "EARLY_STOPPING")
+SHARED += ("DEFAULT_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "GRAD_ACCUM", "GRADIENT_CHECKPOINTING")
 
 
 @pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])
