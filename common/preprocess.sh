@@ -14,11 +14,10 @@ case ${MODEL:-demo} in
     demo | demo3) QUESTION=64 ANSWER=64 BLOCK=128 ;;
     *) QUESTION=256 ANSWER=512 BLOCK=1024 ;;
 esac
-if [ -n "${TEXT_COLUMN:-}" ]; then QUESTION=$BLOCK; fi
-
 TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+if [ -n "${TEXT_COLUMN:-}" ] || [[ $TRAIN_FILE == *.txt ]]; then QUESTION=$BLOCK; fi
 add_flags TRAIN_FILE PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT \
-    VALIDATION_SPLIT SKIP_BAD_ROWS STRICT_DATA
+    VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA
 
 "$PYTHON" "$ROOT/common/preprocess.py" \
     --model_name_or_path "${MODEL:-demo}" \

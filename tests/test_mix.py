@@ -45,8 +45,8 @@ def test_epochs_differ_and_repeat_exactly():
 @pytest.mark.parametrize(
     ("mix", "says"),
     [
-        ("1", "has 1 shares, and the training has 2 files"),
-        ("1,0.3,2", "has 3 shares"),
+        ("1", "numbers for 1 files, but the training has 2"),
+        ("1,0.3,2", "numbers for 3 files"),
         ("1,viel", "give numbers with commas"),
         ("0,1", "that of the first file is above 0"),
         ("1,-1", "at least 0"),

@@ -173,4 +173,4 @@ def check_reading(summary: dict[str, Any], args: DataArguments) -> None:
     for file in summary["findings"] if args.strict_data else ():
         if file["unread"]:
             fields = ", ".join(f"{name!r} ({rows:,} rows)" for name, rows in file["unread"].items())
-            raise UserError(f"{file['file']}: not read, and --strict_data was given: {fields}.")
+            raise UserError(f"{file['file']}: STRICT_DATA (--strict_data) refuses fields that are not read: {fields}.")

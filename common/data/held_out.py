@@ -56,9 +56,9 @@ class HoldOut:
             count = min(max(FEWEST, round(self.share * different)), different // 2)
         if not 0 < count < different:
             raise UserError(
-                f"{source}: {count or 'no'} rows can't be held out of {different} different ones: name a file with "
-                "VALIDATION_FILE (--validation_file), or train without validation by VALIDATION_SPLIT=0 "
-                "(--validation_split)."
+                f"{source}: {different} different rows are too few to hold {max(count, 1)} out for validation: name a "
+                "file with VALIDATION_FILE (--validation_file), or train without validation by VALIDATION_SPLIT=0 "
+                "(--validation_split 0)."
             )
         chosen = heapq.nsmallest(count, self.candidates)
         return sorted((self.candidates[row] for row in chosen), key=lambda example: (example.file, example.line))

@@ -15,7 +15,7 @@ def parse_mix(mix: str, files: int) -> list[float]:
     except ValueError:
         raise UserError(f"MIX={mix} (--mix): give numbers with commas between them, as in 1,0.3.") from None
     if len(shares) != files:
-        raise UserError(f"MIX={mix} (--mix) has {len(shares)} shares, and the training has {files} files.")
+        raise UserError(f"MIX={mix} (--mix): numbers for {len(shares)} files, but the training has {files}.")
     if not all(0 <= share < float("inf") for share in shares) or not shares[0]:
         raise UserError(f"MIX={mix} (--mix): a share is at least 0, and that of the first file is above 0.")
     return shares
