@@ -122,6 +122,15 @@ def test_a_prefix_under_zero_1(one_process, tmp_path):
     assert (ours[key] - theirs[key]).abs().mean() < 1e-4
 
 
+def test_the_file_of_deepspeed_may_name_the_optimizer(one_process, tmp_path):
+    """As those of its documentation and of transformers do."""
+    expected, _ = one_process("full")
+    config = {"optimizer": OFFICIAL_ZERO_3["optimizer"], "zero_optimization": {"stage": 2}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    found = train("full", "DDP", tmp_path / "out", "--deepspeed", str(tmp_path / "ds.json"))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_killed_process_ends_all_of_them(tmp_path):
     """One sentence, nobody is left, and the checkpoint that was there is whole."""
     output = tmp_path / "out"

@@ -59,7 +59,8 @@ class FinetuneTrainer(Trainer):
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        self.optimizer = self.method.optimizer(self.model, self.args)
+        if self.optimizer is None:  # there is one, if the file of DeepSpeed names an optimizer
+            self.optimizer = self.method.optimizer(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
