@@ -192,24 +192,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
         if self.deepspeed and self.auto_batch_size:
             raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
-        if self.eval_steps is not None and self.eval_steps <= 0:
-            raise ValueError("--eval_steps (EVAL_STEPS) must be above 0; --eval_strategy no trains without evaluations")
         if self.num_train_epochs is not None and self.num_train_epochs < 0:
             raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
-        if self.metric_for_best_model:  # the report writes ROUGE-L
-            self.metric_for_best_model = self.metric_for_best_model.lower()
-        if self.early_stopping is not None:
-            if self.early_stopping < 1:
-                raise ValueError("--early_stopping must be at least 1")
-            self.load_best_model_at_end = self.restore_callback_states_from_checkpoint = True
-        if self.eval_strategy == "steps" and self.eval_steps == 0:
-            self.eval_strategy = IntervalStrategy.NO
-        if self.load_best_model_at_end and self.eval_steps and self.eval_strategy == self.save_strategy == "steps":
-            # A checkpoint is there for each evaluation, whatever steps a script gives.
-            self.save_steps = self.eval_steps
-        if self.metric_for_best_model:
-            self.metric_for_best_model = self.metric_for_best_model.lower()
-            self.predict_with_generate |= not self.metric_for_best_model.endswith("loss")
+        complete_evaluation(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32
@@ -260,6 +245,23 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
+
+
+def complete_evaluation(args: TrainingArguments) -> None:
+    """Sets the flags of evaluations during training that follow from others. Raises ValueError for bad numbers."""
+    if args.eval_steps is not None and args.eval_steps < 0:
+        raise ValueError("--eval_steps (EVAL_STEPS): give a number of steps, a share of all below 1, or 0 for none")
+    if args.early_stopping is not None:
+        if args.early_stopping < 1:
+            raise ValueError("--early_stopping must be at least 1")
+        args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
+    if args.eval_strategy == "steps" and args.eval_steps == 0:
+        args.eval_strategy = IntervalStrategy.NO
+    if args.load_best_model_at_end and args.eval_steps and args.eval_strategy == args.save_strategy == "steps":
+        args.save_steps = args.eval_steps  # a checkpoint for each evaluation, whatever steps a script gives
+    if args.metric_for_best_model:
+        args.metric_for_best_model = args.metric_for_best_model.lower()  # the report writes ROUGE-L
+        args.predict_with_generate |= not args.metric_for_best_model.endswith("loss")
 
 
 def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_parsing_starts_nothing(monkeypatch):
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),
         ("--conversation_column a --history_column b", "--conversation_column can't be used with --history_column"),
         ("--conversation_column a --text_column b", "--conversation_column can't be used with .* --text_column"),
-        ("--eval_steps 0", "--eval_steps .EVAL_STEPS. must be above 0"),
+        ("--eval_steps -1", "--eval_steps .EVAL_STEPS.: give a number of steps"),
         ("--num_train_epochs -1", "--num_train_epochs .EPOCHS. must not be negative"),
         ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
     ],

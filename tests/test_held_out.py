@@ -67,7 +67,7 @@ def test_files_of_different_formats_keep_their_fields(tmp_path, demo_tokenizer):
 
 @pytest.mark.parametrize(
     ("questions", "share", "says"),
-    [(["问"] * 60, 0.05, "1 different rows are too few to hold 1 out"), (["一", "二", "三"], 3, "3 .* too few to hold 3")],
+    [(["问"] * 60, 0.05, "1 different rows are too few"), (["一", "二", "三"], 3, "3 .* too few to hold 3")],
 )
 def test_too_few_different_rows_are_refused(questions, share, says, tmp_path, demo_tokenizer):
     with pytest.raises(UserError, match=says):

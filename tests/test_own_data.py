@@ -142,7 +142,10 @@ def test_of_mixed_files_the_first_one_is_held_out(mine, general, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [("--mix 1", "numbers for 1 files, but the training has 2"), ("--mix 1,1 --group_by_length", "leave out --train_sampl")],
+    [
+        ("--mix 1", "numbers for 1 files, but the training has 2"),
+        ("--mix 1,1 --group_by_length", "leave out --train_sampl"),
+    ],
 )
 def test_a_mix_that_does_not_fit_is_refused(flags, says, mine, general, tmp_path):
     with pytest.raises(UserError, match=says):

@@ -180,6 +180,10 @@ def check_engine(method: Method, data_args: DataArguments, args: TrainingArgumen
         raise UserError(f"{engine.name} is for training: evaluate without its flag.")
     if engine.name == "DeepSpeed" and engine.sharded and args.fp16 and not method.trains_base:
         raise UserError(f"ZeRO stage 3 trains {method.name} in float32 or --bf16; --fp16 takes stage 2.")
+    if engine.config.get("optimizer") and vars(method.args).get("loraplus_lr_ratio"):
+        raise UserError(
+            "--loraplus_lr_ratio: the --deepspeed file names an optimizer, which knows one rate: remove it."
+        )
     if engine.sharded and method.trains_base and data_args.evaluate_base:
         raise UserError(
             f"--evaluate_base: {engine.name} has no room for the base beside the model; evaluate afterwards."
