@@ -352,16 +352,11 @@ EVALUATED = f"--eval_strategy steps --eval_steps 2 --validation_file {ROOT}/Adve
         ("--report_to wandbb", "wandbb is no tracker; there are .*, tensorboard, .*, wandb"),
         ("--report_to none wandb", "--report_to none,wandb: none is no tracker; it stands alone"),
         (f"{EVALUATED} --metric_for_best_model f1", r"f1 \(BEST_METRIC\): there are loss and, .*, rouge-l, bleu-4"),
-        (
-            f"{EVALUATED} --metric_for_best_model eval_rouge-l",
-            "is a score of generated answers: .*predict_with_generate",
-        ),
         (f"{EVALUATED} --metric_for_best_model loss --greater_is_better true", "would keep the worst loss"),
         (
             "--load_best_model_at_end --save_strategy no",
             "the best checkpoint by loss needs evaluations during training",
         ),
-        (f"{EVALUATED} --load_best_model_at_end --save_steps 3", "round multiple of the evaluation steps"),
     ],
 )
 def test_what_the_training_can_not_report_or_keep_is_refused_before_the_model(flags, says, tmp_path, monkeypatch):
