@@ -14,7 +14,9 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_utils import IntervalStrategy
 
+from common.deepspeed_file import GATHERS, check_settings, current_settings
 from common.errors import UserError
 from common.models.precision import choose_precision, compute_dtype, half_dtype, this_device
 
@@ -85,17 +87,25 @@ class FullArguments:
 
 @dataclass
 class DataArguments:
-    train_file: str | None = flag("Training data: JSON, JSON lines or CSV; files with commas between them, or a glob")
+    train_file: str | None = flag(
+        "Training data (JSON, CSV, Parquet, text): files with commas between them, folder, glob"
+    )
     train_datasets: str | None = flag("Folder of training data that common/preprocess.sh made, instead of --train_file")
-    validation_file: str | None = flag("Data for --do_eval, in the same formats")
-    test_file: str | None = flag("Data for --do_predict, in the same formats")
+    validation_file: str | None = flag("Data for --do_eval, in the same formats; default: --validation_split")
+    test_file: str | None = flag("Data for --do_predict, in the same formats; default: the validation data")
+    validation_split: float = flag("Share of the training rows, or their number, for validation without a file", 0.05)
+    probe_file: str | None = flag("General questions with answers: their loss shows what a model forgets in training")
+    mix: str | None = flag("Rows of each training file for one row of the first, as in 1,0.3; drawn anew each epoch")
     dataset_name: str | None = flag("A data set on the hub, or a folder, instead of files")
     dataset_config_name: str | None = flag("Configuration of the data set on the hub")
-    prompt_column: str = flag("Column with the question", "prompt")
-    response_column: str = flag("Column with the answer", "response")
+    prompt_column: str | None = flag("Column with the question; default for all columns: told by the names in the rows")
+    response_column: str | None = flag("Column with the answer")
     history_column: str | None = flag("Column with earlier rounds: [[question, answer], ...]")
     conversation_column: str | None = flag("Column with a whole conversation: conversations, or messages of OpenAI")
     text_column: str | None = flag("Column with plain text, trained in blocks of --max_source_length tokens")
+    text_unit: Literal["paragraph", "file"] = flag("A row of a .txt file: a paragraph, or the whole file", "paragraph")
+    skip_bad_rows: bool = flag("Go on without rows that can't be read; they are counted", False)
+    strict_data: bool = flag("Refuse rows with fields that are not read", False)
     source_prefix: str = flag("Text put before the question; of a conversation, before the last one", "")
     max_source_length: int = flag("Longest question in tokens; the rest is cut off and reported", 1024)
     max_target_length: int = flag("Longest answer in tokens; the rest is cut off and reported", 128)
@@ -112,8 +122,11 @@ class DataArguments:
     temperature: float = flag("Sampling: temperature", 0.95)
     max_new_tokens: int | None = flag("Longest generated answer in tokens; default: val_max_target_length")
     evaluate_base: bool = flag("With --do_eval and --do_predict: also score the base model", False)
+    held_out: bool = field(default=False, init=False)  # whether the validation data are rows of the training data
 
     def __post_init__(self):
+        if not 0 <= self.validation_split or 1 < self.validation_split != int(self.validation_split):
+            raise ValueError("--validation_split must be a share below 1, or a number of rows")
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
         if self.train_datasets and (self.train_file or self.dataset_name):
             raise ValueError("--train_datasets replaces --train_file and --dataset_name: give one of them")
@@ -153,7 +166,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     plan: bool = flag("Predict the memory, print it, and stop before weights are downloaded", False)
     dry_run: bool = flag("Check everything, prepare the data, and stop before the model is loaded", False)
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
-    report_to: None | str | list[str] = flag("Loggers besides the terminal", "tensorboard")
+    num_train_epochs: float | None = flag("Passes over the training rows; default: 3, or --default_steps")
+    default_steps: int = flag("Steps over the shipped rows if neither --max_steps nor --num_train_epochs is given", 0)
+    early_stopping: int | None = flag("Evaluations without improvement that end a training; keeps the best checkpoint")
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
+    )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
     engine: Engine = field(default_factory=Engine, init=False)
@@ -173,6 +192,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
         if self.deepspeed and self.auto_batch_size:
             raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
+        if self.num_train_epochs is not None and self.num_train_epochs < 0:
+            raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
+        complete_evaluation(self)
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32
@@ -186,6 +208,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.engine = engine_of(self)
         self.dry_run = self.dry_run or self.plan
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        self.report_to = [name.strip() for names in given for name in names.split(",")]
         self.accelerator_config = read_config("accelerator_config", self.accelerator_config)
         super().__post_init__()
         if self.torch_compile:
@@ -223,6 +247,23 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
 
 
+def complete_evaluation(args: TrainingArguments) -> None:
+    """Sets the flags of evaluations during training that follow from others. Raises ValueError for bad numbers."""
+    if args.eval_steps is not None and args.eval_steps < 0:
+        raise ValueError("--eval_steps (EVAL_STEPS): give a number of steps, a share of all below 1, or 0 for none")
+    if args.early_stopping is not None:
+        if args.early_stopping < 1:
+            raise ValueError("--early_stopping must be at least 1")
+        args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
+    if args.eval_strategy == "steps" and args.eval_steps == 0:
+        args.eval_strategy = IntervalStrategy.NO
+    if args.load_best_model_at_end and args.eval_steps and args.eval_strategy == args.save_strategy == "steps":
+        args.save_steps = args.eval_steps  # a checkpoint for each evaluation, whatever steps a script gives
+    if args.metric_for_best_model:
+        args.metric_for_best_model = args.metric_for_best_model.lower()  # the report writes ROUGE-L
+        args.predict_with_generate |= not args.metric_for_best_model.endswith("loss")
+
+
 def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
     """The settings that a flag gives as a JSON file or as JSON itself. Raises UserError if it is missing or broken."""
     if not isinstance(given, str):
@@ -230,7 +271,7 @@ def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]
     if not given.startswith("{") and not Path(given).is_file():
         raise UserError(f"--{flag}: no file {given}.")
     try:
-        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8"))
+        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"--{flag}: {given} is broken JSON: {error}.") from error
     if not isinstance(config, dict):
@@ -256,34 +297,30 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
 
     Raises UserError if the file contradicts flags, naming each entry beside its flag.
     """
-    config, file = read_config("deepspeed", args.deepspeed), args.deepspeed
-    check_sections(config, file)
+    file = args.deepspeed
+    config = current_settings(read_config("deepspeed", file), file)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         config.setdefault(name, "auto")
     for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 without this
-        config[name] = {"enabled": "auto"} | (config.get(name) or {})
-    zero = config["zero_optimization"] = {"stage": 0} | (config.get("zero_optimization") or {})
+        config[name] = {"enabled": "auto"} | config.get(name, {})
     # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.
     config["zero_allow_untested_optimizer"] = True
-    if zero["stage"] == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if config["zero_optimization"]["stage"] == 3:
+        config["zero_optimization"][GATHERS] = True
     compared = HfTrainerDeepSpeedConfig(config)
     compared.trainer_config_process(SimpleNamespace(**vars(args), world_size=args.processes))
+    if args.max_steps > 0:  # else the number of steps is known only with the data
+        compared.fill_match("scheduler.params.total_num_steps", args.max_steps, "max_steps")
+        compared.fill_match(
+            "scheduler.params.warmup_num_steps", max(1, args.get_warmup_steps(args.max_steps)), "warmup_steps"
+        )
     found = "; ".join(line.removeprefix("- ds ") for line in compared.mismatches)
     if found:
         rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
         found = found.replace("train_batch_size (calculated)", rows).replace("|", " or --")
         raise UserError(f'{file} says {found.replace(" vs hf ", ", but --")}: change one, or write "auto" there.')
+    check_settings(compared.config, file)
     return config
-
-
-def check_sections(config: dict[str, Any], file: Any) -> None:
-    """Raises UserError for a section of a DeepSpeed file that is no object."""
-    for name in ("fp16", "bf16", "optimizer", "scheduler", "zero_optimization"):
-        section = config.get(name) or {}
-        inner = ("params", "offload_optimizer", "offload_param") if isinstance(section, dict) else ()
-        if not all(isinstance(part, dict) for part in [section, *(section.get(key) or {} for key in inner)]):
-            raise UserError(f"{file}: {name} must be an object with settings.")
 
 
 def fsdp_config(args: TrainingArguments) -> dict[str, Any]:

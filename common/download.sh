@@ -4,6 +4,7 @@
 #     HUB=modelscope bash common/download.sh chatglm-6b chatglm2-6b
 #     MODEL=$(bash common/download.sh chatglm3-6b --local_dir /data/chatglm3-6b) bash lora/train.sh
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 "$PYTHON" "$ROOT/common/hub/download.py" "$@"

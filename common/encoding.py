@@ -5,7 +5,7 @@ ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,33 +23,38 @@ History = Sequence[Sequence[str]]
 Conversations = Sequence[Conversation]
 
 
+class Origin(NamedTuple):
+    """The conversation that a row comes from, and its length in tokens before anything is cut."""
+
+    conversation: int  # index in the given list
+    asked: int  # tokens that the model does not learn to write
+    answered: int
+
+
 class TrainRow(NamedTuple):
     input_ids: list[int]
     labels: list[int]  # -100: no loss
     truncated: bool = False
     dropped_turns: int = 0
+    origin: Origin = Origin(0, 0, 0)
 
 
 class EvalRow(NamedTuple):
     prompt_ids: list[int]
-    reference: str
+    reference: str | None  # None: the conversation ends with a question
     truncated: bool = False
     dropped_turns: int = 0
+    origin: Origin = Origin(0, 0, 0)
 
 
-Answers = Iterator[tuple[list[int], list[int], bool, int]]
-"""(prompt, answer, truncated, dropped turns): the prompt with its special tokens, the answer without."""
+Answers = Iterator[tuple[list[int], list[int], bool, int, Origin]]
+"""(prompt, answer, truncated, dropped turns, origin): the prompt with its special tokens, the answer without."""
 
 
 def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
     """The history, a question and its answer. Only this answer is trained."""
     rounds = [(Turn("user", question), Turn("assistant", answer)) for question, answer in history]
     return [*(turn for both in rounds for turn in both), Turn("user", query), Turn("assistant", response, loss=True)]
-
-
-def encoders_of(text: bool) -> dict[str, Callable]:
-    """The functions that make training rows, of plain text or of conversations, and questions to answer."""
-    return {"rows": encode_texts if text else encode_train, "questions": encode_eval}
 
 
 def encode_train(
@@ -68,21 +73,26 @@ def encode_train(
 def encode_eval(
     tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> list[EvalRow]:
-    """The prompt and the reference of every trained answer.
+    """The prompt and the reference of every trained answer, and of a last question without an answer.
 
     A prompt has at most ``max_source_length`` tokens; only tool calls in its last round are never cut.
 
     A reference is the decoded answer, cut to ``max_target_length`` tokens: as in the official scripts, the model is
     scored against a text that it can write. In numbered rounds two special tokens count in each length, as there.
     """
+    open_ended = [turns[-1].role != "assistant" for turns in conversations]
+    answer = Turn("assistant", "", loss=True)
+    closed = [[*turns, answer] if is_open else turns for turns, is_open in zip(conversations, open_ended, strict=True)]
     if has_roles(tokenizer):
-        answers = answers_to_messages(tokenizer, conversations, max_source_length, max_target_length)
+        answers = answers_to_messages(tokenizer, closed, max_source_length, max_target_length)
     else:
-        answers = answers_to_rounds(tokenizer, conversations, max_source_length - 2, max_target_length - 2)
-    return [
-        EvalRow(prompt_ids, tokenizer.decode(answer, skip_special_tokens=True).strip(), truncated, dropped)
-        for prompt_ids, answer, truncated, dropped in answers
-    ]
+        answers = answers_to_rounds(tokenizer, closed, max_source_length - 2, max_target_length - 2, special=(2, 2))
+    rows = []
+    for prompt_ids, answer_ids, truncated, dropped, origin in answers:
+        text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        reference = None if open_ended[origin.conversation] and not text else text
+        rows.append(EvalRow(prompt_ids, reference, truncated, dropped, origin))
+    return rows
 
 
 def has_roles(tokenizer: Tokenizer) -> bool:
@@ -113,11 +123,12 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) ->
     start = adapter.start_ids()
     size = block_size - len(start)
     rows = []
-    for ids in adapter.encode_batch(texts):
+    for index, ids in enumerate(adapter.encode_batch(texts)):
         ids = [*ids, tokenizer.eos_token_id]
         for begin in range(0, len(ids), size):
             block = ids[begin : begin + size]
-            rows.append(TrainRow(start + block, [-100] * len(start) + block))
+            origin = Origin(index, 0, len(block))
+            rows.append(TrainRow(start + block, [-100] * len(start) + block, origin=origin))
     return rows
 
 
@@ -137,26 +148,31 @@ RoundsTokenizer = ChatGLMTokenizer | ChatGLM2Tokenizer
 
 
 def answers_to_rounds(
-    tokenizer: RoundsTokenizer, conversations: Iterable[Conversation], max_prompt: int, max_answer: int
+    tokenizer: RoundsTokenizer,
+    conversations: Iterable[Conversation],
+    max_prompt: int,
+    max_answer: int,
+    special: tuple[int, int],
 ) -> Answers:
-    """Every trained answer. The lengths count no special tokens.
+    """Every trained answer. The lengths count no special tokens; ``special``: those that an origin counts in each.
 
     A prompt that is too long loses its oldest rounds, and then the end of its text.
     """
     rounds = []
-    for turns in conversations:
+    for index, turns in enumerate(conversations):
         pairs = [(question.content, answer.content) for question, answer in zip(turns[::2], turns[1::2], strict=True)]
-        rounds += [(pairs[:i], *pairs[i]) for i, answer in enumerate(turns[1::2]) if answer.loss]
-    prompts = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for history, query, _ in rounds])
-    answers = tokenizer.encode_batch([answer for _, _, answer in rounds])
-    for (history, query, _), prompt, answer_ids in zip(rounds, prompts, answers, strict=True):
+        rounds += [(index, pairs[:i], *pairs[i]) for i, answer in enumerate(turns[1::2]) if answer.loss]
+    prompts = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for _, history, query, _ in rounds])
+    answers = tokenizer.encode_batch([answer for *_, answer in rounds])
+    for (index, history, query, _), prompt, answer_ids in zip(rounds, prompts, answers, strict=True):
+        origin = Origin(index, len(prompt) + special[0], len(answer_ids) + special[1])
         dropped = 0
         while len(prompt) > max_prompt and dropped < len(history):
             dropped += 1
             prompt = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
         truncated = len(prompt) > max_prompt or len(answer_ids) > max_answer
         prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
-        yield prompt_ids, answer_ids[:max_answer], truncated, 2 * dropped
+        yield prompt_ids, answer_ids[:max_answer], truncated, 2 * dropped, origin
 
 
 def train_rounds(
@@ -167,10 +183,11 @@ def train_rounds(
     # prompt that have a label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
     in_prompt, in_answer, labelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 0)
     limits = max_source_length - in_prompt, max_target_length - in_answer
-    for prompt_ids, answer, truncated, dropped in answers_to_rounds(tokenizer, conversations, *limits):
+    answers = answers_to_rounds(tokenizer, conversations, *limits, special=(in_prompt, in_answer))
+    for prompt_ids, answer, truncated, dropped, origin in answers:
         input_ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
         first = len(prompt_ids) - labelled  # the first label
-        yield TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped)
+        yield TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped, origin)
 
 
 # Messages: ChatGLM3-6B and GLM-4
@@ -215,8 +232,10 @@ def train_messages(
     adapter, end = with_methods(tokenizer), tokenizer.eos_token_id
     start = adapter.start_ids()
     limit = max_source_length + max_target_length + 1
-    for messages in adapter.encode_turns(conversations):
+    for index, messages in enumerate(adapter.encode_turns(conversations)):
         kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
+        answered = sum(len(message.ids) for message in messages if message.turn.loss)
+        asked = sum(len(message.ids) for message in messages) - answered + len(start) + 1
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # whether the next token ends a trained turn
         for message in kept:
@@ -229,7 +248,8 @@ def train_messages(
             ends_answer = learned
         input_ids.append(end)
         labels.append(end if ends_answer else -100)
-        yield TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept))
+        origin = Origin(index, asked, answered)
+        yield TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept), origin)
 
 
 def answers_to_messages(
@@ -241,16 +261,19 @@ def answers_to_messages(
     """
     adapter = with_methods(tokenizer)
     start = adapter.start_ids()
-    for messages in adapter.encode_turns(conversations):
+    for index, messages in enumerate(adapter.encode_turns(conversations)):
         before: list[EncodedTurn] = []
         for is_answer, run in groupby(messages, lambda message: message.turn.role == "assistant" and message.turn.loss):
             turns = list(run)
             if is_answer:
                 header = turns[0].header
                 answer = ids_of(turns)[len(header) :]
+                asked = len(start) + sum(len(message.ids) for message in before) + len(header)
+                origin = Origin(index, asked, len(answer))
                 kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
                 truncated = cut or len(answer) > max_target_length
-                yield start + ids_of(kept) + header, answer[:max_target_length], truncated, len(before) - len(kept)
+                prompt_ids, dropped = start + ids_of(kept) + header, len(before) - len(kept)
+                yield prompt_ids, answer[:max_target_length], truncated, dropped, origin
             before += turns
 
 

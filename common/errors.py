@@ -1,10 +1,13 @@
 """Errors that a user can mend: the program prints one sentence, no traceback, and ends with exit code 2."""
 
+import difflib
 import errno
 import os
+import pwd
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -23,8 +26,12 @@ class UserError(Exception):
 
 
 def note(text: str) -> None:
-    """Prints text on stderr at once, where a person sees it even if standard output goes into a file."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints text on stderr at once, where a person sees it even if standard output goes into a file.
+
+    Of the processes that train together only the first one prints.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str | None:
@@ -33,13 +40,28 @@ def describe(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}. What was saved before is complete."
+        owner = other_owner(Path(error.filename)) if error.filename and isinstance(error, PermissionError) else ""
+        return f"{error.filename or 'a file'}: {os.strerror(error.errno)}{owner}."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
             first = ". ".join(text.split(". ")[:2])  # two sentences
             last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # last line, without its place in the source
-            return f"{sentence.format(first=first, last=last)}. What was saved before is complete."
+            return f"{sentence.format(first=first, last=last)}."
     return None
+
+
+def other_owner(path: Path) -> str:
+    """ "; it belongs to user NAME", or the folder where it would be does; "" if that is this user."""
+    path = path.absolute()
+    existing = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    owner = existing.lstat().st_uid
+    if owner == os.geteuid():
+        return ""
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:  # it is known on another machine, or outside this container
+        name = str(owner)
+    return f"; {'it' if existing == path else existing} belongs to user {name}"
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -49,6 +71,14 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for name, value in now.items()
         if earlier.get(name) != value
     )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known name that ``word`` was probably meant to be; "" if none is near."""
+    alike = [name for name in known if name[:1] == word[:1]]
+    begun = [name for name in alike if name.startswith(word[:-1])] if len(word) > 4 else []
+    close = difflib.get_close_matches(word, alike, n=1, cutoff=0.8)
+    return close[0] if close else begun[0] if len(begun) == 1 else ""
 
 
 @contextmanager
@@ -62,5 +92,5 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:  # some errors of DeepSpeed have no narrower class
         if (sentence := describe(error)) is None:
             raise
-        note(f"error: {sentence}")
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -3,12 +3,28 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
+
+TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
+BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that no text holds
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
+
+
+def text_kind(file: Path) -> str:
+    """The kind of text in a file, as in "a Git LFS pointer"; "" for binary content, and for an empty file."""
+    with open(file, "rb") as content:
+        beginning = content.read(512)
+    if BINARY.search(beginning) or not beginning:
+        return ""
+    if beginning.startswith(b"version https://git-lfs"):
+        return TEXTS[0]
+    return TEXTS[1] if beginning.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"<") else TEXTS[2]
 
 
 def is_complete(file: Path) -> bool:
@@ -21,11 +37,26 @@ def is_complete(file: Path) -> bool:
             return False
     # torch writes zip files, whose table is at the end. Before version 1.6 it wrote pickles, which have no table.
     with open(file, "rb") as content:
-        return zipfile.is_zipfile(file) if content.read(2) == b"PK" else file.stat().st_size > 0
+        beginning = content.read(2)
+    return zipfile.is_zipfile(file) if beginning == b"PK" else bool(beginning) and not text_kind(file)
+
+
+def check_no_text(file: Path, content: str = "weights", kinds: tuple[str, ...] = TEXTS) -> None:
+    """Raises UserError for a file of a model that holds text of one of ``kinds`` instead of its ``content``."""
+    if (kind := text_kind(file)) not in kinds:
+        return
+    name = file.parent.name if "glm" in file.parent.name.lower() else "NAME"
+    again = "copy it again" if file.name.startswith("adapter_") else f"bash common/download.sh {name}"
+    remedy = f"run git lfs pull, or {again}" if kind == TEXTS[0] else f"download it again, or {again}"
+    raise UserError(f"{file} is {kind}, not the {content}: {remedy}.")
 
 
 def check_complete(file: Path) -> None:
-    """Raises UserError for a truncated weight file."""
+    """Raises UserError for a weight file that is missing, truncated or no weight file at all."""
+    if not file.is_file():
+        link = f"; the link leads to {os.readlink(file)}" if file.is_symlink() else ""
+        raise UserError(f"{file} is missing{link}: copy or download it again.")
+    check_no_text(file)
     if not is_complete(file):
         raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
 
@@ -38,26 +69,38 @@ def short_hash(content: bytes) -> str:
 def indexed_files(index: Path) -> list[Path] | None:
     """The weight files that an index names; None if the index is missing or broken."""
     weight_map = (read_json(index) or {}).get("weight_map")
-    return None if weight_map is None else [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        return None
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder. Raises UserError for a broken index.
+    """The weight files of a checkpoint folder, which may be missing. Raises UserError for a broken index.
 
-    If a folder has both formats, the safetensors files count, because transformers reads those.
+    If a folder has both formats, the safetensors files count, because transformers reads those. Numbered shards count
+    without their index too.
     """
     for index in sorted(folder.glob("*.index.json"))[:1]:  # model.safetensors… comes before pytorch_model.bin…
         if (named := indexed_files(index)) is None:
+            check_no_text(index, "index of the weights", TEXTS[:2])
             raise UserError(f"{index} is broken: copy or download it again.")
         return named
-    safetensors = sorted(folder.glob("*.safetensors"))
-    return safetensors or [file for file in sorted(folder.glob("*.bin")) if file.name != "training_args.bin"]
+    names = {file.name for file in folder.glob("*")}
+    for whole in WHOLE_FILES:
+        stem, suffix = os.path.splitext(whole)
+        shards = [re.fullmatch(rf"{stem}-\d+-of-(\d+){suffix}", name) for name in names]
+        count = max((int(shard[1]) for shard in shards if shard), default=0)
+        if whole in names:
+            return [folder / whole]
+        if count:
+            return [folder / f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
+    return []
 
 
 def read_json(file: Path) -> dict | None:
     """The object in a JSON file; None if the file is missing, broken or holds another value."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad writes the byte order mark
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -3,20 +3,24 @@
 import os
 import time
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import train_batch
-from common.data.dataset import Prepared, load_shards, prepare_dataset
-from common.encoding import encoders_of
+from common.data.dataset import Prepared, column, prepare_dataset
+from common.data.mix import MixSampler, parse_mix
+from common.data.shards import load_shards
+from common.data.survey import overlap, survey
+from common.encoding import has_roles
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
 from common.loading import load_tokenizer
@@ -26,16 +30,22 @@ from common.methods import Method
 from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
+from common.trained import COLUMNS
 from common.training import checkpoints, report
-from common.training.checks import SPLITS, check, complete
+from common.training.checks import SPLITS, check, complete, needs
+from common.training.choices import choose
+from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
+
+INPUTS = ["input_ids", "labels"]  # the columns that a model reads; the others tell where a row comes from
 
 
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
     """Trains, evaluates and predicts as the flags ask. Raises UserError for bad input."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     start_engine(args)
+    choose(data_args, args)
     folder = check(method, model_args, data_args, args)
     complete(model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
@@ -72,11 +82,13 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
                 checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
-            train(trainer, data["train"], checkpoint)
+            with checkpoints.kept(output_dir):
+                train(trainer, data["train"], checkpoint)
+            trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
         if args.do_eval:
-            evaluate(trainer, data_args)
+            evaluate(trainer, data, data_args)
         if args.do_predict:
-            predict(trainer, data["test"], data_args)
+            predict(trainer, data, data_args)
     state = PartialState()
     state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
@@ -85,26 +97,54 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
 def prepare(
     data_args: DataArguments, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Prepared]:
-    """The tokenized rows of every split that the flags ask for, cut to --max_*_samples."""
+    """The tokenized rows of every split that the flags ask for, cut to --max_*_samples.
+
+    Where rows are held out, it names them as the validation data.
+    """
     data = {}
     # Only one process overwrites the cache, the check before the start or else the first process; the others read it.
     checked = "EXPECTED_PROCESSES" in os.environ and args.processes > 1 and not args.dry_run
     overwrite = data_args.overwrite_cache and args.process_index == 0 and not checked
-    data_args = replace(data_args, overwrite_cache=overwrite)
-    for split, flag, file_flag, limit_flag in SPLITS:
-        if not vars(args)[flag]:
+    for split, file_flag, limit_flag in SPLITS:
+        if not needs(split, data_args, args):
             continue
+        own = copy(data_args)
+        own.overwrite_cache = overwrite
+        if split == "probe":
+            vars(own).update(dict.fromkeys(COLUMNS), source_prefix="")
         if split == "train" and data_args.train_datasets:
-            prepared = load_shards(data_args, Path(data_args.train_datasets), tokenizer)
+            prepared = load_shards(own, Path(data_args.train_datasets), tokenizer)
         else:
-            encoders = encoders_of(bool(data_args.text_column))
-            prepared = prepare_dataset(data_args, vars(data_args)[file_flag], tokenizer, split, encoders)
-        if (limit := vars(data_args)[limit_flag]) is not None:
+            prepared = prepare_dataset(own, vars(data_args)[file_flag], tokenizer, split)
+        if prepared.held_out:
+            data_args.validation_file = data_args.test_file = prepared.held_out
+        if limit_flag and (limit := vars(data_args)[limit_flag]) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
-        if args.process_index == 0:
-            report.print_prepared(split, prepared)
+        if split == "train" and data_args.mix:
+            shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
+            prepared.sampler = MixSampler(column(prepared.rows, "file"), shares, args.seed)
         data[split] = prepared
+        if args.process_index == 0:
+            show(split, data, data_args, args, has_roles(tokenizer))
     return data
+
+
+def show(
+    split: str, data: Mapping[str, Prepared], data_args: DataArguments, args: TrainingArguments, joint: bool
+) -> None:
+    """Prints what was read, and the data report; ``joint``: question and answer share their room."""
+    if split == "test" and data_args.test_file == data_args.validation_file and "validation" in data:
+        return
+    prepared = data[split]
+    report.print_prepared(split, prepared, in_full=split == "train" or not data_args.held_out)
+    if split == "train" or split == "validation" and not data_args.held_out:
+        limits = data_args.max_source_length, data_args.max_target_length
+        found = survey(prepared.rows, *limits, joint)
+        print_survey(split, found, prepared.files, prepared.summary["scripts"], full=args.dry_run)
+    if split == "validation" and "train" in data:
+        warn_of_overlap(len(prepared.rows), *overlap(data["train"].rows, prepared.rows))
+    if split == "train" and args.do_train:
+        report.print_length(prepared, args)
 
 
 def build_model(
@@ -132,14 +172,14 @@ def build_trainer(
     data_args: DataArguments,
     args: TrainingArguments,
 ) -> FinetuneTrainer:
-    validation = data.get("validation")
+    validation, train = data.get("validation"), data.get("train")
     args.prediction_loss_only = True  # training/evaluation.py generates answers, the Trainer computes the loss
     trainer = FinetuneTrainer(
         method=method,
         model=model,
         args=args,
-        train_dataset=data["train"].rows if "train" in data else None,
-        eval_dataset=validation.rows if validation else None,
+        train_dataset=train.rows.select_columns(INPUTS) if train else None,
+        eval_dataset=validation.rows.select_columns(INPUTS) if validation else None,
         data_collator=partial(
             train_batch,
             pad_token_id=tokenizer.pad_token_id,
@@ -148,6 +188,9 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
+    if args.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
+    trainer.sampler = train.sampler if train else None
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])
         trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)
@@ -177,7 +220,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     trainer.save_state()
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
-        report.print_training_summary(args, trainer.state.log_history, metrics, steps, tokens)
+        report.print_training_summary(args, data, trainer.state, metrics, steps, tokens)
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:

@@ -8,7 +8,6 @@ those of main.py and win over the file.
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from common.arguments import DataArguments, FullArguments, LoraArguments, PrefixArguments, TrainingArguments
-from common.errors import UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error, nearest
 from common.finetune import run
 from common.flags import REMOVED, RENAMED, current_flag, parse_arguments
 from common.methods import Method
@@ -70,8 +69,8 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
     """Raises UserError for an unknown key, naming the nearest known one."""
     for key in given:
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}."
+            meant = nearest(str(key), known)
+            hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}."
             raise UserError(f"{file}: unknown key {section}{key}: {hint}")
 
 

@@ -4,7 +4,6 @@ A flag that transformers 5 renamed works under its old name too, with one line o
 """
 
 import argparse
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,7 +12,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.errors import UserError, note
+from common.errors import UserError, nearest, note
 from common.trained import evaluation_defaults
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
@@ -97,9 +96,8 @@ def parse_dataclasses(
         raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [f"--{field.name}" for kind in kinds for field in fields(kind) if field.init]
-        nearest = difflib.get_close_matches(flag, known, n=1)
-        raise UserError(f"unknown flag {flag}" + (f": did you mean {nearest[0]}?" if nearest else "."))
+        meant = nearest(flag.lstrip("-"), [field.name for kind in kinds for field in fields(kind) if field.init])
+        raise UserError(f"unknown flag {flag}" + (f": did you mean --{meant}?" if meant else " (--help lists all)."))
     return tuple(parsed)
 
 

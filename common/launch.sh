@@ -1,4 +1,5 @@
-# Every script sources this file. It finds the environment and defines how a program starts on all devices.
+# Every script sources this file, after a line that starts it again with bash where sh is another shell. It finds the
+# environment and defines how a program starts on all devices.
 # shellcheck shell=bash
 set -euo pipefail
 
@@ -12,3 +13,30 @@ PYTHON=$(python3 "$ROOT/common/launch/environment.py" requirements.txt ${EXTRA_R
 launch() {
     "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
 }
+
+FLAGS=()
+# add_flags NAME...: adds --name VALUE to FLAGS for each variable that is not empty.
+add_flags() {
+    local name
+    for name; do
+        if [ -n "${!name:-}" ]; then FLAGS+=("--${name,,}" "${!name}"); fi
+    done
+}
+
+# data_name: the word for the training rows in OUTPUT_DIR: adgen for the shipped ones, else the name of their file.
+data_name() {
+    local file=${TRAIN_FILE:-$TRAIN_DATASETS}
+    case $file in "$ROOT/AdvertiseGen/"*) echo adgen; return ;; esac
+    file=${file%%,*} file=${file%/}
+    case ${file##*/} in *[*?]*) file=$(dirname "$file") ;; esac
+    file=$(basename "$file") file=${file%.*}
+    echo "${file//[[:space:]]/_}"
+}
+
+# A --train_file after the script's name counts as TRAIN_FILE, which names OUTPUT_DIR too.
+for ((i = 1; i <= $#; i++)); do
+    case ${!i} in
+        --train_file | --train-file) TRAIN_FILE=${*:i+1:1} ;;
+        --train_file=* | --train-file=*) TRAIN_FILE=${!i#*=} ;;
+    esac
+done

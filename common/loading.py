@@ -21,7 +21,10 @@ def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
     folder = open_model(model)
     spec = folder.spec
     if spec.key == "glm":
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, padding_side="left")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, padding_side="left")
+        except Exception as error:  # of the library's Rust code, which has no narrower class
+            raise UserError(f"{folder.path / spec.vocabulary} can't be read: copy or download it again.") from error
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
     try:

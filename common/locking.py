@@ -7,6 +7,7 @@ system keeps the locks, so a job that is killed loses them at once.
 import errno
 import os
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-from common.errors import UserError, note
+from common.errors import UserError, describe, note, other_owner
 from common.files import read_json, short_hash, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
@@ -23,14 +24,44 @@ REMIND_EVERY = 30.0  # seconds between two messages while waiting
 
 
 def cache_folder() -> Path:
-    """The folder of locks and data: CHATGLM_CACHE, or one in ~/.cache. Raises UserError if it can't be written."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatglm-tuning"
-    folder = Path(os.environ.get("CHATGLM_CACHE") or default)
+    """The folder of locks and data: CHATGLM_CACHE, or one in ~/.cache. Raises UserError if it can't be written.
+
+    Users may share it: the first one takes it, and every other one gets a folder inside, unless all of it is open to
+    both, as with a umask of 002 in a group.
+    """
+    shared = Path(os.environ.get("CHATGLM_CACHE") or default_cache())
+    folder = shared
     try:
         (folder / "locks").mkdir(parents=True, exist_ok=True)
+        if not is_open(folder):
+            folder = shared / f"user-{os.geteuid()}"
+            (folder / "locks").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"can't write to the cache {folder} ({error.strerror}): set CHATGLM_CACHE.") from error
+        reason = f"{error.strerror}{other_owner(shared)}"
+        raise UserError(
+            f"can't write to the cache {shared} ({reason}): set CHATGLM_CACHE to a folder of your own."
+        ) from error
     return folder
+
+
+def default_cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm-tuning")
+    except RuntimeError as error:
+        raise UserError("this user has no home folder: set CHATGLM_CACHE to a folder of your own.") from error
+
+
+def is_open(cache: Path) -> bool:
+    """Whether this user may write into the cache and its parts."""
+
+    def may_write(part: Path) -> bool:
+        found = part.stat()
+        # The mode decides, because root may write everywhere. In a sticky folder a file can't replace another user's.
+        others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        return found.st_uid == os.geteuid() or bool(others) and os.access(part, os.W_OK)
+
+    parts = [part for part in cache.iterdir() if part.is_dir() and not part.name.startswith("user-")]
+    return os.access(cache, os.W_OK) and all(map(may_write, parts))
 
 
 def lock_file(kind: str, resource: str | Path) -> Path:
@@ -50,7 +81,10 @@ def make_lock(path: Path) -> BaseFileLock:
     kind = os.environ.get("CHATGLM_LOCKS", "native")
     if kind not in ("native", "soft"):
         raise UserError(f"CHATGLM_LOCKS={kind}: it must be native or soft.")
-    return SoftFileLock(path.with_suffix(".soft")) if kind == "soft" else FileLock(path)
+    mode = (
+        path.parent.stat().st_mode & 0o666
+    )  # those who may write into the folder may take the lock, whatever the umask
+    return SoftFileLock(path.with_suffix(".soft"), mode=mode) if kind == "soft" else FileLock(path, mode=mode)
 
 
 @contextmanager
@@ -73,6 +107,9 @@ def guard(kind: str, resource: str | Path, wait: bool = True, inside: bool = Fal
                 raise UserError(f"{name} is in use by {holder}{hint}.") from None
             note(f"waiting for {name}: held by {holder}{hint}")
             timeout = REMIND_EVERY
+        except PermissionError as error:
+            remedy = "Choose another folder." if inside else "Set CHATGLM_CACHE to a folder of your own."
+            raise UserError(f"{describe(error)} {remedy}") from error
     now, command = time.strftime("%Y-%m-%d %H:%M:%S"), " ".join(sys.argv)
     write_json(record, {"process": f"process {os.getpid()} on {socket.gethostname()} since {now} ({command})"})
     try:

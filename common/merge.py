@@ -39,7 +39,7 @@ def main() -> None:
     base, adapter = find_trained(str(checkpoint), args.model_name_or_path)
     output_dir = args.output_dir or checkpoint / "merged"
     folder = fetch_weights(open_model(base))
-    if vars(folder.config).get("quantization_config") or folder.bits:
+    if folder.bits:
         raise UserError(
             f"{folder.path} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )

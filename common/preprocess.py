@@ -8,9 +8,11 @@ The same command continues a run that was interrupted: finished shards are kept.
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
-from common.data.rows import Rows
-from common.encoding import encoders_of
+from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
+from common.data.held_out import HoldOut
+from common.data.shards import MANIFEST, load_shards
+from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, write_table
 from common.errors import UserError, differences, exit_on_user_error
 from common.files import read_json, short_hash, write_json
 from common.flags import parse_dataclasses
@@ -33,6 +37,7 @@ from common.loading import load_tokenizer
 from common.locking import guard
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
+from common.training.choices import choose_text
 from common.training.report import print_prepared
 
 
@@ -50,14 +55,14 @@ class PreprocessArguments:
 
 @dataclass
 class Job:
-    """The work for all workers. Each worker reads the ``rows`` of its own copy once: its shards come in order."""
+    """The work for all workers. Each worker reads the ``examples`` of its own copy once: its shards come in order."""
 
-    split: dataset.Split
-    rows: Rows
-    bounds: list[int]  # shard i holds the rows from bounds[i] on, up to bounds[i + 1]
+    split: Split
+    examples: Iterator[Example]
+    bounds: list[int]  # shard i holds the examples from bounds[i] on, up to bounds[i + 1]
     files: list[Path]
     key: str  # of the settings
-    position: int = 0  # number of rows that were read
+    position: int = 0  # number of examples that were read
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -67,39 +72,50 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("nothing to do: give --train_file (or --dataset_name).")
     name = model_args.tokenizer_name or model_args.model_name_or_path
     tokenizer = load_tokenizer(open_model(name, model_args.model_revision, model_args.cache_dir))
-    split = dataset.open_split(args, args.train_file, tokenizer, "train", encoders_of(bool(args.text_column)))
+    choose_text(args)
+    args.held_out = args.validation_split > 0  # a training with a validation file takes these rows too
+    split = open_split(args, args.train_file, tokenizer, "train")
     settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with guard("folder", folder, inside=True):
-        complete = read_json(folder / dataset.MANIFEST)
+        complete = read_json(folder / MANIFEST)
         if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
             raise UserError(
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
                 "--overwrite_cache to make it again."
             )
-        bounds = shard_bounds(sum(1 for _ in split.read()), own_args.num_shards)
+        reading, hold_out = Reading(), HoldOut(args.validation_split, bool(args.mix))
+        bounds = shard_bounds(sum(1 for _ in hold_out.watch(read_examples(split, reading))), own_args.num_shards)
+        check_reading(reading.summary(), args)
+        shutil.rmtree(folder / "held_out", ignore_errors=True)
+        findings = reading.summary() | {"held_out": dataset.choose_held_out(split, hold_out, folder)}
         count = len(bounds) - 1
         files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
-        job = Job(split, split.read(), bounds, files, short_hash(json.dumps(settings).encode()))
+        job = Job(split, read_examples(split, Reading()), bounds, files, short_hash(json.dumps(settings).encode()))
         for file in folder.glob("shard-*-of-*.arrow"):  # shards of other settings, and incomplete ones
             if args.overwrite_cache or read_summary(file, job.key) is None:
                 file.unlink()
         make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
-        summaries = {file.name: read_summary(file, job.key) or {} for file in files}
-        totals = {name: sum(summary[name] for summary in summaries.values()) for name in dataset.COUNTS}
-        dataset.check_any(totals, args, split.source)
-        totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
-        shards = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-        write_json(folder / dataset.MANIFEST, settings | totals | {"shards": shards})
-        print_prepared("train", dataset.load_shards(args, folder, tokenizer))
+        write_manifest(folder, job, settings | findings)
+        print_prepared("train", load_shards(args, folder, tokenizer))
 
 
-def shard_bounds(rows: int, shards: int) -> list[int]:
-    """The first row of every shard, and the number of rows. Shards hold whole batches."""
-    batches = -(-rows // dataset.ROWS_PER_BATCH)
-    shards = max(1, min(shards, batches))
-    return [min(rows, batches * index // shards * dataset.ROWS_PER_BATCH) for index in range(shards + 1)]
+def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
+    """Writes the manifest of finished shards. Raises UserError if they hold no row."""
+    summaries = {file.name: read_summary(file, job.key) or {} for file in job.files}
+    totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries.values()) for name in COUNTS}
+    check_any(totals, job.split.args, job.split.source)
+    totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
+    files = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
+    write_json(folder / MANIFEST, content | totals | {"shards": files})
+
+
+def shard_bounds(examples: int, count: int) -> list[int]:
+    """The first example of every shard, and the number of examples. Shards hold whole batches."""
+    batches = -(-examples // ROWS_PER_BATCH)
+    count = max(1, min(count, batches))
+    return [min(examples, batches * index // count * ROWS_PER_BATCH) for index in range(count + 1)]
 
 
 def read_summary(file: Path, key: str) -> dict[str, Any] | None:
@@ -117,7 +133,7 @@ def make_missing(job: Job, workers: int) -> None:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
     if not missing:
         return
-    job.files[0].with_name(dataset.MANIFEST).unlink(missing_ok=True)
+    job.files[0].with_name(MANIFEST).unlink(missing_ok=True)
     fork = multiprocessing.get_context("fork")  # other ways import everything again, seconds for each worker
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)
@@ -156,10 +172,10 @@ def end_with_parent() -> None:
 def make_shard(index: int) -> None:
     """Writes a shard, its summary last. Raises UserError for a bad row."""
     begin, end = _job.bounds[index : index + 2]
-    rows = islice(_job.rows, begin - _job.position, end - _job.position)
+    examples = islice(_job.examples, begin - _job.position, end - _job.position)
     _job.position = end
     file = _job.files[index]
-    summary = dataset.write_table(_job.split, "rows", rows, file)
+    summary = write_table(_job.split, "rows", examples, file)
     write_json(file.with_suffix(".json"), summary | {"size": file.stat().st_size, "settings": _job.key})
 
 

@@ -16,7 +16,8 @@ RESULTS = (
 )
 COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column", "source_prefix")
 # Recorded settings that hold for the evaluation of a training too.
-SHARED = ("quantization_bit", "test_file", "validation_file", *COLUMNS, "max_source_length", "max_target_length")
+FILES = ("test_file", "validation_file", "probe_file")
+SHARED = ("quantization_bit", *FILES, *COLUMNS, "text_unit", "max_source_length", "max_target_length")
 
 
 def find_training(path: str | Path) -> Path:

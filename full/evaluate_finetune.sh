@@ -4,6 +4,7 @@
 #     CHECKPOINT=output/mine/checkpoint-3000 TEST_FILE=test.json bash evaluate_finetune.sh
 # The variables that you set win over the records of the training; further flags go to main.py.
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 CHECKPOINT=${CHECKPOINT:-$ROOT/full/output}              # a training, or a folder of trainings: the newest one
@@ -12,6 +13,7 @@ TEST_FILE=${TEST_FILE:-${VALIDATION_FILE:-}}
 launch "$ROOT/full/main.py" \
     --checkpoint "$CHECKPOINT" \
     ${TEST_FILE:+--test_file "$TEST_FILE"} \
+    ${PROBE_FILE+--probe_file "$PROBE_FILE"} \
     ${PROMPT_COLUMN:+--prompt_column "$PROMPT_COLUMN"} \
     ${RESPONSE_COLUMN:+--response_column "$RESPONSE_COLUMN"} \
     ${HISTORY_COLUMN+--history_column "$HISTORY_COLUMN"} \

@@ -6,17 +6,26 @@
 #     LR=1e-5 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 #     MODEL=chatglm2-6b DEVICE_MEMORY=80 NUM_GPUS=8 bash ds_train_finetune.sh --plan     does it fit? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id
-TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}  # your rows: files with commas between them, a folder or a glob
 TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder that common/preprocess.sh made, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
-VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of these three
+# Empty, as they are unless you set them:
+#     VALIDATION_FILE    the shipped rows are judged on AdvertiseGen/dev.json, other rows on VALIDATION_SPLIT of themselves
+#     PROMPT_COLUMN, RESPONSE_COLUMN, HISTORY_COLUMN, CONVERSATION_COLUMN, TEXT_COLUMN    told by the keys of the rows
+#     MIX                rows of each training file for one row of the first, as in 1,0.3
+#     SKIP_BAD_ROWS, STRICT_DATA    true: go on without rows that can't be read; refuse fields that are not read
+add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA \
+    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT
+
+EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
+MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
+EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between evaluations; 0: none
+BEST_METRIC=${BEST_METRIC:-}                             # loss, rouge-l or bleu-4: keeps the checkpoint that is best in it
+EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a better value that end the training
 
 PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: half on a GPU, fp32 on a CPU
 SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format that the original code reads
@@ -24,20 +33,21 @@ QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused with a messag
 # BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
-        LR=${LR:-1e-3} MAX_STEPS=${MAX_STEPS:-250}
+        LR=${LR:-1e-3} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
         BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1}
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} ;;
     *)
-        LR=${LR:-1e-4} MAX_STEPS=${MAX_STEPS:-5000}
+        LR=${LR:-1e-4} DEFAULT_STEPS=${DEFAULT_STEPS:-5000}
         BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} ;;
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true}
+        PROBE_FILE=${PROBE_FILE-$ROOT/common/data/probe.jsonl} ;;                # general questions: what is forgotten?
 esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
 SAVE_STEPS=${SAVE_STEPS:-1000}
 SAVE_TOTAL_LIMIT=${SAVE_TOTAL_LIMIT:-2}                  # checkpoints to keep; one of a 6B model takes 25 to 100 GB
-OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/adgen-$(basename "$MODEL")-full-$LR}
-EVALUATE=${EVALUATE:-true}                               # false: only train
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/full/output/${TASK:-$(data_name)}-$(basename "$MODEL")-full-$LR}
+EVALUATE=${EVALUATE:-true}                               # false: score no answers afterwards
 
 case " $* " in
     *" --output_dir"*) echo "error: set OUTPUT_DIR=... for the training and its evaluation, not --output_dir." >&2; exit 2 ;;
@@ -47,13 +57,8 @@ esac
 # Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/full/main.py" \
     --do_train \
-    ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
-    ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
-    --test_file "$VALIDATION_FILE" \
-    --prompt_column "$PROMPT_COLUMN" \
-    --response_column "$RESPONSE_COLUMN" \
-    ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
-    ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
+    --do_eval "$EVALUATE" \
+    "${FLAGS[@]}" \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
@@ -61,7 +66,13 @@ launch "$ROOT/full/main.py" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$GRAD_ACCUM" \
     --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
-    --max_steps "$MAX_STEPS" \
+    ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
+    ${MAX_STEPS:+--max_steps "$MAX_STEPS"} \
+    --default_steps "$DEFAULT_STEPS" \
+    --eval_strategy steps \
+    --eval_steps "$EVAL_STEPS" \
+    ${BEST_METRIC:+--load_best_model_at_end --metric_for_best_model "$BEST_METRIC"} \
+    ${EARLY_STOPPING:+--early_stopping "$EARLY_STOPPING"} \
     --logging_steps 10 \
     --save_steps "$SAVE_STEPS" \
     --save_total_limit "$SAVE_TOTAL_LIMIT" \
@@ -69,6 +80,7 @@ launch "$ROOT/full/main.py" \
     --learning_rate "$LR" \
     --precision "$PRECISION" \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    ${PROBE_FILE:+--probe_file "$PROBE_FILE"} \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"
 

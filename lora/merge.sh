@@ -4,6 +4,7 @@
 #     CHECKPOINT=output/mine/checkpoint-3000 OUTPUT_DIR=/data/merged bash merge.sh
 #     MODEL=/new/place/of/chatglm3-6b bash merge.sh      the base has moved
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 CHECKPOINT=${CHECKPOINT:-$ROOT/lora/output}              # a training, or a folder of trainings: the newest one

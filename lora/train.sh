@@ -5,17 +5,26 @@
 #     LR=1e-4 bash train.sh --max_steps 10               any variable below; further flags go to main.py
 #     MODEL=chatglm3-6b DEVICE_MEMORY=8 bash train.sh --plan     does it fit on a card with 8 GB? Nothing is downloaded
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 MODEL=${MODEL:-demo}                                     # demo, demo3, a folder, a short name or a hub id
-TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}
+TRAIN_FILE=${TRAIN_FILE:-$ROOT/AdvertiseGen/train.json}  # your rows: files with commas between them, a folder or a glob
 TRAIN_DATASETS=${TRAIN_DATASETS:-}                       # a folder that common/preprocess.sh made, instead of TRAIN_FILE
 if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
-VALIDATION_FILE=${VALIDATION_FILE:-$ROOT/AdvertiseGen/dev.json}
-PROMPT_COLUMN=${PROMPT_COLUMN:-content}
-RESPONSE_COLUMN=${RESPONSE_COLUMN:-summary}
-HISTORY_COLUMN=${HISTORY_COLUMN:-}                       # set if the files hold earlier rounds
-CONVERSATION_COLUMN=${CONVERSATION_COLUMN:-}             # set if they hold whole conversations, instead of these three
+# Empty, as they are unless you set them:
+#     VALIDATION_FILE    the shipped rows are judged on AdvertiseGen/dev.json, other rows on VALIDATION_SPLIT of themselves
+#     PROMPT_COLUMN, RESPONSE_COLUMN, HISTORY_COLUMN, CONVERSATION_COLUMN, TEXT_COLUMN    told by the keys of the rows
+#     MIX                rows of each training file for one row of the first, as in 1,0.3
+#     SKIP_BAD_ROWS, STRICT_DATA    true: go on without rows that can't be read; refuse fields that are not read
+add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA \
+    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT
+
+EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
+MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
+EVAL_STEPS=${EVAL_STEPS:-0.2}                            # steps, or a share of all, between evaluations; 0: none
+BEST_METRIC=${BEST_METRIC:-}                             # loss, rouge-l or bleu-4: keeps the checkpoint that is best in it
+EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a better value that end the training
 
 LORA_RANK=${LORA_RANK:-8}
 LORA_ALPHA=${LORA_ALPHA:-32}                             # the adapter is scaled by alpha / rank
@@ -26,31 +35,26 @@ LORA_TARGET=${LORA_TARGET:-}                             # names with commas, or
 # BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
-        LR=${LR:-5e-3} MAX_STEPS=${MAX_STEPS:-250}
+        LR=${LR:-5e-3} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
         BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
         MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
     *)
-        LR=${LR:-5e-5} MAX_STEPS=${MAX_STEPS:-3000}
+        LR=${LR:-5e-5} DEFAULT_STEPS=${DEFAULT_STEPS:-3000}
         BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}
         MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-512}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4} ;;
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4}
+        PROBE_FILE=${PROBE_FILE-$ROOT/common/data/probe.jsonl} ;;                # general questions: what is forgotten?
 esac
 SAVE_STEPS=${SAVE_STEPS:-500}
-OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/${TASK:-adgen}-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
+OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/lora/output/${TASK:-$(data_name)}-$(basename "$MODEL")-lora-$LORA_RANK-$LR}
 
 # Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/lora/main.py" \
     --do_train \
     --do_predict \
     --evaluate_base \
-    ${TRAIN_FILE:+--train_file "$TRAIN_FILE"} \
-    ${TRAIN_DATASETS:+--train_datasets "$TRAIN_DATASETS"} \
-    --test_file "$VALIDATION_FILE" \
-    --prompt_column "$PROMPT_COLUMN" \
-    --response_column "$RESPONSE_COLUMN" \
-    ${HISTORY_COLUMN:+--history_column "$HISTORY_COLUMN"} \
-    ${CONVERSATION_COLUMN:+--conversation_column "$CONVERSATION_COLUMN"} \
+    "${FLAGS[@]}" \
     --model_name_or_path "$MODEL" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
@@ -59,7 +63,13 @@ launch "$ROOT/lora/main.py" \
     --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
     --gradient_accumulation_steps "$GRAD_ACCUM" \
     --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
-    --max_steps "$MAX_STEPS" \
+    ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
+    ${MAX_STEPS:+--max_steps "$MAX_STEPS"} \
+    --default_steps "$DEFAULT_STEPS" \
+    --eval_strategy steps \
+    --eval_steps "$EVAL_STEPS" \
+    ${BEST_METRIC:+--load_best_model_at_end --metric_for_best_model "$BEST_METRIC"} \
+    ${EARLY_STOPPING:+--early_stopping "$EARLY_STOPPING"} \
     --logging_steps 10 \
     --save_steps "$SAVE_STEPS" \
     --learning_rate "$LR" \
@@ -68,5 +78,6 @@ launch "$ROOT/lora/main.py" \
     --lora_dropout "$LORA_DROPOUT" \
     ${LORA_TARGET:+--lora_target "$LORA_TARGET"} \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
+    ${PROBE_FILE:+--probe_file "$PROBE_FILE"} \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
     "$@"

@@ -3,6 +3,7 @@
 #     bash cli_demo.sh                                   the newest training, on the base that it names
 #     CHECKPOINT= MODEL=demo3 bash cli_demo.sh           a base model alone
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 
 CHECKPOINT=${CHECKPOINT-$ROOT/ptuning/output}            # a training, or a folder of trainings: the newest one

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # Trains a prefix on conversations: rows with a question, an answer and the rounds before them. train.sh does the rest.
 #     bash train_chat.sh                                 the shipped demo on the shipped conversations
-#     MODEL=THUDM/chatglm-6b TRAIN_FILE=chat.json VALIDATION_FILE=chat_dev.json bash train_chat.sh
+#     MODEL=THUDM/chatglm-6b TRAIN_FILE=chat.json bash train_chat.sh
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-export TASK=chat
-export TRAIN_FILE=${TRAIN_FILE:-$HERE/../AdvertiseGen/train_chat.json}
-export VALIDATION_FILE=${VALIDATION_FILE:-$HERE/../AdvertiseGen/dev_chat.json}
-export PROMPT_COLUMN=${PROMPT_COLUMN:-prompt} RESPONSE_COLUMN=${RESPONSE_COLUMN:-response}
-export HISTORY_COLUMN=${HISTORY_COLUMN:-history}         # [[question, answer], ...]
+if [ -z "${TRAIN_FILE:-}${TRAIN_DATASETS:-}" ]; then      # the shipped rows
+    export TASK=${TASK:-chat} TRAIN_FILE=$HERE/../AdvertiseGen/train_chat.json
+fi
 export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 case ${MODEL:-demo} in
     demo | demo3) export LR=${LR:-1e-1} ;;

@@ -4,6 +4,7 @@
 #     CHECKPOINT= MODEL=demo3 bash web_demo.sh           a base model alone
 #     HOST=0.0.0.0 PASSWORD=secret bash web_demo.sh      open to other machines, user name chatglm
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 EXTRA_REQUIREMENTS=requirements-web.txt
 source "$(dirname "${BASH_SOURCE[0]}")/../common/launch.sh"
 

@@ -24,8 +24,9 @@ import pytest
 import sentencepiece
 import torch
 from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint, write_tokenizer_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.models import chatglm, chatglm2
 from common.tokenizers.base import SentencePieceTokenizer
@@ -268,3 +269,26 @@ def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
 @pytest.fixture(scope="session")
 def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
     return ChatGLM3Tokenizer(str(small_vocabulary))
+
+
+# Models that think
+
+# As GLM-4.5 writes an answer.
+THINKING_TEMPLATE = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
+    "<think>{{ m.reasoning_content.strip() if m.reasoning_content is string else '' }}</think>\n{% endif %}"
+    "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, and a chat template with a part for thoughts."""
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    fast.chat_template = THINKING_TEMPLATE
+    return fast

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up and runs every test on the CPU. Further arguments go to pytest: bash tests/run.sh -k prefix
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(python3 common/launch/environment.py requirements.txt requirements-web.txt tests/requirements.txt)

@@ -38,15 +38,22 @@ def bash(script: str, *flags: str, root: Path = ROOT, check: bool = True, stdin:
     return done
 
 
-def commands_of(script: str, *flags: str, root: Path = ROOT, **variables: str) -> list[list[str]]:
-    """What a script would start: programs with their flags. No Python is started."""
+def commands_of(
+    script: str, *flags: str, root: Path = ROOT, shell: str = "bash", inside: bool = False, **variables: str
+) -> list[list[str]]:
+    """What a script would start: programs with their flags. No Python is started.
+
+    ``shell``: "" to start the file itself. ``inside``: it is started in its own folder.
+    """
     with tempfile.TemporaryDirectory() as folder:
         stand_in = Path(folder) / "python3"
         stand_in.write_text(STAND_IN)
         stand_in.chmod(0o755)
         environ = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
-        command = ["bash", str(root / script), *flags]
-        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+        path = root / script
+        command = [*filter(None, [shell]), f"./{path.name}" if inside else str(path), *flags]
+        cwd = path.parent if inside else None
+        done = subprocess.run(command, cwd=cwd, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     commands = [command.split("\0")[:-1] for command in done.stdout.split("END\0")[:-1]]
     return [command[1:] if command[0].endswith("launcher.py") else command for command in commands]
 

@@ -53,6 +53,19 @@ def test_old_spellings_work_with_one_line_of_advice(old, name, value, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "trackers"),
+    [
+        ("none", []),
+        ("wandb", ["wandb"]),
+        ("wandb tensorboard", ["wandb", "tensorboard"]),
+        ("wandb,tensorboard", ["wandb", "tensorboard"]),
+    ],
+)
+def test_trackers_are_one_or_several(flags, trackers):
+    assert parse_arguments(LoraArguments, ["--report_to", *flags.split()])[3].report_to == trackers
+
+
+@pytest.mark.parametrize(
     ("flags", "dtype"),
     [([], torch.bfloat16), (["--precision", "fp32"], torch.float32), (["--precision", "fp16"], torch.float16)],
 )
@@ -85,6 +98,8 @@ def test_parsing_starts_nothing(monkeypatch):
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),
         ("--conversation_column a --history_column b", "--conversation_column can't be used with --history_column"),
         ("--conversation_column a --text_column b", "--conversation_column can't be used with .* --text_column"),
+        ("--eval_steps -1", "--eval_steps .EVAL_STEPS.: give a number of steps"),
+        ("--num_train_epochs -1", "--num_train_epochs .EPOCHS. must not be negative"),
         ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
     ],
 )
@@ -92,6 +107,39 @@ def test_bad_flags_are_named_in_one_sentence(argv, says):
     with pytest.raises(UserError, match=says) as error:
         parse_arguments(PrefixArguments, argv.split())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--lora_rang", "--lora_rank"),
+        ("--lora_r", "--lora_rank"),
+        ("--lora_alfa", "--lora_alpha"),
+        ("--max_step", "--max_steps"),
+        ("--train_files=a", "--train_file"),
+        ("--num_train_epoch", "--num_train_epochs"),
+        ("--qantization_bit", "--quantization_bit"),
+        ("--max_source_len", "--max_source_length"),
+        ("--tempreature", "--temperature"),
+        ("--output", "--output_dir"),
+        ("--do_trian", "--do_train"),
+        ("--gradient_accumulation", "--gradient_accumulation_steps"),
+        ("--template", ""),
+        ("--dataset", ""),
+        ("--stage", ""),
+        ("--finetuning_type", ""),
+        ("--cutoff_len", ""),
+        ("--val_size", ""),
+        ("--lora_target_modules", ""),
+        ("--epochs", ""),
+    ],
+)
+def test_a_flag_is_suggested_only_if_it_is_near(flag, meant):
+    with pytest.raises(UserError) as error:
+        parse_arguments(LoraArguments, [flag])
+    said = str(error.value)
+    assert said.startswith(f"unknown flag {flag.partition('=')[0]}")
+    assert said.partition("did you mean ")[2].rstrip("?") == meant
 
 
 def test_the_flags_of_lora_have_the_official_defaults():

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,6 +226,29 @@ def test_a_complete_model_needs_no_hub(hub, folder, monkeypatch):
     (folder / "model-00002-of-00003.safetensors").unlink()
     assert find_complete(NAME) is None and download(NAME, weights=False) == folder
     assert "can't be downloaded" in refusal(NAME)  # what is known to be incomplete is not taken offline
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+def test_in_a_folder_of_another_user_the_owner_and_the_remedies_are_named(hub, monkeypatch):
+    """What is complete there is taken all the same."""
+    nobody, place = 65534, Path(tempfile.mkdtemp(prefix="shared-models-"))
+    try:
+        place.chmod(0o755)
+        (place / "cache").mkdir()
+        os.chown(place / "cache", nobody, nobody)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(place / "token"))
+        complete = download(NAME)
+        monkeypatch.setenv("CHATGLM_CACHE", str(place / "cache"))
+        hub.repositories["me/chatglm3-6b"] = hub.repositories[NAME]
+        os.seteuid(nobody)
+        assert download(NAME) == complete
+        sentence = refusal("me/chatglm3-6b")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(place)
+    assert f"Permission denied; {complete.parent.parent} belongs to user root." in sentence
+    assert sentence.endswith("Choose another folder by HF_HOME, --cache_dir or --local_dir.")
 
 
 def test_broken_connections_are_resumed(hub):

@@ -11,7 +11,7 @@ from conftest import load_arrays, load_real_tokenizer
 from tiny_models import CHATGLM2, CHATGLM3
 
 from common.data.collator import left_pad, train_batch
-from common.data.formats import read_messages
+from common.data.messages import read_messages
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.tokenizers.base import Turn
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -130,7 +130,7 @@ def test_official_evaluation_rows_of_chatglm2(original2, dev_rows):
 
 
 def official_messages(case: dict) -> list[list[Turn]]:
-    return [read_messages("row", {"messages": messages}, "messages") for messages in case["conversations"]]
+    return [read_messages(messages, "conversations", set()) for messages in case["conversations"]]
 
 
 @pytest.mark.parametrize(("case", "rows"), [("train_b4", slice(0, 4)), ("train_multiturn", slice(1, 3))])
@@ -218,7 +218,9 @@ def test_cut_evaluation_row(demo_tokenizer):
 def test_rows_keep_their_order(demo_tokenizer):
     contents, summaries = [f"类型#裙{i}" for i in range(5)], [f"好看{i}" for i in range(5)]
     rows = encode_train(demo_tokenizer, pairs(contents, summaries), 64, 64)
-    assert rows == [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
+    alone = [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
+    assert [row[:4] for row in rows] == [row[:4] for row in alone]
+    assert [row.origin.conversation for row in rows] == list(range(5))
 
 
 def test_a_typed_mask_token_does_not_move_the_labels(demo_tokenizer):
@@ -273,7 +275,9 @@ def test_every_trained_answer_is_a_row_of_rounds(rounds_tokenizer):
     contents = [turn.content for turn in THREE_ROUNDS]
     first = conversation_of(*contents[:2])
     last = conversation_of(*contents[4:], history=[contents[:2], contents[2:4]])
-    assert train == encode_train(rounds_tokenizer, [first, last, first], 200, 64)
+    alone = encode_train(rounds_tokenizer, [first, last, first], 200, 64)
+    assert [row[:4] for row in train] == [row[:4] for row in alone]
+    assert [row.origin.conversation for row in train] == [0, 0, 1]
     rows = encode_eval(rounds_tokenizer, [THREE_ROUNDS], 200, 64)
     assert [row.reference for row in rows] == ["hello", "白色"]
     assert rows[1].prompt_ids == encode_chat(rounds_tokenizer, "world", [contents[:2], contents[2:4]])
@@ -293,7 +297,7 @@ def test_too_long_rounds_lose_the_oldest_first(rounds_tokenizer):
         for dropped, length in enumerate(lengths):
             short = encode(rounds_tokenizer, [conversation_of(query, answer, history[dropped:])], 200, 64)[0]
             found = encode(rounds_tokenizer, chat, length + specials, 64)[0]
-            assert found == short._replace(dropped_turns=2 * dropped)
+            assert found == short._replace(dropped_turns=2 * dropped, origin=found.origin)
         cut = encode(rounds_tokenizer, chat, lengths[2] + specials - 1, 64)[0]
         assert (cut.truncated, cut.dropped_turns) == (True, 4)
 

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from engine_runs import STEPS, command_of, interrupt, reload_difference, train, train_here
 from safetensors.torch import load_file
+from shell import run_here
 
 from common import finetune
 from common.arguments import FullArguments, TrainingArguments
@@ -121,6 +122,15 @@ def test_a_prefix_under_zero_1(one_process, tmp_path):
     assert (ours[key] - theirs[key]).abs().mean() < 1e-4
 
 
+def test_the_file_of_deepspeed_may_name_the_optimizer(one_process, tmp_path):
+    """As those of its documentation and of transformers do."""
+    expected, _ = one_process("full")
+    config = {"optimizer": OFFICIAL_ZERO_3["optimizer"], "zero_optimization": {"stage": 2}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    found = train("full", "DDP", tmp_path / "out", "--deepspeed", str(tmp_path / "ds.json"))
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_killed_process_ends_all_of_them(tmp_path):
     """One sentence, nobody is left, and the checkpoint that was there is whole."""
     output = tmp_path / "out"
@@ -169,6 +179,11 @@ def parse(*flags: str, **variables: str) -> TrainingArguments:
             ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
             "train_batch_size=16, but --per_device_train_batch_size x gradient_accumulation_steps x 3 processes=24",
         ),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 300}}},
+            ["--max_steps", "200"],
+            "scheduler.params.total_num_steps=300, but --max_steps=200",
+        ),
         ({"fp16": {"enabled": True}}, [], "fp16.enabled=True, but --fp16 or --fp16_full_eval=False"),
         ({"gradient_clipping": 0.5}, [], "gradient_clipping=0.5, but --max_grad_norm=1.0"),
         (
@@ -184,6 +199,110 @@ def test_a_deepspeed_file_that_contradicts_a_flag_is_refused(config, flags, sent
     with pytest.raises(UserError) as error:
         parse("--deepspeed", str(file), *flags, EXPECTED_PROCESSES="3")
     assert f"{file} says {sentence}" in str(error.value)
+
+
+# The ds_zero_3.json of the official ChatGLM3 repository.
+OFFICIAL_ZERO_3 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "allgather_partitions": True,
+        "allgather_bucket_size": 5e8,
+        "reduce_scatter": True,
+        "contiguous_gradients": True,
+        "overlap_comm": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+
+
+def test_the_official_zero_3_file_is_predicted_unchanged(tmp_path, capsys):
+    """The bucket of its "auto" is what transformers puts there: the square of the hidden size."""
+    (tmp_path / "ds_zero_3.json").write_text(json.dumps(OFFICIAL_ZERO_3))
+    variables = {"DEEPSPEED": str(tmp_path / "ds_zero_3.json"), "OUTPUT_DIR": str(tmp_path / "out")}
+    variables |= {"EXPECTED_PROCESSES": "8"}  # as the launcher says
+    assert run_here("full/ds_train_finetune.sh", "--plan", DEVICE_MEMORY="80", MODEL="chatglm3-6b", **variables) == 0
+    assert "8 processes under DeepSpeed" in capsys.readouterr().out
+
+
+CPU, PINNED = {"device": "cpu"}, {"device": "cpu", "pin_memory": True}
+GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("zero", "read", "offload"),
+    [
+        (True, {"stage": 1}, (False, False)),
+        ({"stage": "2", "reduce_bucket_size": "5e8"}, {"stage": 2, "reduce_bucket_size": 5e8}, (False, False)),
+        ({"stage": 2, "cpu_offload": True}, {"stage": 2, "offload_optimizer": CPU}, (True, False)),
+        ({"stage": 2, "cpu_offload": False}, {"stage": 2}, (False, False)),
+        (
+            {"stage": 3, "cpu_offload": True, "cpu_offload_param": True, "cpu_offload_use_pin_memory": True},
+            {"stage": 3, "offload_optimizer": PINNED, "offload_param": PINNED} | GATHERS,
+            (True, True),
+        ),
+        (
+            {"stage": 3, "cpu_offload_params": True},
+            {"stage": 3, "offload_param": CPU} | GATHERS,
+            (False, True),
+        ),
+        (
+            {"stage": 2, "cpu_offload": False, "offload_optimizer": CPU},
+            {"stage": 2, "offload_optimizer": CPU},
+            (True, False),
+        ),
+        ({"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}, {"stage": 3} | GATHERS, (False, False)),
+        ({"stage": 3, "gather_16bit_weights_on_model_save": False}, {"stage": 3} | GATHERS, (False, False)),
+        (
+            {"stage": 3, "prefetch_bucket_size": "auto", "stage3_max_live_parameters": "auto"},
+            {"stage": 3, "stage3_prefetch_bucket_size": "auto"} | GATHERS,
+            (False, False),
+        ),
+    ],
+)
+def test_a_deepspeed_file_is_read_under_todays_names(zero, read, offload, tmp_path):
+    """So that training and prediction see the same settings."""
+    file = tmp_path / "ds.json"
+    file.write_text("\ufeff" + json.dumps({"train_batch_size": "auto", "zero_optimization": zero}))
+    engine = parse("--deepspeed", str(file)).engine
+    assert engine.config["zero_optimization"] == read
+    assert (engine.offload, engine.sharded) == (offload, read["stage"] == 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"zero_optimization": {"stage": "three"}}, "zero_optimization.stage is 'three': give 0, 1, 2 or 3"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size is 'big': "),
+        ({"zero_optimization": {"stage": 3, "stage3_max_live_parameters": [1]}}, "max_live_parameters is [1]: "),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "offload_optimizer.device is 'gpu': "),
+        ({"zero_optimization": {"cpu_offload": "often"}}, "zero_optimization.cpu_offload is 'often': "),
+        ({"zero_optimization": {"bucket_size": 3}}, "zero_optimization.bucket_size is 3: there is no such setting"),
+        ({"zero_optimization": 3}, "zero_optimization is 3, not an object with settings"),
+        ({"zero_optimization": {"offload_optimizer": "auto"}}, "zero_optimization.offload_optimizer is 'auto', not an"),
+        ({"train_batch_size": "many"}, "train_batch_size is 'many': give a number, or \"auto\""),
+        ({"fp16": {"enabled": False, "loss_scale": "big"}}, "fp16.loss_scale is 'big': "),
+        ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),
+    ],
+)
+def test_what_deepspeed_can_not_use_is_refused(config, sentence, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        parse("--deepspeed", str(file))
+    assert sentence in str(error.value) and str(error.value).startswith(f"{file}: ")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

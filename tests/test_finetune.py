@@ -340,6 +340,43 @@ def test_contradicting_flags_are_refused(flags, says, whole_run, tmp_path):
         finetune(f"{PREDICTION} {flags.format(run=whole_run)}", tmp_path)
 
 
+EVALUATED = f"--eval_strategy steps --eval_steps 2 --validation_file {ROOT}/AdvertiseGen/dev.json"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--report_to wandb", f"--report_to wandb: wandb is not installed here: {sys.executable} -m pip install wandb"),
+        ("--report_to tensorboard swanlab comet_ml", "swanlab, comet_ml are not installed .* install swanlab comet-ml"),
+        ("--report_to mlflow,tensorboard", "mlflow is not installed"),
+        ("--report_to wandbb", "wandbb is no tracker; there are .*, tensorboard, .*, wandb"),
+        ("--report_to none wandb", "--report_to none,wandb: none is no tracker; it stands alone"),
+        (f"{EVALUATED} --metric_for_best_model f1", r"f1 \(BEST_METRIC\): there are loss and, .*, rouge-l, bleu-4"),
+        (f"{EVALUATED} --metric_for_best_model loss --greater_is_better true", "would keep the worst loss"),
+        (
+            "--load_best_model_at_end --save_strategy no",
+            "the best checkpoint by loss needs evaluations during training",
+        ),
+    ],
+)
+def test_what_the_training_can_not_report_or_keep_is_refused_before_the_model(flags, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.training.checks.open_model", None)
+    with pytest.raises(UserError, match=says):
+        finetune(f"{TRAINING} {flags}", tmp_path)
+
+
+@pytest.mark.parametrize("trackers", ["none", "all", "tensorboard"])
+def test_trackers_that_are_there_are_no_mistake(trackers, tmp_path):
+    finetune(f"{TRAINING} --dry_run --report_to {trackers}", tmp_path)
+
+
+def test_a_folder_of_runs_is_no_tracker(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="wandb is not installed here"):
+        finetune(f"{TRAINING} --report_to wandb", tmp_path / "out")
+
+
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
     """Before it is saved, also between two logs: the last checkpoint is whole, and named."""
     flags = FULL.replace("--max_steps 4", "--max_steps 40").replace("1e-3", "1e12")

@@ -2,18 +2,19 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common.arguments import DataArguments
-from common.data.dataset import mask_pads
+from common.data.tables import mask_pads
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
@@ -167,6 +168,36 @@ def test_full_training_on_glm4_moves_every_parameter(glm_folder, tmp_path, monke
     assert len((tmp_path / "out" / "generated_predictions.txt").read_text().splitlines()) == 4
     assert load_model(tmp_path / "out").config.model_type in ("glm", "glm4")
     assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(glm_folder).chat_template
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer.json", "<html>", "tokenizer.json is an HTML page, not the vocabulary"),
+        ("tokenizer.json", '{"version": "1.0", "model": {', "tokenizer.json can't be read: copy or download it again"),
+        (
+            "config.json",
+            '{"model_type": "glm", "num_hidden_layers": "two"}',
+            "num_hidden_layers is 'two', not a number",
+        ),
+    ],
+)
+def test_broken_files_of_glm4_are_named(file, content, says, glm_folder, tmp_path):
+    broken = shutil.copytree(glm_folder, tmp_path / "glm")
+    (broken / file).write_text(content)
+    with pytest.raises(UserError, match=says):
+        load_tokenizer(broken)
+
+
+def test_shards_of_glm4_without_their_index_are_read(glm_folder, tmp_path):
+    folder = shutil.copytree(glm_folder, tmp_path / "glm")
+    weights = weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2):
+        shard = {name: weights[name] for name in list(weights)[number - 1 :: 2]}
+        save_file(shard, folder / f"model-0000{number}-of-00002.safetensors", metadata={"format": "pt"})
+    expected = load_model(glm_folder).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
 
 
 def test_p_tuning_on_glm4_is_refused(glm_folder):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import write_poison
 from hub_server import running_hub
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
@@ -77,6 +79,11 @@ def test_config_tells_the_generation(config, key, model_class, tokenizer_class, 
     spec = spec_of(tmp_path, config)
     assert (spec.key, spec.model, spec.tokenizer) == (key, model_class, tokenizer_class)
     assert type(make_config(spec, config)) is model_class.config_class
+
+
+def test_config_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(FIRST), encoding="utf-8-sig")
+    assert read_config(tmp_path) == FIRST
 
 
 @pytest.mark.parametrize("kind", ["glm", "glm4"])
@@ -194,6 +201,17 @@ def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, 
             "a model of type 'llama': supported are ChatGLM-6B, ChatGLM2-6B",
         ),
         ({}, "a model of type None"),
+        (FIRST | {"eva_config": {}, "qformer_config": {}, "image_length": 32}, "a model that sees pictures"),
+        (FIRST | {"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"}}, "pictures"),
+        (SECOND | {"padded_vocab_size": 151552, "vision_config": {"image_size": 1120}}, "a model that sees pictures"),
+        ({"model_type": "glm", "num_hidden_layers": 28, "vision_config": {}, "boi_token_id": 1}, "pictures: supported"),
+        ({"architectures": ["CogVLMForCausalLM"], "num_hidden_layers": 32}, "a model that sees pictures"),
+        ({"model_type": "glm4v", "text_config": {}}, "a model of type 'glm4v'"),
+        (
+            {"model_type": "glm", "architectures": ["GLMModel"], "num_layers": 48},
+            r"of type 'glm' \(GLMModel\): supported",
+        ),
+        (SECOND | {"architectures": ["ChatGLMForSequenceClassification"]}, "a ChatGLMForSequenceClassification, which"),
     ],
 )
 def test_unsupported_models_are_named(config, says, tmp_path):
@@ -220,9 +238,8 @@ def test_vocabulary_larger_than_the_model_is_refused(chatglm3_folder, tmp_path):
         load_tokenizer(mixed)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00."])
 def test_vocabulary_that_is_none_is_refused(content, chatglm3_folder, tmp_path):
-    """Empty, the pointer that git without LFS leaves, and something else."""
     broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
     (broken / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="tokenizer.model is no vocabulary of ChatGLM3-6B: copy or download it again"):
@@ -240,4 +257,155 @@ def test_a_missing_shard_is_named(chatglm3_folder, tmp_path):
     index = {"weight_map": {"a": "pytorch_model.bin", "b": "pytorch_model-00002-of-00002.bin"}}
     (broken / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="pytorch_model-00002-of-00002.bin is missing, though the index of"):
+        open_model(broken)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1827781090\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><title>Sign in</title></html>"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "remedy"),
+    [
+        (POINTER, "a Git LFS pointer", "run git lfs pull, or bash common/download.sh chatglm3-6b"),
+        (PAGE, "an HTML page", "download it again, or bash common/download.sh chatglm3-6b"),
+        ("访问受限".encode(), "text", "download it again"),
+    ],
+    ids=["pointer", "page", "text"],
+)
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("pytorch_model.bin", "weights"),
+        ("model.safetensors", "weights"),
+        ("tokenizer.model", "vocabulary"),
+        ("config.json", "settings of the model"),
+        ("pytorch_model.bin.index.json", "index of the weights"),
+        ("tokenizer_config.json", "settings"),
+    ],
+)
+def test_text_in_place_of_a_file_is_named(name, part, content, kind, remedy, chatglm3_folder, tmp_path):
+    """It is left by git without LFS, or saved from a page that asks to sign in."""
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (broken / name).write_bytes(content)
+    of_json = kind == "text" and name.endswith(".json")  # which is text itself
+    says = r"is no JSON object|is broken" if of_json else f"{name} is {kind}, not the {part}: {remedy}"
+    with pytest.raises(UserError, match=says) as error:
+        open_model(broken)
+    assert str(broken / name) in str(error.value)
+
+
+def test_a_file_or_a_link_to_nothing_is_no_model(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match="model.gguf is a file: MODEL .* is the folder that holds a model"):
+        open_model(tmp_path / "model.gguf")
+    (tmp_path / "link").symlink_to("/nowhere")
+    with pytest.raises(UserError, match="link is a link to /nowhere, which is no folder"):
+        open_model(tmp_path / "link")
+
+
+def test_a_link_to_nothing_is_named(chatglm3_folder, tmp_path):
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (broken / "pytorch_model.bin").unlink()
+    (broken / "pytorch_model.bin").symlink_to("/nowhere/weights")
+    with pytest.raises(UserError, match="pytorch_model.bin is missing; the link leads to /nowhere/weights"):
+        open_model(broken)
+
+
+@pytest.mark.parametrize(
+    "name", ["consolidated.00.pth", "weights.bin", "ggml-model.gguf", "model.safetensors.incomplete"]
+)
+def test_weights_of_another_kind_are_named(name, chatglm3_folder, tmp_path):
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (broken / "pytorch_model.bin").rename(broken / name)
+    with pytest.raises(
+        UserError, match=rf"has no weights: .* \({name} is in a format or under a name that is not read"
+    ):
+        open_model(broken)
+
+
+def write_shards(folder: Path, suffix: str = ".bin") -> None:
+    """Replaces the one weight file by two, without an index."""
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    (folder / "pytorch_model.bin").unlink()
+    for number in (1, 2):
+        shard = {name: weights[name].contiguous() for name in list(weights)[number - 1 :: 2]}
+        if suffix == ".bin":
+            torch.save(shard, folder / f"pytorch_model-0000{number}-of-00002.bin")
+        else:
+            save_file(shard, folder / f"model-0000{number}-of-00002.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_shards_without_their_index_are_read(suffix, chatglm3_folder, tmp_path):
+    folder = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    write_shards(folder, suffix)
+    expected = load_model(chatglm3_folder).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+    next(folder.glob("*-00001-of-*")).unlink()
+    with pytest.raises(UserError, match=r"-00001-of-00002\.\w+ is missing, though other shards are there"):
+        open_model(folder)
+
+
+def test_pickles_of_old_torch_are_read(chatglm3_folder, tmp_path):
+    folder = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert load_model(folder).num_parameters() == load_model(chatglm3_folder).num_parameters()
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    change(weights)
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def test_a_left_over_quantization_config_is_ignored_and_said(chatglm3_folder, tmp_path, capsys):
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = changed(chatglm3_folder, tmp_path / "chatglm3-6b", quantization_config=settings)
+    expected = load_model(chatglm3_folder).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
+    assert f"note: the quantization_config of {folder} is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [("gptq", "qweight"), ("awq", "qzeros"), ("bitsandbytes", "weight.absmax"), ("fp8", "weight_scale_inv")],
+)
+def test_weights_that_another_library_quantized_are_refused(kind, ending, chatglm3_folder, tmp_path):
+    folder = changed(chatglm3_folder, tmp_path / "chatglm3-6b", quantization_config={"quant_method": kind})
+    name = f"transformer.encoder.layers.0.self_attention.dense.{ending}"
+    rewrite_weights(folder, lambda weights: weights.update({name: torch.zeros(2, dtype=torch.int32)}))
+    with pytest.raises(UserError, match=rf"weights quantized by {kind} \({name}\).*take the model with 16-bit weights"):
+        open_model(folder)
+
+
+def test_superfluous_weights_are_named(chatglm3_folder, tmp_path, capfd):
+    """In one line, without the table of transformers."""
+    folder = changed(chatglm3_folder, tmp_path / "chatglm3-6b", num_layers=1)
+    load_model(folder)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"note: 7 weights in .* are not read.*: transformer.encoder.layers.1.input_layernorm.weight, ", said
+    )
+    assert "REPORT" not in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("generation_config.json", "{", "generation_config.json is no JSON object: copy or download it again"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json is no JSON object"),
+        ("pytorch_model.bin.index.json", '{"weight_map": ["a"]}', "index.json is broken"),
+        (
+            "config.json",
+            '{"model_type": "chatglm", "padded_vocab_size": 9, "num_layers": "6"}',
+            "num_layers is '6', not",
+        ),
+    ],
+)
+def test_broken_settings_are_named(file, content, says, chatglm3_folder, tmp_path):
+    broken = changed(chatglm3_folder, tmp_path / "chatglm3-6b")
+    (broken / file).write_text(content)
+    with pytest.raises(UserError, match=says):
         open_model(broken)

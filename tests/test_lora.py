@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -277,6 +277,7 @@ def test_an_adapter_of_foreign_layers_is_refused(base, tmp_path):
         ("another kind", "holds an adapter of the kind IA3, not LORA"),
         ("no weights", "holds no adapter weights"),
         ("cut weights", "adapter_model.safetensors is truncated"),
+        ("pointer", "adapter_model.safetensors is a Git LFS pointer, not the weights: run git lfs pull, or copy it"),
     ],
 )
 def test_a_folder_without_a_whole_adapter_is_refused(damage, says, tmp_path):
@@ -293,18 +294,102 @@ def test_a_folder_without_a_whole_adapter_is_refused(damage, says, tmp_path):
         config.write_text(json.dumps({"peft_type": "IA3"}))
     elif damage == "no weights":
         weights.unlink()
+    elif damage == "pointer":
+        weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=says):
         load_adapter(make_model("chatglm2"), folder)
 
 
-def test_flags_that_contradict_a_trained_adapter_are_refused(tmp_path):
-    METHOD.save(trained(make_model("chatglm2"), lora_rank=4), tmp_path)
-    demo, checkpoint = open_model("demo3"), str(tmp_path)
-    with pytest.raises(UserError, match="was trained with --lora_rank 4, not 16: leave it out"):
-        Lora(LoraArguments(checkpoint, lora_rank=16)).check(demo, do_train=True)
-    Lora(LoraArguments(checkpoint, lora_rank=4)).check(demo, do_train=True)
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"lora_rank": 16}, "was trained with --lora_rank 4, not 16: leave it out"),
+        ({"lora_alpha": 64}, "was trained with --lora_alpha 32, not 64"),
+        ({"lora_dropout": 0.5}, "was trained with --lora_dropout 0.1, not 0.5"),
+        ({"lora_target": "dense, query_key_value"}, "with --lora_target query_key_value, not dense,query_key_value"),
+        ({"lora_target": "all-linear"}, "with --lora_target query_key_value, not dense,dense_4h_to_h,dense_h_to_4h"),
+        ({"use_dora": True}, "was trained with --use_dora False, not True"),
+        ({"use_rslora": True}, "was trained with --use_rslora False, not True"),
+        ({"lora_rank": 4, "lora_target": "query_key_value"}, ""),
+        ({"lora_rank": 8}, ""),  # the default, which train.sh always gives
+    ],
+)
+def test_flags_that_contradict_a_trained_adapter_are_refused(flags, says, demo_adapter):
+    """Also of a LoRA that changes other layers; what equals the adapter, or the default, contradicts nothing."""
+    demo, method = open_model("demo3"), Lora(LoraArguments(str(demo_adapter), **flags))
+    if not says:
+        method.check(demo, do_train=True)
+        return
+    with pytest.raises(UserError, match=says):
+        method.check(demo, do_train=True)
+
+
+@pytest.fixture
+def demo_adapter(tmp_path) -> Path:
+    METHOD.save(attach_lora(load_model("demo3"), LoraArguments(lora_rank=4)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def rewrite_adapter(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
+    """Changes entries of adapter_config.json, and adds tensors."""
+    content = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(content | config))
+    stored = load_file(folder / "adapter_model.safetensors")
+    save_file(stored | weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+EMBEDDING = "base_model.model.transformer.embedding.word_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "says"),
+    [
+        (
+            {"target_modules": "query_key_value"},
+            {},
+            r'text .query_key_value., .* write a list, as \["query_key_value"\]',
+        ),
+        ({"target_modules": "("}, {}, "a pattern of whole names, and no layer's name fits"),
+        ({"target_modules": None}, {}, "target_modules is None: it must list names of layers"),
+        ({"target_modules": []}, {}, "PEFT can't use it: No `target_modules` passed"),
+        ({"target_modules": ["query_key_value", "word_embeddings"]}, {}, r"trains embeddings \(word_embeddings\)"),
+        ({}, {f"{EMBEDDING}.lora_embedding_A": torch.ones(4, 9)}, "also trains embeddings .*, which is not supported"),
+        ({"modules_to_save": ["output_layer"]}, {}, "modules_to_save names output_layer, and the adapter holds no"),
+        ({"modules_to_save": "output_layer"}, {}, "modules_to_save is 'output_layer': it must list names of layers"),
+        ({"r": "4"}, {}, "r is '4', not a number of at least 1"),
+        ({"r": 2.5}, {}, "r is 2.5, not a number"),
+        ({"lora_alpha": None}, {}, "lora_alpha is None, not a number"),
+        ({"lora_dropout": "much"}, {}, "PEFT can't use it"),
+        ({"layers_to_transform": [99]}, {}, "PEFT can't use it: Target modules"),
+        ({"r": 8}, {}, "belongs to a model of another size"),
+    ],
+)
+def test_an_adapter_that_can_not_be_used_is_refused_before_its_base_is_loaded(
+    config, weights, says, demo_adapter, monkeypatch
+):
+    rewrite_adapter(demo_adapter, config, weights)
+    monkeypatch.setattr("common.loading.load_base", None)
+    with pytest.raises(UserError, match=says) as error:
+        load_model("demo3", adapter=demo_adapter)
+    assert str(demo_adapter) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ({"target_modules": r".*\.query_key_value"}, {}),
+        ({"init_lora_weights": "pissa"}, {}),
+        (
+            {"modules_to_save": ["output_layer"]},
+            {"base_model.model.transformer.output_layer.weight": torch.zeros(3584, 192)},
+        ),
+    ],
+)
+def test_an_adapter_of_another_program_is_read(config, weights, demo_adapter):
+    rewrite_adapter(demo_adapter, config, weights)
+    assert isinstance(load_model("demo3", adapter=demo_adapter), PeftModel)
 
 
 # Merging
@@ -377,7 +462,7 @@ def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, 
 
 def test_nothing_is_merged_into_a_quantized_base(adapter, checkpoint, tmp_path, monkeypatch, capsys):
     config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_bit": 4}))
     assert merge(monkeypatch, "--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 2
     assert "holds quantized weights, into which nothing can be added" in capsys.readouterr().err
     assert not (tmp_path / "merged" / "config.json").exists()

@@ -13,7 +13,7 @@ import pytest
 from test_data import counts, prepare, write_lines
 
 from common.arguments import DataArguments, PrefixArguments
-from common.data.dataset import load_shards, read_manifest
+from common.data.shards import load_shards, read_manifest
 from common.encoding import encode_train
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_where_it_was(stop, code, tmp_path, monkeypatch, c
     """Its workers end with it, in the middle of their shards, and let go of the lock."""
     file, out, flags = write_rows(tmp_path / "rows.json", 8000), tmp_path / "out", ["--num_shards", "8"]
     with monkeypatch.context() as patch:
-        patch.setattr("common.encoding.encode_train", encode_up_to_5000)
+        patch.setattr("common.data.tables.encode_train", encode_up_to_5000)
         args = (file, out, *flags, "--num_workers", "2")
         job = multiprocessing.get_context("fork").Process(target=as_program, args=args)
         job.start()
@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_where_it_was(stop, code, tmp_path, monkeypatch, c
 
 def test_a_killed_worker_is_one_sentence(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("common.encoding.encode_train", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr("common.data.tables.encode_train", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(UserError, match="a worker was killed, perhaps for lack of memory: .* fewer --num_workers"):
             preprocess(data, tmp_path / "out", "--num_workers", "2")
     assert not multiprocessing.active_children()

@@ -21,6 +21,7 @@ UNDOCUMENTED = (
         "deepspeed.runtime",
         "huggingface_hub.utils",
         "transformers.integrations.deepspeed",
+        "transformers.integrations.integration_utils",
         "transformers.modeling_layers",
     ),
     *("transformers.modeling_utils", "transformers.utils.generic", "transformers.utils.output_capturing"),
@@ -33,15 +34,19 @@ TOKENIZER = "transformers.PreTrainedTokenizer"
 PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     # the engines
     "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig": "contradictions of a DeepSpeed file are not found",
+    "deepspeed.runtime.config.DeepSpeedConfig": "mistakes in a DeepSpeed file show after the model is loaded",
+    "deepspeed.runtime.zero.config.DeepSpeedZeroConfig": "other names of its settings are not known",
     "deepspeed.ops.__compatible_ops__": "DeepSpeed compiles for a minute on CPUs",
     "deepspeed.ops.op_builder.builder.OpBuilder": "several jobs compile one extension at once",
     "deepspeed.ops.op_builder.cpu.ShareMemCommBuilder": "DeepSpeed compiles for a minute on CPUs",
     "accelerate.utils.fsdp_utils.save_fsdp_optimizer": "checkpoints of FSDP2 hold frozen weights twice",
     "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": "DDP unshares weights",
     # the Trainer
+    "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK": "trackers of --report_to are not known",
     f"{TRAINER}._save": "checkpoints hold the whole model",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
     f"{TRAINER}._load_from_checkpoint": "a training under FSDP2 can't be continued",
+    f"{TRAINER}._get_train_sampler": "--mix draws no rows",
     f"{TRAINER}._load_best_model": "--load_best_model_at_end finds no prefix",
     "_hf_peft_config_loaded": "of a model: P-Tuning v2 in 4 bit is refused by the Trainer, which reads this field",
     # evaluation on a CPU

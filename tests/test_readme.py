@@ -19,13 +19,12 @@ from pathlib import Path
 import pytest
 
 from common.arguments import DataArguments
-from common.data.dataset import prepare_dataset, read_examples
-from common.data.rows import read_rows
-from common.encoding import encoders_of
+from common.data.dataset import prepare_dataset
 from common.errors import UserError
 from common.flags import REMOVED, RENAMED
 from common.loading import load_tokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
+from common.training.choices import choose_text
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("ptuning", "lora", "full")
@@ -77,17 +76,17 @@ def sections(readme: Path) -> list[str]:
 
 
 EXAMPLES = [json.loads(line) for line in blocks(ENGLISH.read_text(), "json")[0].splitlines()]
-# columns of an example; the trained text of models with rounds, and of ChatGLM3; None: the example is refused
-PAIR = {"prompt_column": "content", "response_column": "summary"}
-HISTORY = {"prompt_column": "prompt", "response_column": "response", "history_column": "history"}
 CALL = "query_stock\n```python\ntool_call(color='白色')\n```"
-LEARNED: list[tuple[dict[str, str], list[str] | None, list[str]]] = [
-    (PAIR, ["白色的裙子……"], ["白色的裙子……"]),
-    (HISTORY, ["配一件白衬衫。"], ["配一件白衬衫。"]),
-    ({"conversation_column": "conversations"}, None, ["您好！"]),
-    ({"conversation_column": "conversations"}, None, [f"{CALL}还有3件。"]),
-    ({"conversation_column": "messages"}, ["再见！"], ["再见！"]),
-    ({"text_column": "text"}, ["一段文字，按语言模型训练。"], ["一段文字，按语言模型训练。"]),
+# The trained text of models with rounds, and of ChatGLM3; None: the example is refused.
+LEARNED: list[tuple[list[str] | None, list[str]]] = [
+    (["白色的还有三件。"], ["白色的还有三件。"]),
+    (["配一件白衬衫。"], ["配一件白衬衫。"]),
+    (["抱歉，暂时没有货了。"], ["抱歉，暂时没有货了。"]),
+    (None, ["您好！"]),
+    (None, ["您好！"]),
+    (["再见！"], ["再见！"]),
+    (None, [f"{CALL}还有3件。"]),
+    (["一段文字，按语言模型训练。"], ["一段文字，按语言模型训练。"]),
 ]
 
 
@@ -106,19 +105,21 @@ def plain(text: str) -> str:
 
 @pytest.mark.parametrize("kind", ["chatglm", "chatglm2", "chatglm3"])
 @pytest.mark.parametrize("number", range(len(LEARNED)))
-def test_every_data_example_is_read_and_encoded(kind, number, tokenizers, tmp_path):
-    tokenizer, (columns, by_rounds, by_messages) = tokenizers[kind], LEARNED[number]
+def test_every_data_example_is_read_without_flags_and_encoded(kind, number, tokenizers, tmp_path):
+    tokenizer, (by_rounds, by_messages) = tokenizers[kind], LEARNED[number]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(EXAMPLES[number], ensure_ascii=False))
-    args = DataArguments(**columns, max_source_length=128, max_target_length=128)
+    args = DataArguments(train_file=str(file), max_source_length=128, max_target_length=128)
+    choose_text(args)
     expected = by_messages if kind == "chatglm3" else by_rounds
     if expected is None:
         with pytest.raises(UserError, match="rows.json, line 1: turn 1 has the role system"):
-            prepare_dataset(args, str(file), tokenizer, "train", encoders_of(bool(args.text_column)))
+            prepare_dataset(args, str(file), tokenizer, "train")
         return
-    rows = prepare_dataset(args, str(file), tokenizer, "train", encoders_of(bool(args.text_column))).rows
-    labels = [[label for label in row["labels"] if label != -100] for row in rows]
+    prepared = prepare_dataset(args, str(file), tokenizer, "train")
+    labels = [[label for label in row["labels"] if label != -100] for row in prepared.rows]
     assert [plain(tokenizer.decode(ids, skip_special_tokens=True)) for ids in labels] == list(map(plain, expected))
+    assert [found["unread"] for found in prepared.summary["findings"]] == [{}]
 
 
 def test_every_data_example_is_tested_and_is_the_same_in_both_languages():
@@ -130,9 +131,10 @@ def test_the_message_about_a_missing_column_is_that_of_the_documents(tmp_path, t
     file = tmp_path / "rows.json"
     file.write_text('{"question": "a", "answer": "b"}')
     with pytest.raises(UserError) as error:
-        list(read_examples(DataArguments(**PAIR), read_rows(file), tokenizers["chatglm"]))
+        prepare_dataset(DataArguments(prompt_column="content"), str(file), tokenizers["chatglm"], "train")
+    message = str(error.value).replace(str(file), "…").partition(" (SKIP_BAD_ROWS")[0]
     for readme in PAIRS[1]:
-        assert str(error.value).replace(str(file), "…") in spans(readme.read_text())
+        assert message in spans(readme.read_text())
 
 
 # Commands
@@ -277,7 +279,7 @@ def test_the_readmes_are_short_and_begin_with_the_two_commands():
     for readme in PAIRS[0]:
         text = readme.read_text()
         assert lines_of(text)[:2] == ["bash ptuning/train.sh", "bash tests/run.sh"]
-        assert len(text.splitlines()) <= 330
+        assert len(text.splitlines()) <= 350
 
 
 @each_pair
@@ -311,7 +313,7 @@ def test_the_file_tree_has_one_line_for_each_file(readme):
 @pytest.mark.parametrize("readme", PAIRS[1], ids=name_of)
 def test_on_each_way_through_the_code_a_file_names_the_next(readme):
     ways = re.findall(r"`[\w/.]+`(?:\s→\s`[\w/.]+`)+", readme.read_text())
-    assert [len(spans(way)) for way in ways] == [4, 4]
+    assert [len(spans(way)) for way in ways] == [6, 4]
     for way in ways:
         files = spans(way)
         for file, following in zip(files, files[1:], strict=False):
@@ -332,7 +334,7 @@ def test_the_table_of_a_method_gives_the_variables_and_defaults_of_its_script(me
             for name, value in zip(spans(row[0]), row[number].replace("`", "").split(", "), strict=False)
             if value
         }
-        assert len(defaults) > 12
+        assert len(defaults) >= 12
         assert calls_of(line, MODEL=model)[0] == calls_of(line, **{"MODEL": model} | defaults)[0]
     for name in [name for row in cells for name in spans(row[0])]:
         assert calls_of(line, **{name: "other"}) != calls_of(line), name
@@ -341,17 +343,30 @@ def test_the_table_of_a_method_gives_the_variables_and_defaults_of_its_script(me
 # For real
 
 
-def test_the_quick_start_with_files_and_columns_of_ones_own(tmp_path, monkeypatch, calls_of, capsys):
-    """With the demo in place of the real model, up to its loading."""
-    line = next(line for line in lines_of(ENGLISH.read_text()) if "my_train.json" in line)
-    row = json.dumps({"question": "类型#裙", "answer": "一条裙子。"}, ensure_ascii=False)
-    for name, count in (("my_train.json", 3), ("my_dev.json", 2)):
-        (tmp_path / name).write_text(f"{row}\n" * count)
-    [call] = calls_of(line.replace("MODEL=/data/chatglm-6b ", "MODEL=demo "), OUTPUT_DIR=str(tmp_path / "out"))
+QUESTIONS = {  # about a garment, with their answers
+    "有白色的吗？": "有白色的，您要什么码？",
+    "怎么洗？": "请用冷水手洗，不要漂白。",
+    "多少钱？": "现在一百二十九元，满两百减二十。",
+    "几天能到？": "今天下单，三天之内送到。",
+    "能退吗？": "七天之内可以退，吊牌请留着。",
+    "适合什么季节穿？": "适合春天和秋天穿。",
+}
+GARMENTS = ("裙子", "衬衫", "外套", "牛仔裤", "毛衣", "风衣", "卫衣", "短裤", "帽子", "围巾")
+
+
+def test_the_data_section_shows_the_output_of_its_first_command(tmp_path, monkeypatch, calls_of, capsys):
+    """Up to the loading of the model; the command names nothing but the file."""
+    rows = [{"question": g + q, "answer": g + a} for q, a in QUESTIONS.items() for g in GARMENTS]
+    (tmp_path / "kefu.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    [section] = [section for section in sections(ENGLISH) if section.startswith("Data\n")]
+    assert lines_of(section)[0] == "TRAIN_FILE=kefu.json bash lora/train.sh"
+    [call] = calls_of(lines_of(section)[0], OUTPUT_DIR=str(tmp_path / "out"))
     program, words = program_of(call)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [program, *words, "--dry_run"])
     monkeypatch.setattr(sys, "path", [*sys.path])
     runpy.run_path(str(ROOT / program), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert "train: 3 rows tokenized" in printed and "test: 2 rows tokenized" in printed
+    printed = "".join(capsys.readouterr()).splitlines()
+    [shown, *_] = blocks(section, "")
+    assert [line for line in shown.splitlines() if line not in printed] == []
+    assert blocks(CHINESE.read_text(), "") == blocks(ENGLISH.read_text(), "")

@@ -163,7 +163,7 @@ def test_conversations_train_and_evaluate(tmp_path):
     variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4"}
     run_here("ptuning/train_chat.sh", "--max_predict_samples", "8", **variables)
     assert len(predictions(tmp_path)) == 8
-    assert read(tmp_path, "run_settings.json")["history_column"] == "history"
+    assert read(tmp_path, "run_settings.json")["test_file"].endswith("/AdvertiseGen/dev_chat.json")
 
 
 def test_conversations_with_tools_train(tmp_path):
@@ -173,7 +173,7 @@ def test_conversations_with_tools_train(tmp_path):
     rows = predictions(tmp_path)
     assert len(rows) == 8
     assert any("tool_call(" in row["labels"] for row in rows)
-    assert read(tmp_path, "run_settings.json")["conversation_column"] == "conversations"
+    assert read(tmp_path, "run_settings.json")["test_file"].endswith("/AdvertiseGen/dev_tools.json")
 
 
 def test_plain_text_prepared_ahead_trains_as_a_language_model(tmp_path):
@@ -241,11 +241,12 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(capsys):
     assert "can't write to the output folder /proc/out" in error
 
 
-def test_a_full_disk_ends_with_one_sentence(tmp_path, capsys):
-    """A file system of one megabyte, where the second checkpoint does not fit; mounting one takes root."""
+@pytest.mark.parametrize("size", ["1m", "2m"])
+def test_a_full_disk_ends_with_one_sentence(size, tmp_path, capsys):
+    """A small file system, where the first or the second checkpoint does not fit; mounting one takes root."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -254,12 +255,21 @@ def test_a_full_disk_ends_with_one_sentence(tmp_path, capsys):
         assert run_here("ptuning/train.sh", *flags, check=False, **variables) == 2
         said = capsys.readouterr().err  # after a progress bar, which ends without a line's end
         assert "error: " in said and "No space left on device" in said and "Traceback" not in said
+        assert ("What was saved before is complete." in said) == (size == "2m")
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+# As files of several years say it: in text, by an old name, and with values that depend on the model.
+OLD_ZERO_3 = """{"train_batch_size": "auto", "zero_optimization": {"stage": "3", "reduce_bucket_size": "auto",
+"stage3_prefetch_bucket_size": "auto", "stage3_gather_fp16_weights_on_model_save": true}}"""
+
+
 def test_deepspeed_trains_in_one_process_too(tmp_path):
+    """With an old file."""
+    (tmp_path / "ds.json").write_text(OLD_ZERO_3)
     variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4", "EVALUATE": "false"}
+    variables["DEEPSPEED"] = str(tmp_path / "ds.json")
     bash("full/ds_train_finetune.sh", **variables)
     assert (tmp_path / "model.safetensors").is_file()
 
@@ -288,8 +298,8 @@ def test_every_method_prints_help(method, monkeypatch, capsys):
         assert flag in said
 
 
-SHARED = ("MODEL", "TRAIN_FILE", "VALIDATION_FILE", "PROMPT_COLUMN", "RESPONSE_COLUMN", "HISTORY_COLUMN")
-SHARED += ("CONVERSATION_COLUMN", "MAX_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "GRAD_ACCUM", "GRADIENT_CHECKPOINTING")
+SHARED = ("MODEL", "TRAIN_FILE", "TRAIN_DATASETS", "EPOCHS", "MAX_STEPS", "EVAL_STEPS", "BEST_METRIC", "EARLY_STOPPING")
+SHARED += ("DEFAULT_STEPS", "BATCH_SIZE", "EVAL_BATCH_SIZE", "GRAD_ACCUM", "GRADIENT_CHECKPOINTING")
 
 
 @pytest.mark.parametrize("script", ["train.sh", "evaluate.sh"])

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from AdvertiseGen import conversations, generate
 from common.data.collator import train_batch
-from common.data.formats import read_messages
+from common.data.messages import read_messages, tools_text
 from common.encoding import conversation_of, encode_train
 from common.models import chatglm, chatglm2
 from common.tokenizers.base import Turn
@@ -87,7 +87,9 @@ def write_corpus(file, rng: random.Random, tools: bool) -> None:
     for _ in range(20000):
         file.writelines(f"{turn.content}\n" for turn in random_example(rng) if turn.content)
     for row in conversations.make_tool_rows(50 if tools else 0, rng, known=set()):
-        file.writelines(f"{turn.metadata}\n{turn.content}\n" for turn in read_messages("", row, "conversations"))
+        turns = read_messages(row["conversations"], "conversations", set())
+        file.write(f"\n{tools_text('tools', row['tools'])}\n")
+        file.writelines(f"{turn.metadata}\n{turn.content}\n" for turn in turns)
     file.flush()
 
 

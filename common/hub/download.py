@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
-from common.errors import UserError, exit_on_user_error, note
+from common.errors import UserError, describe, exit_on_user_error, note
 from common.files import is_complete, read_json, short_hash, weight_files, write_json
 from common.hub import hubs
 from common.locking import cache_folder, guard
@@ -38,6 +38,11 @@ def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
     return Path(cache_dir or cache).expanduser().resolve() / ours / revision / hubs.repository_of(name)
+
+
+def place_flags() -> str:
+    """The variable and the flags that choose where a model lies."""
+    return f"{'CHATGLM_CACHE' if hubs.on_modelscope() else 'HF_HOME'}, --cache_dir or --local_dir"
 
 
 def size_of(file: Path) -> int:
@@ -174,10 +179,9 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
     left = sum(max(0, file.size - size_of(partial_of(folder / file.path))) for file in missing)
     free = shutil.disk_usage(folder).free
     if left > free:
-        variable = "CHATGLM_CACHE" if hubs.on_modelscope() else "HF_HOME"
         raise UserError(
             f"{repository} needs {left / 1e9:,.2f} GB more in {folder}, and only {free / 1e9:,.2f} GB are free: "
-            f"choose a larger disk by {variable}, --cache_dir or --local_dir."
+            f"choose a larger disk by {place_flags()}."
         )
     there = f", {(total - left) / 1e9:,.2f} GB are here already" if left < total else ""
     source = f"{repository} from {hubs.endpoint()} into {folder}"
@@ -196,8 +200,8 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
 def seems_whole(folder: Path, weights: bool) -> bool:
     """Whether a folder has a config and, if asked for, complete weights, as far as this shows without a hub."""
     files = weight_files(folder) if weights else []
-    needed = [folder / "config.json", *files]
-    return bool(files) == weights and all(file.is_file() and is_complete(file) for file in needed)
+    whole = all(file.is_file() and is_complete(file) for file in files)
+    return bool(files) == weights and whole and read_json(folder / "config.json") is not None
 
 
 def download(
@@ -227,13 +231,16 @@ def download(
                 raise
             note(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in files:  # those of Hugging Face's cache are verified, and not downloaded again
-            origin, target = snapshot / file.path, folder / file.path
-            if origin.is_file() and not target.is_file():
-                target.unlink(missing_ok=True)  # a link to a file that was deleted
-                target.symlink_to(origin.resolve())
-        fetch_wrong(repository, files, folder, known, ours=not local_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in files:  # those of Hugging Face's cache are verified, and not downloaded again
+                origin, target = snapshot / file.path, folder / file.path
+                if origin.is_file() and not target.is_file():
+                    target.unlink(missing_ok=True)  # a link to a file that was deleted
+                    target.symlink_to(origin.resolve())
+            fetch_wrong(repository, files, folder, known, ours=not local_dir)
+        except PermissionError as error:
+            raise UserError(f"{describe(error)} Choose another folder by {place_flags()}.") from error
         write_record(record, folder, {file.path: file.digest for file in files}, known)
     return folder
 

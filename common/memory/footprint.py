@@ -344,7 +344,8 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
         parts["trained weights"] = size * trained
         parts["gradients"] = (size + 4 * (stage > 1)) * trained
         parts["optimizer states"] = (8 + 4 * (size < 4)) * trained  # with the float32 copies of half weights
-        bucket = int(zero.get("reduce_bucket_size", BUCKET))
+        bucket = zero.get("reduce_bucket_size", BUCKET)
+        bucket = model.config.hidden_size**2 if bucket == "auto" else int(bucket)  # as transformers does
         if not setup.gpu:  # there, memory that is never written to takes nothing
             bucket = min(bucket, trained)
         parts["workspace"] += bucket * size * (2 if zero.get("overlap_comm") and stage < 3 else 1) * bool(stage)

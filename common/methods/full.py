@@ -14,7 +14,8 @@ from common.errors import UserError
 from common.methods import Method
 from common.methods.prefix import holds_prefix
 from common.models.registry import ModelFolder, open_model
-from common.models.weights import load_base, read_weights
+from common.models.tensors import read_weights
+from common.models.weights import load_base
 from common.trained import base_of
 
 

@@ -3,9 +3,12 @@
 LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685
 """
 
+import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,16 @@ from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
-from common.files import check_complete, read_json
+from common.files import TEXTS, check_no_text, read_json
 from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
-from common.models.registry import ModelFolder
+from common.models.registry import ModelFolder, empty_model
+from common.models.tensors import tensor_names
 
 # PEFT uses the name that this property had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
+ADAPTER_DEFAULTS = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False}  # of PEFT, for keys that are missing
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -37,9 +42,16 @@ class Lora(Method):
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
         if checkpoint := self.args.lora_checkpoint:
-            config = adapter_config(checkpoint)
+            config, model = adapter_config(checkpoint), empty_model(folder.spec, folder.config)
+            layers = linear_names(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about weights, which are lost on the meta device
+                load_adapter(model, checkpoint)
             stored = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"]}
-            check_flags(f"the adapter in {checkpoint}", stored, self.args)
+            stored |= {name: config.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+            stored["lora_target"] = target_text(config["target_modules"], layers)
+            given = self.args.lora_target and target_text(self.args.lora_target.split(","), layers)
+            check_flags(f"the adapter in {checkpoint}", stored, replace(self.args, lora_target=given))
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Freezes the model and adds a trained or a new adapter, in float32."""
@@ -80,18 +92,88 @@ class Lora(Method):
 def adapter_config(folder: str | Path) -> dict:
     """adapter_config.json of a LoRA adapter. Raises UserError for a folder without a whole adapter."""
     folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
+    file = folder / "adapter_config.json"
+    config = read_json(file)
     if config is None:
+        if file.is_file():
+            check_no_text(file, "settings of the adapter", TEXTS[:2])
         raise UserError(f"{folder} holds no LoRA adapter: adapter_config.json is missing or broken.")
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds an adapter of the kind {config.get('peft_type')}, not LORA.")
     if missing := {"r", "lora_alpha", "target_modules"} - config.keys():
-        raise UserError(f"{folder / 'adapter_config.json'} lacks {min(missing)}.")
+        raise UserError(f"{file} lacks {min(missing)}.")
+    for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        if type(config[name]) not in kinds or config[name] < 1:
+            raise UserError(f"{file}: {name} is {config[name]!r}, not a number of at least 1.")
+    targets, saved = config["target_modules"], config.get("modules_to_save") or []
+    for name, layers in (
+        ("target_modules", [targets] if isinstance(targets, str) else targets),
+        ("modules_to_save", saved),
+    ):
+        if not isinstance(layers, list) or not all(layer and isinstance(layer, str) for layer in layers):
+            raise UserError(f"{file}: {name} is {layers!r}: it must list names of layers.")
     weights = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not weights:
         raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")
-    check_complete(weights[0])
+    check_names(folder, [] if isinstance(targets, str) else targets, saved, tensor_names(weights[0]))
     return config
+
+
+def check_names(folder: Path, targets: list[str], saved: list[str], names: Collection[str]) -> None:
+    """Raises UserError if an adapter lacks weights of ``modules_to_save``, or trains embeddings beside them.
+
+    ``names``: of the tensors that the adapter holds.
+    """
+    for module in saved:
+        if not any(f".{module}." in name for name in names):
+            raise UserError(
+                f"{folder / 'adapter_config.json'}: modules_to_save names {module}, and the adapter holds no weights "
+                "of it: copy the adapter again, or take the name out if it was not trained."
+            )
+    own = [name for name in names if not any(f".{module}." in name for module in saved)]
+    if trained := next((name for name in [*targets, *own] if "embed" in name), None):
+        raise UserError(
+            f"the adapter in {folder} also trains embeddings ({trained}), which is not supported: take an adapter of "
+            "linear layers."
+        )
+
+
+def target_text(targets: str | Collection[str], layers: set[str]) -> str:
+    """The layers that an adapter changes, in the form of --lora_target: last parts of their names, or a pattern.
+
+    ``layers``: the names of the model's linear layers.
+    """
+    if isinstance(targets, str) and targets != "all-linear":
+        return targets
+    every = layers - {"lm_head", "output_layer"}
+    names = every if "all-linear" in targets else {name.strip().rpartition(".")[2] for name in targets}
+    return ",".join(sorted(names))
+
+
+def check_targets(folder: str | Path, targets: str | Collection[str], model: PreTrainedModel) -> None:
+    """Raises UserError for an adapter that changes other layers than the model has."""
+    if isinstance(targets, str):
+        if targets != "all-linear" and not fits(targets, model):
+            listed = json.dumps([name.strip() for name in targets.split(",")])
+            raise UserError(
+                f"{Path(folder) / 'adapter_config.json'}: target_modules is the text {targets!r}, which PEFT reads as "
+                f"a pattern of whole names, and no layer's name fits: write a list, as {listed}."
+            )
+        return
+    known = linear_names(model)
+    if foreign := {name.rpartition(".")[2] for name in targets} - known:
+        raise UserError(
+            f"the adapter in {folder} belongs to another model: it changes {', '.join(sorted(foreign))}, "
+            f"and this one has {', '.join(sorted(known))}."
+        )
+
+
+def fits(pattern: str, model: nn.Module) -> bool:
+    """Whether the whole name of a module fits a pattern; False for a broken pattern."""
+    try:
+        return any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
+    except re.error:
+        return False
 
 
 def linear_names(model: nn.Module) -> set[str]:
@@ -122,18 +204,17 @@ def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """The model with a saved adapter of PEFT. Raises UserError for the adapter of another model."""
-    targets = adapter_config(folder)["target_modules"]
-    names = linear_names(model)
-    foreign = [name for name in targets if name.rpartition(".")[2] not in names] if isinstance(targets, list) else []
-    if foreign:
-        raise UserError(
-            f"the adapter in {folder} belongs to another model: it changes {', '.join(sorted(foreign))}, "
-            f"and this one has {', '.join(sorted(names))}."
-        )
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # it may be trained further
-    config.base_model_name_or_path = model.name_or_path  # where the base is now
-    adapted = get_peft_model(model, config)
+    check_targets(folder, adapter_config(folder)["target_modules"], model)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False  # it may be trained further
+        if model.device.type == "meta":  # other ways to begin would compute with the model's weights
+            config.init_lora_weights = True
+        config.base_model_name_or_path = model.name_or_path  # where the base is now
+        adapted = get_peft_model(model, config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        detail = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{Path(folder) / 'adapter_config.json'}: PEFT can't use it: {detail}.") from error
     try:
         result: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     except RuntimeError as error:

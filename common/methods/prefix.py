@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.arguments import PrefixArguments
 from common.errors import UserError
-from common.files import check_complete, read_json
+from common.files import read_json
 from common.methods import Method, check_flags
 from common.models.registry import ModelFolder
-from common.models.weights import read_weights
+from common.models.tensors import read_weights
 
 KEY_PREFIX = "transformer.prefix_encoder."
 
@@ -131,7 +131,6 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
         files = sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     tensors: dict[str, Tensor] = {}
     for file in files:
-        check_complete(file)
         tensors |= {name: tensor for name, tensor in read_weights(file).items() if name.startswith(KEY_PREFIX)}
     return {name.removeprefix(KEY_PREFIX): tensor.float() for name, tensor in tensors.items()}
 
@@ -144,7 +143,7 @@ def holds_prefix(folder: ModelFolder) -> bool:
 def holds_prefix_only(folder: str | Path) -> bool:
     """Whether a checkpoint is a prefix without its model."""
     file = Path(folder) / "pytorch_model.bin"
-    names = torch.load(file, map_location="meta", weights_only=True) if file.is_file() else {}
+    names = read_weights(file) if file.is_file() else {}
     return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
 
 

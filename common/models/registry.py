@@ -1,5 +1,7 @@
 """Model name -> ``ModelFolder``: which model of the ChatGLM family it is, read from config.json alone, once."""
 
+import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,14 +11,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from common.errors import UserError
-from common.files import check_complete, read_json, weight_files
+from common.files import TEXTS, WHOLE_FILES, check_complete, check_no_text, read_json, weight_files
 from common.hub.download import download, find_complete
 from common.hub.hubs import hub_id, is_hub_name
 from common.models import chatglm, chatglm2
+from common.models.tensors import check_not_quantized
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
+PICTURE_KEYS = {"vision_config", "eva_config", "qformer_config", "image_length", "image_size", "boi_token_id"}
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
+OTHER_WEIGHTS = (
+    *(".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx"),
+    *(".incomplete", ".aria2", ".crdownload", ".part"),  # of downloads that were broken off
+)
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
 
 
@@ -72,6 +80,9 @@ def open_model(
     if is_local(name):
         complete = path = DEMOS.get(name) or Path(name)
         lasting_name = name if name in DEMOS else str(path.resolve())
+    elif os.path.lexists(name):
+        kind = "a file" if Path(name).is_file() else f"a link to {os.path.realpath(name)}, which is no folder"
+        raise UserError(f"{name} is {kind}: MODEL (--model_name_or_path) is the folder that holds a model.")
     elif is_hub_name(name):
         complete = find_complete(name, revision, cache_dir)
         path = complete or download(name, revision, cache_dir, weights=False)
@@ -83,14 +94,17 @@ def open_model(
         )
     content = read_config(path)
     spec = spec_of(path, content)
+    check_sizes(path / "config.json", spec, content)
     check_vocabulary(path, spec)
+    weights = checked_weights(path) if complete else ()
+    check_not_quantized(path, content, weights)
     return ModelFolder(
         name=lasting_name,
         path=path,
         spec=spec,
         config=open_model(config_name).config if config_name else make_config(spec, content),
         bits=content.get("quantization_bit") or None,
-        weights=checked_weights(path) if complete else (),
+        weights=weights,
         revision=revision,
         cache_dir=cache_dir,
     )
@@ -101,32 +115,56 @@ def fetch_weights(folder: ModelFolder) -> ModelFolder:
     if folder.weights:
         return folder
     path = download(folder.name, folder.revision, folder.cache_dir)
-    return replace(folder, path=path, weights=checked_weights(path))
+    weights = checked_weights(path)
+    check_not_quantized(path, read_config(path), weights)
+    return replace(folder, path=path, weights=weights)
 
 
 def make_config(spec: ModelSpec, content: dict[str, Any]) -> PreTrainedConfig:
-    """The config object of the content of config.json."""
+    """The config object of the content of config.json, without what it says of quantized weights."""
+    content = {name: value for name, value in content.items() if name != "quantization_config"}
     config = type(AutoConfig.for_model(content["model_type"])).from_dict(content)
     if spec.key in ("chatglm2", "chatglm3"):
         config.generation = spec.key
     return config
 
 
+def check_sizes(file: Path, spec: ModelSpec, content: dict[str, Any]) -> None:
+    """Raises UserError if config.json has another value where a number must be."""
+    defaults = AutoConfig.for_model(content["model_type"]) if spec.key == "glm" else spec.config()
+    for name, default in vars(defaults).items():
+        if type(default) is int and not name.endswith("_id") and not isinstance(content.get(name, default), int):
+            raise UserError(f"{file}: {name} is {content[name]!r}, not a number: copy or download the file again.")
+
+
 def checked_weights(path: Path) -> tuple[Path, ...]:
     """The weight files of a folder. Raises UserError for a missing or truncated one."""
     files = weight_files(path)
     if not files:
-        raise UserError(f"{path} has no weights: neither *.safetensors nor *.bin is there.")
+        names = " nor ".join(WHOLE_FILES)
+        raise UserError(f"{path} has no weights: neither {names} is there, nor shards{other_weights(path)}.")
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{file} is missing, though the index of {path} names it.")
+        if not os.path.lexists(file):
+            known = f"the index of {path} names it" if any(path.glob("*.index.json")) else "other shards are there"
+            raise UserError(f"{file} is missing, though {known}.")
         check_complete(file)
     return tuple(files)
 
 
+def other_weights(path: Path) -> str:
+    """Names the weights of a folder that can't be read, in brackets; "" if there are none."""
+    found = ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in OTHER_WEIGHTS))
+    return f" ({found} is in a format or under a name that is not read)" if found else ""
+
+
 def check_vocabulary(path: Path, spec: ModelSpec) -> None:
-    """Raises UserError if the vocabulary is missing."""
+    """Raises UserError if the vocabulary is missing, or text that is none, or if a file beside it is broken."""
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (path / name).is_file() and read_json(path / name) is None:
+            check_no_text(path / name, "settings", TEXTS[:2])
+            raise UserError(f"{path / name} is no JSON object: copy or download it again.")
     if (path / spec.vocabulary).is_file():
+        check_no_text(path / spec.vocabulary, "vocabulary", TEXTS[:2] if spec.key == "glm" else TEXTS)
         return
     others = [name for name in ("ice_text.model", "tokenizer.model", "tokenizer.json") if (path / name).is_file()]
     mixed = f" ({others[0]} belongs to another model)" if others else ""
@@ -163,21 +201,31 @@ def read_config(path: Path) -> dict[str, Any]:
     """The content of config.json. Raises UserError if it is missing or broken."""
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} is no model folder: it has no config.json.")
+        raise UserError(f"{path} is no model folder: it has no config.json{other_weights(path)}.")
     config = read_json(file)
     if config is None:
+        check_no_text(file, "settings of the model", TEXTS[:2])
         raise UserError(f"{file} is no JSON object.")
     return config
 
 
 def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
     """The model of a folder with this config.json. Raises UserError for an unsupported model and names it."""
-    kind = config.get("model_type")
-    if kind in ("glm", "glm4"):
+    kind, classes = config.get("model_type"), [*(config.get("architectures") or ())]
+    code = json.dumps([classes, config.get("auto_map")])
+    of_transformers = "num_hidden_layers" in config or "num_layers" not in config  # GLM-10B has the type glm too
+    problem = ""
+    if PICTURE_KEYS & config.keys() or re.search("image|vision|visual|cogvlm", code, re.IGNORECASE):
+        problem = "a model that sees pictures"
+    elif any("Classification" in name for name in classes):
+        problem = f"a {classes[0]}, which writes no text"
+    elif kind in ("glm", "glm4") and of_transformers:
         return SPECS["glm"]
-    if kind != "chatglm" or not {"inner_hidden_size", "padded_vocab_size"} & config.keys():
+    elif kind != "chatglm" or not {"inner_hidden_size", "padded_vocab_size"} & config.keys():
+        problem = f"a model of type {kind!r}" + f" ({', '.join(map(str, classes))})" * (kind == "glm")
+    if problem:
         raise UserError(
-            f"{path / 'config.json'} describes a model of type {kind!r}: "
+            f"{path / 'config.json'} describes {problem}: "
             "supported are ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, and GLM-4 in the format of transformers."
         )
     if config.get("vocab_size") == 150528:

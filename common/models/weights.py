@@ -1,31 +1,17 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
-import zipfile
-from pathlib import Path
+import os
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from common.errors import UserError
+from common.errors import UserError, note
 from common.models.quantization import PackedWeight, quantization_config
 from common.models.registry import ModelFolder, empty_model
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .bin file, mapped. Raises UserError for a file that can't be read.
-
-    A plain pickle (torch before 1.6) can't be mapped and is read.
-    """
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # a file that is no pickle fails in any way
-        raise UserError(f"{file} can't be read ({type(error).__name__}): copy or download it again.") from error
-    return {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+from common.models.tensors import read_weights
 
 
 def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
@@ -56,6 +42,13 @@ def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
     return weights
 
 
+def shards_without_index(folder: ModelFolder) -> dict[str, Tensor] | None:
+    """The weights of several files that no index names, mapped; None for one file, and for files with an index."""
+    if len(folder.weights) == 1 or any(folder.path.glob("*.index.json")):
+        return None
+    return {name: tensor for file in folder.weights for name, tensor in read_weights(file).items()}
+
+
 def load_base(
     folder: ModelFolder,
     dtype: torch.dtype = torch.float32,
@@ -68,15 +61,17 @@ def load_base(
     unpacked, converted, moved to ``device`` and quantized one by one, so that the host never holds the whole model.
     ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
     """
-    packed = packed_weights(folder) if folder.bits else None
+    stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
     if (folder.path / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder.path)
     else:
         generation = GenerationConfig.from_model_config(folder.config)
     try:
-        model, info = folder.spec.model.from_pretrained(
-            None if packed else folder.path,
-            state_dict=packed,
+        # Without a path, the Auto classes of transformers can't tell the class.
+        kind = type(empty_model(folder.spec, folder.config)) if stored else folder.spec.model
+        model, info = kind.from_pretrained(
+            None if stored else folder.path,
+            state_dict=stored,
             config=folder.config,
             dtype=dtype,
             device_map=None if device is None else {"": torch.device(device)},
@@ -84,6 +79,10 @@ def load_base(
             generation_config=generation,
             output_loading_info=True,
         )
+    except UnpicklingError as error:
+        raise UserError(
+            f"the weights in {folder.path} can't be read: they must be tensors, not whole objects."
+        ) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
@@ -91,6 +90,9 @@ def load_base(
     if info["missing_keys"]:
         first, count = min(info["missing_keys"]), len(info["missing_keys"])
         raise UserError(f"{folder.path} is no complete model: {count} weights are missing, {first} among them.")
+    if (unknown := sorted(info["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+        names = f"{', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}"
+        note(f"note: {len(unknown)} weights in {folder.path} are not read, because the model has none of them: {names}")
     model.generation_config.bos_token_id = folder.config.bos_token_id
     model.name_or_path = model.config.name_or_path = folder.name
     return model

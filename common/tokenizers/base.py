@@ -17,6 +17,7 @@ class Turn(NamedTuple):
     content: str
     metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
     loss: bool = False  # whether the model learns to write this turn
+    reasoning_content: str = ""  # in a turn of the assistant: its thoughts, for a chat template that writes them
 
 
 Conversation = Sequence[Turn]

@@ -1,11 +1,12 @@
 """The tokenizer of GLM-4 with the methods of ours."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn
+from common.tokenizers.base import Conversation, EncodedTurn, Turn
 
 
 class GLM4Adapter:
@@ -47,11 +48,30 @@ class GLM4Adapter:
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
                 )
             body = after.removeprefix(before).removeprefix(header)
+            if leaves_out_thoughts(turn, body):
+                raise UserError(
+                    f"the chat template of {self.tokenizer.name_or_path} leaves out the thoughts of an answer: remove "
+                    "them, or use another model."
+                )
             encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
             before = after
         return encoded
 
     def render(self, turns: Conversation, add_generation_prompt: bool = False) -> str:
         """The text that the chat template makes of a conversation."""
-        batch = [[turn._asdict() for turn in turns]]  # an empty conversation is allowed only in a batch
+        batch = [list(map(message_of, turns))]  # an empty conversation is allowed only in a batch
         return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
+
+
+def leaves_out_thoughts(turn: Turn, body: str) -> bool:
+    """Whether a template writes a turn without its thoughts, which may also stand in the text of an answer."""
+    in_text = turn.loss and "</think>" in turn.content
+    return turn.reasoning_content.strip() not in body or in_text and "</think>" not in body
+
+
+def message_of(turn: Turn) -> dict[str, Any]:
+    """The turn as chat templates read it; a template tells a missing thought from an empty one."""
+    message = turn._asdict()
+    if not turn.reasoning_content:
+        del message["reasoning_content"]
+    return message

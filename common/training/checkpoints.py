@@ -4,14 +4,15 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.rows import find_files
-from common.errors import UserError, differences
+from common.data.sources import find_files
+from common.errors import UserError, describe, differences, other_owner
 from common.files import indexed_files, is_complete, read_json, write_json
 from common.methods import Method
 from common.models.registry import ModelFolder
@@ -23,7 +24,7 @@ def settings_of(
 ) -> dict:
     """The settings that a continued training must share with its beginning; only its length may change."""
     lengths = ("max_source_length", "max_target_length", "max_train_samples")
-    names = ("dataset_name", *COLUMNS, *lengths, "ignore_pad_token_for_loss")
+    names = ("dataset_name", *COLUMNS, "text_unit", "mix", *lengths, "ignore_pad_token_for_loss")
     return {
         "model": str(folder.path.resolve()),
         "method": method.name,
@@ -32,6 +33,7 @@ def settings_of(
         "train_file": full_paths(data_args.train_file),
         "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
         **{name: vars(data_args)[name] for name in names},
+        "validation_split": data_args.validation_split if data_args.held_out else 0,
         **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "rows_per_step": args.rows_per_step,
@@ -49,7 +51,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b" ")
     except OSError as error:
-        raise UserError(f"can't write to the output folder {folder}: {error.strerror}.") from error
+        reason = f"{error.strerror}{other_owner(folder)}"
+        raise UserError(f"can't write to the output folder {folder}: {reason}.") from error
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -77,6 +80,18 @@ def is_complete_checkpoint(folder: Path) -> bool:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints from which a training can continue, oldest first."""
     return list(filter(is_complete_checkpoint, checkpoint_folders(folder)))
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Errors that a user can mend say that the checkpoints in the folder are complete, if there are any."""
+    try:
+        yield
+    except Exception as error:
+        sentence = None if isinstance(error, UserError) else describe(error)
+        if sentence is None or not complete_checkpoints(folder):
+            raise
+        raise UserError(f"{sentence} What was saved before is complete.") from error
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -139,21 +154,31 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
 
 
 def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether the state of a checkpoint has reached the end of this training."""
+    """Whether the state of a checkpoint has reached the end of this training, or was stopped early there."""
+    stopper = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+    if args.early_stopping and stopper.get("early_stopping_patience_counter", 0) >= args.early_stopping:
+        return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
 def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Iterable[str], start_over: bool) -> None:
-    """Records the settings, and the files for an evaluation; removes the earlier training when starting over."""
+    """Records the settings and the files for an evaluation, with held-out rows in ``folder``.
+
+    It removes the earlier training when starting over.
+    """
     if start_over:
         for checkpoint in checkpoint_folders(folder):
             print(f"starting over: {checkpoint} is deleted", flush=True)
             shutil.rmtree(checkpoint)
         for file in [path for name in files for path in parts_of(folder / name)]:
             file.unlink()
-    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in ("test_file", "validation_file")}
+    names = ("test_file", "validation_file", "probe_file")
+    if data_args.held_out:  # the cache may be emptied
+        shutil.copytree(str(data_args.validation_file), folder / "held_out", dirs_exist_ok=True)
+        data_args.test_file = data_args.validation_file = str(folder / "held_out")
+    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in names}
     write_json(folder / SETTINGS_FILE, settings | evaluated)
 
 

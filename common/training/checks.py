@@ -1,23 +1,40 @@
 """The checks before anything is loaded: a mistake costs no time, and its message is one sentence."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.dataset import read_manifest
-from common.data.rows import find_files
+from common.data.mix import parse_mix
+from common.data.shards import read_manifest
+from common.data.sources import find_files
 from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
+from common.metrics import SCORES
 from common.models.quantization import checkpointing_of
 from common.models.registry import ModelFolder, open_model
 from common.models.weights import packed_weights
 from common.training.checkpoints import check_writable
 
-SPLITS = (  # split, the flag that asks for it, the flag that names its files, the flag that limits its rows
-    ("train", "do_train", "train_file", "max_train_samples"),
-    ("validation", "do_eval", "validation_file", "max_eval_samples"),
-    ("test", "do_predict", "test_file", "max_predict_samples"),
+SPLITS = (  # split, the flag that names its files, the flag that limits its rows
+    ("train", "train_file", "max_train_samples"),
+    ("validation", "validation_file", "max_eval_samples"),
+    ("test", "test_file", "max_predict_samples"),
+    ("probe", "probe_file", None),
 )
+# Trackers whose module or package has another name.
+MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
+PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+
+
+def needs(split: str, data_args: DataArguments, args: TrainingArguments) -> bool:
+    """Whether the flags ask for a split."""
+    if split == "probe":
+        return bool(data_args.probe_file) and (args.do_eval or args.do_predict)
+    return {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}[split]
 
 
 def check(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> ModelFolder:
@@ -25,6 +42,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     check_data(data_args, args)
     check_devices(args)
     check_engine(method, data_args, args)
+    check_trackers(args)
+    check_best_model(args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
     if folder.bits and folder.weights:
@@ -73,14 +92,22 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
     shards = data_args.train_datasets if args.do_train else None
-    if shards:
-        read_manifest(Path(shards))
-    for split, flag, file_flag, _ in SPLITS:
-        patterns = vars(data_args)[file_flag] if vars(args)[flag] else None
-        if patterns:
-            find_files(patterns)
-        elif vars(args)[flag] and not data_args.dataset_name and not (split == "train" and shards):
-            raise UserError(f"--{flag} needs --{file_flag}.")
+    count = len(read_manifest(Path(shards))["findings"]) if shards else 0
+    for split, file_flag, _ in SPLITS:
+        if not needs(split, data_args, args) or split == "train" and shards:
+            continue
+        patterns = vars(data_args)[file_flag]
+        files = find_files(patterns or "")
+        count = len(files) if split == "train" else count
+        if not files and not data_args.dataset_name and not (data_args.held_out and split != "train"):
+            job = {"train": "train", "validation": "eval", "test": "predict"}[split]
+            raise UserError(f"--do_{job} needs --{file_flag}.")
+    if data_args.mix and args.do_train:
+        parse_mix(data_args.mix, count)
+        if args.train_sampling_strategy != "random":
+            raise UserError(
+                f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}."
+            )
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:
@@ -100,6 +127,50 @@ def check_devices(args: TrainingArguments) -> None:
         )
 
 
+def check_trackers(args: TrainingArguments) -> None:
+    """Raises UserError for a tracker of --report_to that is unknown or not installed."""
+    trackers, known = args.report_to, sorted(INTEGRATION_TO_CALLBACK)
+    for name in trackers:
+        if name not in known:
+            problem = "it stands alone" if name in ("none", "all") else f"there are {', '.join(known)}, none and all"
+            raise UserError(f"--report_to {','.join(trackers)}: {name} is no tracker; {problem}.")
+    missing = [name for name in trackers if name != "kubeflow" and not is_installed(MODULES.get(name, name))]
+    if missing:
+        packages = " ".join(PACKAGES.get(name, name) for name in missing)
+        verb = "are" if missing[1:] else "is"
+        raise UserError(
+            f"--report_to {','.join(trackers)}: {', '.join(missing)} {verb} not installed here: "
+            f"{sys.executable} -m pip install {packages}"
+        )
+
+
+def is_installed(module: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name, in which a tracker keeps its runs, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+def check_best_model(args: TrainingArguments) -> None:
+    """Raises UserError if the best checkpoint is asked for by a measure that no evaluation of the training gives."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not args.do_train or not metric:
+        return
+    if args.eval_strategy == "no":
+        if not args.load_best_model_at_end and args.save_strategy != "best":
+            return
+        raise UserError(
+            f"the best checkpoint by {metric} needs evaluations during training: give --eval_strategy steps "
+            "--eval_steps N (EVAL_STEPS=N), or leave out --load_best_model_at_end and --metric_for_best_model."
+        )
+    if metric not in ("loss", *SCORES):
+        raise UserError(
+            f"--metric_for_best_model {metric} (BEST_METRIC): there are loss and, of generated answers, "
+            f"{', '.join(SCORES)}."
+        )
+    if args.greater_is_better is (metric == "loss"):
+        raise UserError(f"--greater_is_better {args.greater_is_better} would keep the worst {metric}: leave it out.")
+
+
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
     """Raises UserError if the engine can't do what the flags ask."""
     engine = args.engine
@@ -109,6 +180,10 @@ def check_engine(method: Method, data_args: DataArguments, args: TrainingArgumen
         raise UserError(f"{engine.name} is for training: evaluate without its flag.")
     if engine.name == "DeepSpeed" and engine.sharded and args.fp16 and not method.trains_base:
         raise UserError(f"ZeRO stage 3 trains {method.name} in float32 or --bf16; --fp16 takes stage 2.")
+    if engine.config.get("optimizer") and vars(method.args).get("loraplus_lr_ratio"):
+        raise UserError(
+            "--loraplus_lr_ratio: the --deepspeed file names an optimizer, which knows one rate: remove it."
+        )
     if engine.sharded and method.trains_base and data_args.evaluate_base:
         raise UserError(
             f"--evaluate_base: {engine.name} has no room for the base beside the model; evaluate afterwards."

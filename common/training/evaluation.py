@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from common.data.collator import left_pad
 from common.data.dataset import Prepared
 from common.encoding import stop_ids
 from common.metrics import score
-from common.training.report import peak_memory, print_scores
+from common.training.report import console, peak_memory, print_scores
 from common.training.trainer import FinetuneTrainer
 
 
@@ -90,13 +90,26 @@ def base_model(trainer: FinetuneTrainer) -> Iterator[None]:
             trainer.model = tuned
 
 
-def evaluate(trainer: FinetuneTrainer, data_args: DataArguments) -> None:
+def probe_loss(trainer: FinetuneTrainer, data: Mapping[str, Prepared]) -> dict[str, float]:
+    """The model's loss on the general questions, if there are any."""
+    if "probe" not in data:
+        return {}
+    rows = data["probe"].rows.select_columns(["input_ids", "labels"])
+    return {"probe_loss": trainer.evaluate(rows, metric_key_prefix="probe")["probe_loss"]}
+
+
+def evaluate(trainer: FinetuneTrainer, data: Mapping[str, Prepared], data_args: DataArguments) -> None:
     """Writes eval_results.json: the loss on the validation rows, the base's too if asked for; perplexities of text."""
     metrics = {}
+    probes = not trainer.args.do_predict  # else predict() does it
     if data_args.evaluate_base:
         with base_model(trainer):
             metrics = trainer.evaluate(metric_key_prefix="eval_base")
+            if probes:
+                metrics |= {f"eval_base_{name}": value for name, value in probe_loss(trainer, data).items()}
     metrics |= trainer.evaluate()
+    if probes:
+        metrics |= {f"eval_{name}": value for name, value in probe_loss(trainer, data).items()}
     if data_args.text_column:
         losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
         metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
@@ -121,24 +134,36 @@ def answer_rows(
     return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
-def predict(trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments) -> None:
-    """Writes generated_predictions.txt, one {"labels", "predict"} per line, and scores it; the base's too if asked."""
+def predict(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments) -> None:
+    """Answers every question of the test rows, and scores the answers that have a reference; the base's too if asked.
+
+    Writes generated_predictions.txt, one {"labels", "predict"} per line in the order of the file; labels are empty
+    without a reference.
+    """
+    data = splits["test"]
     output_dir, references = Path(trainer.args.output_dir), list(data.questions["reference"])
+    scored = [index for index, reference in enumerate(references) if reference is not None]
     columns = {}
     for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
         if name == "base" and not data_args.evaluate_base:
             continue
         with base_model(trainer) if name == "base" else nullcontext():
             answers = answer_rows(trainer, data, data_args, f"{name} model")
+            probed = probe_loss(trainer, splits)
         if trainer.is_world_process_zero():
             with open(output_dir / file_name, "w", encoding="utf-8") as file:
                 for reference, answer in zip(references, answers, strict=True):
-                    file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
-        columns[name] = score(answers, references)
+                    row = {"labels": reference or "", "predict": answer}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        found = score([answers[index] for index in scored], [references[index] for index in scored]) if scored else {}
+        columns[name] = found | probed
     metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
     metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
     memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
     trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
     if trainer.is_world_process_zero():
         print_scores(columns)
+        if len(scored) < len(references):
+            missing = len(references) - len(scored)
+            console().print(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
         print(f"predictions: {output_dir / 'generated_predictions.txt'}", flush=True)

@@ -1,22 +1,27 @@
 """The reports in the terminal: settings, first row, scores side by side, final summary."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data.dataset import Prepared
+from common.errors import note
 from common.files import gb
 from common.launch.engines import sizes
 from common.memory.fit import Forecast
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
+
+MANY_PASSES, FEW_STEPS = 20, 50
 
 
 def console() -> Console:
@@ -31,19 +36,53 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
     console().print(table)
 
 
-def print_prepared(split: str, data: Prepared) -> None:
-    """Prints the number of rows, and how many were cut or left out."""
-    found, left = data.summary, len(data.questions) or len(data.rows)
-    count = f"{left:,}" if left == found["rows"] else f"{left:,} of {found['rows']:,}"
-    notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{found['truncated']:,} truncated"]
-    if found["shortened"]:
-        notes.append(f"{found['shortened']:,} without their oldest turns")
-    if found["dropped"]:
-        first = f"(an empty text?), first {found['first_dropped']}"
-        notes.append(f"{found['dropped']:,} dropped with nothing to learn {first}")
-    if found["unlabelled"]:
-        notes.append(f"{found['unlabelled']:,} dropped because nothing of their answers fits the lengths")
-    console().print(f"{split}: {', '.join(notes)} ({', '.join(data.files)})")
+def print_prepared(split: str, data: Prepared, in_full: bool = True) -> None:
+    """Prints the number of rows, and what was cut or left out; in full, each file's format and unread fields too."""
+    summary = data.summary
+    for found in summary["findings"] if in_full else ():
+        unit = "rows to answer" if split == "test" else found["unit"]
+        console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {unit}")
+        for name, count in found["unread"].items():
+            note(f"note: {found['file']}: {name!r} is not read ({count:,} rows)")
+        if found["empty_answers"]:
+            note(f"note: {found['file']}: {found['empty_answers']:,} empty answers of the assistant are left out")
+    if summary["bad_rows"]:
+        note(f"note: {summary['bad_rows']:,} bad rows are left out, first {': '.join(summary['bad'][0][:2])}")
+    left = len(data.questions) or len(data.rows)
+    count = f"{left:,}" if left == summary["rows"] else f"{left:,} of {summary['rows']:,}"
+    notes = [f"{count} rows {'prepared before' if data.cached else 'tokenized'}", f"{summary['truncated']:,} truncated"]
+    if data.held_out:
+        notes.append(f"{len(summary['held_out']):,} held out for validation, and their copies left out")
+    if summary["shortened"]:
+        notes.append(f"{summary['shortened']:,} without their oldest turns")
+    if summary["dropped"]:
+        first = f"(an empty text?), first {summary['first_dropped']}"
+        notes.append(f"{summary['dropped']:,} dropped with nothing to learn {first}")
+    if summary["unlabelled"]:
+        notes.append(f"{summary['unlabelled']:,} dropped because nothing of their answers fits the lengths")
+    console().print(f"{split}: {', '.join(notes)}")
+
+
+def print_length(data: Prepared, args: TrainingArguments) -> None:
+    """Prints steps and epochs, the mix of the files, and a warning for too many passes or too few steps."""
+    rows = data.rows_per_epoch
+    batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    passes = steps / steps_per_epoch
+    if data.sampler:
+        console().print(f"train: an epoch mixes {mix_of(data)}")
+    console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
+    if passes > MANY_PASSES:
+        note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
+    elif steps < FEW_STEPS:
+        note(f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs) or lower BATCH_SIZE.")
+
+
+def mix_of(data: Prepared) -> str:
+    """The rows that an epoch takes of each file."""
+    counts = zip(data.sampler.counts, data.summary["findings"], strict=True) if data.sampler else ()
+    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in counts)
 
 
 def print_plan(memory: Forecast) -> None:
@@ -68,29 +107,56 @@ def print_plan(memory: Forecast) -> None:
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token of a row with its id and its label; - is a position without one."""
-    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    cells = [
-        f"{piece} {index}:{'-' if label == -100 else label}"
-        for piece, index, label in zip(pieces, row["input_ids"], row["labels"], strict=True)
-    ]
-    console().print("first training row, token id:label  " + "  ".join(cells))
+    """Every token of a row with its id and its label, in as many columns as fit; - is a position without a label."""
+    tokens = [readable(tokenizer, index) for index in row["input_ids"]]
+    labels = ["-" if label == -100 else str(label) for label in row["labels"]]
+    cells = list(zip(tokens, map(str, row["input_ids"]), labels, strict=True))
+    titles, longest, gap = ("token", "id", "label"), 24, 4
+    widths = [min(max(map(cell_len, column)), longest) for column in zip(titles, *cells, strict=True)]
+    across = max(1, (console().width + gap) // (sum(widths) + len(titles) - 1 + gap))
+    down = -(-len(cells) // across)
+    columns = Table.grid(padding=(0, gap, 0, 0))
+    parts = []
+    for first in range(0, len(cells), down):
+        headers = [
+            Column("token", overflow="fold", max_width=longest),
+            *(Column(t, justify="right") for t in titles[1:]),
+        ]
+        parts.append(Table(*headers, box=None, padding=(0, 1, 0, 0), pad_edge=False))
+        for cell in cells[first : first + down]:
+            parts[-1].add_row(*cell)
+    columns.add_row(*parts)
+    learned = len(labels) - labels.count("-")
+    console().print(f"first training row: {len(tokens):,} tokens, {learned:,} with a label", columns, sep="\n")
+
+
+def readable(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+    """A token as text, with ▁ for a blank and escapes for control characters."""
+    token = tokenizer.convert_ids_to_tokens(index)
+    if tokenizer.is_fast:  # GLM-4 stores bytes as other characters; only whole characters can be decoded
+        text = tokenizer.decode([index])
+        token = token if "\ufffd" in text else text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace(" ", "▁"))
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Scores of several models side by side; with two, their ratio too."""
+    """Scores of several models side by side, and their loss on the general questions; with two, the ratio too."""
     ratio = [" / ".join([*columns][::-1])] if len(columns) == 2 else []
     headers = [Column(name, justify="right") for name in (*columns, *ratio)]
     table = Table("metric", *headers, title="scores, 0 to 100", title_justify="left")
-    for metric in SCORES:
+    first = next(iter(columns.values()))
+    for metric, name in {**{metric: metric.upper() for metric in SCORES}, "probe_loss": "loss on PROBE_FILE"}.items():
+        if metric not in first:
+            continue
         values = [scores[metric] for scores in columns.values()]
         cells = [f"{value:.2f}" for value in values]
         if ratio:
             cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
-        table.add_row(metric.upper(), *cells)
-    console().print(table)
+        table.add_row(name, *cells)
+    if table.row_count:
+        console().print(table)
     for name, scores in columns.items():
-        if scores["empty"]:
+        if scores.get("empty"):
             console().print(f"{name}: {scores['empty']} empty predictions or references count as 0")
 
 
@@ -129,14 +195,26 @@ def print_settings(
 
 
 def print_training_summary(
-    args: TrainingArguments, history: list[dict[str, float]], metrics: Mapping[str, float], steps: int, tokens: int
+    args: TrainingArguments,
+    data: Prepared,
+    state: TrainerState,
+    metrics: Mapping[str, float],
+    steps: int,
+    tokens: int,
 ) -> None:
-    """history, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    """state, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    best = args.load_best_model_at_end and state.best_model_checkpoint
     seconds = metrics["train_runtime"]
-    losses = [f"{entry['loss']:.4f} (step {entry['step']})" for entry in history if "loss" in entry]
+    losses, validated = (
+        [f"{entry[name]:.4f} (step {entry['step']})" for entry in state.log_history if name in entry]
+        for name in ("loss", "eval_loss")
+    )
     pairs = {
         "loss": " -> ".join(losses[:1] + losses[-1:]) or "no step was left to train",
+        **({"validation loss": " -> ".join(validated)} if validated else {}),
+        **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
         "steps": steps,
+        **({"mix of an epoch": mix_of(data)} if data.sampler else {}),
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
         **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},

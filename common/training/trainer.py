@@ -8,7 +8,9 @@ import torch
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from common.errors import UserError
 from common.methods import Method
@@ -48,6 +50,7 @@ class FinetuneTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     score_answers: Callable[[], dict[str, float]] | None = None
+    sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
     predicted_memory = 0  # bytes
 
     def __init__(self, method: Method, **kwargs):
@@ -56,19 +59,23 @@ class FinetuneTrainer(Trainer):
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        self.optimizer = self.method.optimizer(self.model, self.args)
+        if self.optimizer is None:  # there is one, if the file of DeepSpeed names an optimizer
+            self.optimizer = self.method.optimizer(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, **self.args.engine.loss_flags}, *args, **kwargs)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.score_answers is not None:
-            scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
-            self.log(scores)
-            metrics |= scores
-        return metrics
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.score_answers is not None and metric_key_prefix != "probe":
+            output.metrics.update(
+                {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
+            )
+        return output
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
+        return self.sampler or super()._get_train_sampler(train_dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves the trained parameters; private, because save_model gathers weights and pushes to the hub around it.

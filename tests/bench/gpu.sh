@@ -4,6 +4,7 @@
 #     bash tests/bench/gpu.sh                            about 13 GB of disk for one model at a time, in FOLDER
 #     SHAPE=tiny DEVICE=cpu bash tests/bench/gpu.sh      the same with tiny models, to try it without a GPU
 # shellcheck source-path=SCRIPTDIR
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh"
 
 export SHAPE=${SHAPE:-6b}                                # tiny: two layers

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from common.loading import load_model
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration
 from common.models.registry import DEMOS
-from common.models.weights import read_weights
+from common.models.tensors import read_weights
 
 SHARD = 500e6  # bytes
 SHAPE = {"hidden_size": 2048, "num_layers": 17, "num_attention_heads": 16, "ffn_hidden_size": 5504}

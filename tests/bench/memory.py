@@ -38,6 +38,7 @@ from common.methods.lora import Lora
 from common.methods.prefix import PTuning
 from common.models.registry import DEMOS, SPECS
 from common.training.checks import check, complete
+from common.training.choices import choose
 from common.training.report import console
 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
@@ -172,6 +173,7 @@ def planned(method_name: str, argv: list[str]) -> Forecast:
     model_args, method_args, data_args, args = parse_arguments(arguments, [*argv, "--plan"])
     start_engine(args)
     method = make(method_args)
+    choose(data_args, args)
     folder = check(method, model_args, data_args, args)
     complete(model_args, args, folder)
     return forecast(folder, method, model_args, data_args, args)

@@ -24,7 +24,7 @@ import torch
 from loading import make_checkpoint
 
 from common.loading import load_model
-from common.models.weights import read_weights
+from common.models.tensors import read_weights
 
 WAYS = {  # name -> (folder, dtype, bits)
     "float16": ("chatglm2-6b", torch.float16, None),

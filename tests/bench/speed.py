@@ -27,7 +27,7 @@ from common.arguments import DataArguments, LoraArguments
 from common.data.collator import train_batch
 from common.data.dataset import prepare_dataset, read_examples
 from common.data.rows import read_rows
-from common.encoding import encode_eval, encode_train, encoders_of
+from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
 from common.methods.lora import attach_lora
 from common.methods.prefix import attach_prefix
@@ -170,7 +170,7 @@ def bench_preprocessing(columns: DataArguments, tokenizer, data: Path) -> None:
         file = Path(folder) / "rows.json"
         file.write_text(data.read_text(encoding="utf-8") * 20, encoding="utf-8")
         start = time.process_time()
-        prepared = prepare_dataset(columns, str(file), tokenizer, "train", encoders_of(text=False))
+        prepared = prepare_dataset(columns, str(file), tokenizer, "train")
         seconds = time.process_time() - start
     os.sched_setaffinity(0, cores)
     console().print(
