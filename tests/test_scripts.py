@@ -49,12 +49,12 @@ def house(tmp_path_factory) -> Path:
 JOBS: dict[str, tuple[str, list[str], dict[str, str]]] = {  # folder of the result -> script, flags, variables
     "ptuning/output/adgen-demo-pt-32-2e-2": (
         "ptuning/train.sh",
-        ["--max_predict_samples", "24"],
+        ["--max_predict_samples", "24", "--max_eval_samples", "24"],
         {"MAX_STEPS": "60", "NUM_PROCESSES": ""},
     ),
     "lora/output/adgen-demo3-lora-8-5e-3": (
         "lora/train.sh",
-        ["--max_predict_samples", "24"],
+        ["--max_predict_samples", "24", "--max_eval_samples", "24"],
         {"MODEL": "demo3", "MAX_STEPS": "24", "BATCH_SIZE": "8", "NUM_PROCESSES": "2"},
     ),
     "full/output/adgen-demo-full-1e-3": (
@@ -160,7 +160,7 @@ def test_a_merged_adapter_answers_as_the_adapter_does(house, trained, monkeypatc
 
 
 def test_conversations_train_and_evaluate(tmp_path):
-    variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4"}
+    variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4", "EVAL_STEPS": "0"}
     run_here("ptuning/train_chat.sh", "--max_predict_samples", "8", **variables)
     assert len(predictions(tmp_path)) == 8
     assert read(tmp_path, "run_settings.json")["test_file"].endswith("/AdvertiseGen/dev_chat.json")
@@ -168,7 +168,13 @@ def test_conversations_train_and_evaluate(tmp_path):
 
 def test_conversations_with_tools_train(tmp_path):
     """Every answer of a conversation is asked for: calls of tools too."""
-    variables = {"OUTPUT_DIR": str(tmp_path), "MAX_STEPS": "2", "BATCH_SIZE": "4", "MAX_TARGET_LENGTH": "64"}
+    variables = {
+        "OUTPUT_DIR": str(tmp_path),
+        "MAX_STEPS": "2",
+        "BATCH_SIZE": "4",
+        "MAX_TARGET_LENGTH": "64",
+        "EVAL_STEPS": "0",
+    }
     run_here("lora/train_chat.sh", "--max_predict_samples", "8", **variables)
     rows = predictions(tmp_path)
     assert len(rows) == 8
