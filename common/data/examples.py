@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from datasets.exceptions import DatasetsError
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_64_intdigest
 
 from common.arguments import DataArguments
 from common.data.formats import Columns, FormatReader
@@ -24,7 +24,7 @@ from common.tokenizers.base import Turn
 
 SHOWN_BAD_ROWS = 20
 EXCERPT = 60  # characters of a bad row
-COUNTED, COUNTED_OF = 1000, 32  # characters are counted in the first rows of a file, and in one of so many after them
+COUNTED, COUNTED_OF = 500, 128  # characters are counted in the first rows of a file, and in one of so many after them
 
 
 class Example(NamedTuple):
@@ -115,19 +115,21 @@ def read_examples(split: Split, reading: Reading) -> Iterator[Example]:
                 continue
             count += 1
             key = hash_of(text_of(content))
+            if split.args.source_prefix:
+                content = prefixed(content, split.args.source_prefix)
             if count <= COUNTED or not key % COUNTED_OF:
                 for text in [content] if isinstance(content, str) else [turn.content for turn in content]:
                     reading.characters.update(text)
-            yield Example(index, row.number, row.place, prefixed(content, split.args), key, row.content)
+            yield Example(index, row.number, row.place, content, key, row.content)
         findings = {"format": reader.name, "unit": reader.unit, "unread": dict(reader.unread)}
         reading.files.append({"file": source, "rows": count, "empty_answers": reader.empty_answers} | findings)
 
 
-def prefixed(content: str | list[Turn], args: DataArguments) -> str | list[Turn]:
-    """The example with --source_prefix before its last question."""
-    if args.source_prefix and content and not isinstance(content, str):
+def prefixed(content: str | list[Turn], prefix: str) -> str | list[Turn]:
+    """The example with a prefix before its last question."""
+    if content and not isinstance(content, str):
         last = max(index for index, turn in enumerate(content) if turn.role == "user")
-        content[last] = content[last]._replace(content=args.source_prefix + content[last].content)
+        content[last] = content[last]._replace(content=prefix + content[last].content)
     return content
 
 
@@ -140,7 +142,7 @@ def text_of(content: str | Sequence[Turn]) -> str:
 
 def hash_of(text: str) -> int:
     """64 bits of the hash of a text, as a signed integer, equal on all machines."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    return xxh3_64_intdigest(text.encode()) - 2**63
 
 
 def questions_of(content: str | Sequence[Turn]) -> Iterator[int]:

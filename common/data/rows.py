@@ -108,13 +108,13 @@ def value_at(text: str, start: int) -> tuple[Any, int]:
 def values_of(line: str) -> list[Any]:
     """The value of a line, or its objects. Raises json.JSONDecodeError."""
     values: list[Any] = []
-    position = skip_space(line, 0)
+    position = 0 if line.startswith("{") else skip_space(line, 0)
     while position < len(line):
         if values and line[position] != "{":
             raise json.JSONDecodeError("Extra data", line, position)
         value, end = value_at(line, position)
         values.append(value)
-        position = skip_space(line, end)
+        position = end if end == len(line) else skip_space(line, end)
     return values
 
 

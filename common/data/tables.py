@@ -83,14 +83,15 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                 cells = []
                 for row in encoded:
                     index, asked, answered = row.origin
-                    counts["truncated"] += row.truncated
-                    counts["shortened"] += row.dropped_turns > 0
-                    if isinstance(row, TrainRow) and max(row.labels) < 0:
+                    # Most rows end with a label, and nothing else of them needs to be looked at.
+                    if isinstance(row, TrainRow) and row.labels[-1] < 0 and max(row.labels) < 0:
                         counts["unlabelled"] += 1
                         continue
                     origin, question = whole[index], next(questions[index])
                     cells.append((*row[:2], origin.file, origin.line, origin.row, question, asked, answered))
                 counts["rows"] += len(cells)
+                counts["truncated"] += sum(row.truncated for row in encoded)
+                counts["shortened"] += sum(row.dropped_turns > 0 for row in encoded)
                 values = zip(*cells, strict=True) if cells else [()] * len(schema)
                 columns = [to_arrow(column, field.type) for column, field in zip(values, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
