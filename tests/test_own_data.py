@@ -60,6 +60,13 @@ def test_own_rows_are_judged_on_themselves(mine, tmp_path, capfd):
     assert recorded["test_file"] == recorded["validation_file"] == str(tmp_path / "held_out" / "1-mine.jsonl")
 
 
+def test_evaluations_change_nothing_of_a_training(mine, tmp_path):
+    flags = f"{TRAINING} --train_file {mine} --validation_file {mine} --max_steps 4"
+    finetune(flags, tmp_path / "alone")
+    finetune(f"{flags} --eval_strategy steps --eval_steps 1", tmp_path / "evaluated")
+    assert losses(tmp_path / "evaluated") == losses(tmp_path / "alone")
+
+
 def test_the_shipped_rows_have_their_validation_file_and_steps():
     data_args, args = chosen("--train_file", str(SHIPPED), "--do_predict", "--default_steps", "250")
     assert data_args.test_file == data_args.validation_file == str(SHIPPED.with_name("dev.json"))

@@ -66,6 +66,13 @@ class FinetuneTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         return super().compute_loss(model, {**inputs, **self.args.engine.loss_flags}, *args, **kwargs)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
+        kind = self.args.device.type
+        devices = [] if kind == "cpu" else [self.args.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+            return super().evaluate(*args, **kwargs)
+
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.score_answers is not None and metric_key_prefix != "probe":
