@@ -20,7 +20,7 @@ SCORES = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 
 def train(method: str, model: str, folder: Path) -> tuple[dict, dict]:
     """(training results, scores of base and tuned model)."""
-    environment = os.environ | {"MODEL": model, "OUTPUT_DIR": str(folder)}
+    environment = os.environ | {"MODEL": model, "OUTPUT_DIR": str(folder), "EVAL_STEPS": "0"}
     print(f"MODEL={model} bash {method}/train.sh", file=sys.stderr, flush=True)
     subprocess.run(["bash", str(ROOT / method / "train.sh")], env=environment, check=True, stdout=subprocess.DEVNULL)
     results = [json.loads((folder / f"{name}_results.json").read_text()) for name in ("train", "predict")]
