@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from common.arguments import DataArguments, LoraArguments
 from common.data.collator import train_batch
-from common.data.dataset import prepare_dataset, read_examples
-from common.data.rows import read_rows
+from common.data.dataset import prepare_dataset
+from common.data.examples import Reading, Split, read_examples
 from common.encoding import encode_eval, encode_train
 from common.loading import load_tokenizer
 from common.methods.lora import attach_lora
@@ -200,7 +200,8 @@ def main() -> None:
         bench_preprocessing(columns, tokenizer, args.data)
     if args.only == "preprocessing":
         return
-    examples = [example for _, example in read_examples(columns, read_rows(args.data), tokenizer)]
+    rows = Split("train", columns, tokenizer, str(args.data), [args.data], None)
+    examples = [example.content for example in read_examples(rows, Reading())]
     model = attach(method, make_model(generation, args.shape, tokenizer))
     console().print(f"{args.kind}: {model.num_parameters() / 1e6:.1f} million parameters, float32, {args.data}")
     if args.only != "evaluation":
