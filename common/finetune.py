@@ -16,10 +16,10 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import train_batch
-from common.data.dataset import Prepared, column, prepare_dataset
+from common.data.dataset import Prepared, prepare_dataset
 from common.data.mix import MixSampler, parse_mix
 from common.data.shards import load_shards
-from common.data.survey import overlap, survey
+from common.data.survey import columns_of, overlap, survey
 from common.encoding import has_roles
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
@@ -122,7 +122,7 @@ def prepare(
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
         if split == "train" and data_args.mix:
             shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
-            prepared.sampler = MixSampler(column(prepared.rows, "file"), shares, args.seed)
+            prepared.sampler = MixSampler(columns_of(prepared.rows, "file")["file"], shares, args.seed)
         data[split] = prepared
         if args.process_index == 0:
             show(split, data, data_args, args, has_roles(tokenizer))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from common.arguments import DataArguments
-from common.data.dataset import Prepared, column, prepare_dataset
+from common.data.dataset import Prepared, prepare_dataset
+from common.data.survey import columns_of
 from common.errors import UserError
 
 
@@ -49,7 +50,7 @@ def test_copies_of_a_held_out_row_are_not_trained(tmp_path, demo_tokenizer):
     chosen = held_out(prepared)
     assert len(set(chosen)) == len(chosen) == 10
     lines = (tmp_path / "a.json").read_text().splitlines()
-    trained = {json.loads(lines[line - 1])["prompt"] for line in column(prepared.rows, "line")}
+    trained = {json.loads(lines[line - 1])["prompt"] for line in columns_of(prepared.rows, "line")["line"]}
     assert len(prepared.rows) == 60 and trained.isdisjoint(chosen)
 
 

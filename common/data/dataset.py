@@ -21,6 +21,7 @@ from common.arguments import DataArguments
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut, write_held_out
 from common.data.mix import MixSampler
+from common.data.survey import columns_of
 from common.data.tables import FEATURES, check_any, write_table
 from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
@@ -108,13 +109,8 @@ def prepared(
     """The rows without those that are held out, and without their copies."""
     if not summary["held_out"]:
         return Prepared(rows, questions, files, cached, summary)
-    kept = np.isin(column(rows, "row"), np.array(summary["held_out"], np.int64), invert=True)
+    kept = np.isin(columns_of(rows, "row")["row"], np.array(summary["held_out"], np.int64), invert=True)
     return Prepared(rows.select(np.flatnonzero(kept)), questions, files, cached, summary, str(folder / "held_out"))
-
-
-def column(rows: Dataset, name: str) -> np.ndarray:
-    """A column of numbers, in the order of the rows."""
-    return rows.with_format("numpy", columns=[name])[:][name]
 
 
 def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str, Any]:

@@ -125,9 +125,15 @@ def is_in(values: NDArray, others: NDArray) -> NDArray:
 
 
 def columns_of(rows: Dataset, *names: str) -> dict[str, NDArray]:
-    """Columns of whole numbers, of any type; the other columns are not read."""
-    table = rows.select_columns(list(names)).with_format("arrow")[:]
-    return {name: table.column(name).to_numpy() for name in names}
+    """Columns of whole numbers, in the order of the rows.
+
+    Arrow would gather each of the selected rows on its own, for ten times the time and 2 KB a row.
+    """
+    columns = {name: rows.data.column(name).to_numpy() for name in names}
+    if rows._indices is None:
+        return columns
+    selected = rows._indices.column(0).to_numpy()
+    return {name: values[selected] for name, values in columns.items()}
 
 
 def percentiles(lengths: NDArray) -> list[int]:
