@@ -20,6 +20,7 @@ from common.data.dataset import Prepared, prepare_dataset
 from common.data.mix import MixSampler, parse_mix
 from common.data.shards import load_shards
 from common.data.survey import columns_of, overlap, survey
+from common.data.tables import MODEL_INPUTS
 from common.encoding import has_roles
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
@@ -37,8 +38,6 @@ from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import answer_rows, evaluate, predict
 from common.training.trainer import FinetuneTrainer
-
-INPUTS = ["input_ids", "labels"]  # the columns that a model reads; the others tell where a row comes from
 
 
 def run(method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -178,8 +177,8 @@ def build_trainer(
         method=method,
         model=model,
         args=args,
-        train_dataset=train.rows.select_columns(INPUTS) if train else None,
-        eval_dataset=validation.rows.select_columns(INPUTS) if validation else None,
+        train_dataset=train.rows.select_columns(MODEL_INPUTS) if train else None,
+        eval_dataset=validation.rows.select_columns(MODEL_INPUTS) if validation else None,
         data_collator=partial(
             train_batch,
             pad_token_id=tokenizer.pad_token_id,

@@ -16,14 +16,13 @@ from xxhash import xxh3_64_intdigest
 
 from common.arguments import DataArguments
 from common.data.formats import Columns, FormatReader
-from common.data.rows import Row, RowError, read_rows
+from common.data.rows import EXCERPT, Row, RowError, read_rows
 from common.data.sources import find_files
 from common.data.survey import scripts_of
 from common.errors import UserError
 from common.tokenizers.base import Turn
 
 SHOWN_BAD_ROWS = 20
-EXCERPT = 60  # characters of a bad row
 COUNTED, COUNTED_OF = 500, 128  # characters are counted in the first rows of a file, and in one of so many after them
 
 

@@ -27,6 +27,7 @@ ORIGIN = {  # where a row comes from, and its length in tokens before anything i
     **{"row": Value("int64"), "question": Value("int64")},  # hashes of the conversation, and of the turns before
     **{"asked": Value("int32"), "answered": Value("int32")},
 }
+MODEL_INPUTS = ["input_ids", "labels"]  # the columns of rows that a model reads
 FEATURES = {
     "rows": Features({"input_ids": IDS, "labels": IDS, **ORIGIN}),
     "questions": Features({"prompt_ids": IDS, "reference": Value("string"), **ORIGIN}),

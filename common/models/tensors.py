@@ -1,6 +1,5 @@
 """The tensors of weight files: read, and checked for what other libraries have quantized."""
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -61,5 +60,5 @@ def check_not_quantized(path: Path, content: dict[str, Any], weights: tuple[Path
             f"{path} holds weights quantized by {kind}{stored and f' ({stored})'}, which can't be read: take the model "
             "with 16-bit weights; QUANTIZATION_BIT=4 (--quantization_bit 4) quantizes it while it is loaded."
         )
-    if weights and os.environ.get("RANK", "0") == "0":
+    if weights:
         note(f"note: the quantization_config of {path} is ignored: its weights are not quantized.")

@@ -1,6 +1,5 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
-import os
 from pickle import UnpicklingError
 from typing import Any
 
@@ -90,7 +89,7 @@ def load_base(
     if info["missing_keys"]:
         first, count = min(info["missing_keys"]), len(info["missing_keys"])
         raise UserError(f"{folder.path} is no complete model: {count} weights are missing, {first} among them.")
-    if (unknown := sorted(info["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+    if unknown := sorted(info["unexpected_keys"]):
         names = f"{', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}"
         note(f"note: {len(unknown)} weights in {folder.path} are not read, because the model has none of them: {names}")
     model.generation_config.bos_token_id = folder.config.bos_token_id

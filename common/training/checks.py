@@ -65,7 +65,7 @@ def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelF
     A user takes bits to save memory, so such a training checkpoints too, unless --activation_checkpointing is false.
     """
     bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
-    if folder.bits and bits != folder.bits and args.process_index == 0:
+    if folder.bits and bits != folder.bits:
         note(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
     if args.activation_checkpointing is None:
         args.activation_checkpointing = bool(args.do_train and bits)

@@ -46,11 +46,12 @@ def choose(data_args: DataArguments, args: TrainingArguments) -> None:
     if args.do_train and data_args.text_column and args.do_predict:
         note("note: plain text has no questions to answer: the loss is reported, and the perplexity.")
         args.do_predict, args.do_eval = False, True
-    choose_validation(data_args, args)
-    choose_length(data_args, args)
+    files = training_files(data_args) if args.do_train else []
+    choose_validation(data_args, args, files)
+    choose_length(args, is_shipped(files))
 
 
-def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None:
+def choose_validation(data_args: DataArguments, args: TrainingArguments, files: list[Path]) -> None:
     """The shipped rows have a validation file; of other rows a share is held out, unless a file is given.
 
     Raises UserError if the best checkpoint is asked for, and there is no validation data.
@@ -59,7 +60,6 @@ def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None
     if not (args.do_train and evaluates) or data_args.dataset_name:
         return
     given = data_args.validation_file or data_args.test_file
-    files = training_files(data_args)
     if not given and is_shipped(files):
         given = ",".join(str(file.with_name(file.name.replace("train", "dev"))) for file in files)
     data_args.validation_file = data_args.validation_file or given
@@ -78,16 +78,11 @@ def choose_validation(data_args: DataArguments, args: TrainingArguments) -> None
         args.eval_strategy = IntervalStrategy.NO
 
 
-def choose_length(data_args: DataArguments, args: TrainingArguments) -> None:
+def choose_length(args: TrainingArguments, shipped: bool) -> None:
     """A number of steps that a user gives wins over epochs, and both over the defaults."""
     if args.max_steps > 0 and args.num_train_epochs is not None:
         note(f"note: --max_steps {args.max_steps} wins over --num_train_epochs {args.num_train_epochs:g}.")
-    if (
-        args.do_train
-        and args.max_steps <= 0
-        and args.num_train_epochs is None
-        and is_shipped(training_files(data_args))
-    ):
+    if shipped and args.max_steps <= 0 and args.num_train_epochs is None:
         args.max_steps = args.default_steps or -1
     if args.num_train_epochs is None:
         args.num_train_epochs = EPOCHS

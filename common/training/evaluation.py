@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.collator import left_pad
 from common.data.dataset import Prepared
+from common.data.tables import MODEL_INPUTS
 from common.encoding import stop_ids
 from common.metrics import score
 from common.training.report import console, peak_memory, print_scores
@@ -94,7 +95,7 @@ def probe_loss(trainer: FinetuneTrainer, data: Mapping[str, Prepared]) -> dict[s
     """The model's loss on the general questions, if there are any."""
     if "probe" not in data:
         return {}
-    rows = data["probe"].rows.select_columns(["input_ids", "labels"])
+    rows = data["probe"].rows.select_columns(MODEL_INPUTS)
     return {"probe_loss": trainer.evaluate(rows, metric_key_prefix="probe")["probe_loss"]}
 
 
