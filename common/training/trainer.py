@@ -68,9 +68,8 @@ class FinetuneTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
-        kind = self.args.device.type
-        devices = [] if kind == "cpu" else [self.args.device]
-        with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        devices = [] if self.args.device.type == "cpu" else [self.args.device]
+        with torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
