@@ -6,6 +6,11 @@ import warnings
 
 # bitsandbytes hands a function to torch.compile at import, which would load the compiler: a third of every start.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# cuDNN's attention plans 0.1 s and more for each new length: rows of varied lengths trained at a third of the speed.
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+# Blocks that grow leave smaller gaps: 14.02 instead of 14.31 GB were reserved for 13.93. The second name is the older.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # bitsandbytes reports a missing CPU kernel at import, and LLM.int8() its fp16 in every layer and step.
 for _module in ("autograd._functions", "backends.cpu.ops"):
     logging.getLogger(f"bitsandbytes.{_module}").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """Rows of different lengths -> one batch, padded no further than its longest row."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,19 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", length: 
 
 def train_batch(
     rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, label_pad_token_id: int = -100, length: int = 0
-) -> dict[str, Tensor]:
-    """``input_ids`` and ``labels`` padded on the right, with their ``attention_mask``; all as ``pad`` returns it."""
-    input_ids = [row["input_ids"] for row in rows]
+) -> dict[str, Any]:
+    """``input_ids`` and ``labels`` as ``pad`` returns them, padded on the right, which needs no attention mask.
+
+    ``label_positions`` [n], int64: the positions in the flattened batch whose next token has a label. ``tokens``: the
+    number of tokens without pads. Both are found here, because a GPU would have to stop for the answer.
+    """
+    labels = pad([row["labels"] for row in rows], label_pad_token_id, length=length)
+    labelled = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
     return {
-        "input_ids": pad(input_ids, pad_token_id, length=length),
-        "labels": pad([row["labels"] for row in rows], label_pad_token_id, length=length),
-        "attention_mask": pad([[1] * len(ids) for ids in input_ids], 0, length=length),
+        "input_ids": pad([row["input_ids"] for row in rows], pad_token_id, length=length),
+        "labels": labels,
+        "label_positions": labelled.flatten().nonzero().squeeze(1),
+        "tokens": sum(len(row["input_ids"]) for row in rows),
     }
 
 

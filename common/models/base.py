@@ -4,27 +4,30 @@ Shapes: b batch, s new positions, t positions seen so far (prefix + cached + new
 values (h if every head has its own), d head size, v vocabulary.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from common.models.loss import next_token_loss
 
-# cuDNN's attention plans 0.1 s and more for each new length: rows of varied lengths trained at a third of the speed.
-torch.backends.cuda.enable_cudnn_sdp(False)
-
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding."""
+
+Visible = Tensor | Literal["causal"] | None
+"""The keys that each new position may attend to: boolean [b, 1, s, t], True = visible; all up to itself; or all."""
 
 Weights = dict[str, Tensor]
 
@@ -55,14 +58,43 @@ def inverse_frequencies(dim: int, base: float = 10000, device: torch.device | No
     return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention that also returns its weights [b, h, s, t]. attention_mask: boolean, True = visible."""
-    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Visible, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Like ``fused_attention``, and returns the weights [b, h, s, t] too."""
+    key, value = (repeat_kv(states, query.shape[1] // key.shape[1]) for states in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if isinstance(visible, str):
+        visible = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    return weights @ value, weights
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, visible: Visible, scaling: float) -> Tensor:
+    """Attention by the fastest kernel. query: [b, h, s, d]; key, value: [b, g, t, d]. Returns [b, h, s, d].
+
+    Only flash attention reads shared keys and values where they are; it knows no mask. The others get a copy per head.
+    """
+    heads, groups, length = query.shape[1], key.shape[1], query.shape[2]
+    if length == 1:  # the heads of a group become positions of one head
+        rows = query.view(query.shape[0], groups, heads // groups, -1)
+        return F.scaled_dot_product_attention(rows, key, value, visible, scale=scaling).view_as(query)
+    mask = causal_lower_right(length, key.shape[2]) if isinstance(visible, str) else visible
+    shared = groups < heads and can_share(query, key, value, visible)
+    if not shared:
+        key, value = (repeat_kv(states, heads // groups) for states in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=shared)
+
+
+def can_share(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> bool:
+    """Whether a kernel without copies of shared keys and values will run."""
+    if query.device.type == "cpu":
+        return True
+    return not isinstance(visible, Tensor) and can_use_flash_attention(
+        SDPAParams(query, key, value, None, 0.0, False, True)
+    )
 
 
 class GLMAttention(nn.Module):
@@ -74,7 +106,6 @@ class GLMAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # heads per group
         self.scaling = config.head_dim**-0.5
 
     def heads(self, hidden_states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +113,7 @@ class GLMAttention(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, hidden_states: Tensor, visible: Tensor | None, rotary: Rotary, prefix: Tensor | None, cache: Cache | None
+        self, hidden_states: Tensor, visible: Visible, rotary: Rotary, prefix: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         query, key, value = self.heads(hidden_states, rotary)
         if prefix is not None:  # the learned keys and values precede the text and are not rotated
@@ -90,9 +121,11 @@ class GLMAttention(nn.Module):
             value = torch.cat((prefix[1], value), dim=2)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        context, weights = attend(self, query, key, value, visible, scaling=self.scaling, is_causal=False)
-        return self.dense(context.flatten(2)), weights
+        if self.config._attn_implementation == "eager":
+            context, weights = eager_attention(query, key, value, visible, self.scaling)
+        else:
+            context, weights = fused_attention(query, key, value, visible, self.scaling), None
+        return self.dense(context.transpose(1, 2).flatten(2)), weights
 
 
 class GLMPreTrainedModel(PreTrainedModel):
@@ -128,27 +161,29 @@ class GLMModel(GLMPreTrainedModel):
 
     def visible_keys(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
-    ) -> Tensor | None:
-        """The keys that each new position may attend to: [b, 1, s, t], True = visible; None = all keys.
+    ) -> Visible:
+        """Attention is bidirectional in the context and causal after it. No position sees a pad, and all see the prefix.
 
-        Attention is bidirectional in the context and causal after it. No position sees a pad, and all see the prefix.
         attention_mask: [b, past + s], 1 = token; or, as in the original, boolean [b, 1, s, past + s], True = hidden.
+        Rows that are padded on the right need none: nothing before a pad sees it.
         """
         batch_size, length = input_ids.shape
-        if length == 1 and attention_mask is None:
-            return None
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.all():
+            attention_mask = None
+        context = self.context_lengths(input_ids) if past_length == 0 and length > 1 else None
+        if attention_mask is None and context is None:
+            return None if length == 1 else "causal"
         if attention_mask is not None and attention_mask.dim() == 4:
             visible = ~attention_mask.bool()
         else:
             keys = torch.arange(past_length + length, device=input_ids.device)
             visible = keys <= keys[past_length:, None]  # [s, past + s]
-            context = self.context_lengths(input_ids) if past_length == 0 else None
             if context is not None:
                 visible = visible | (keys < context[:, None])[:, None]  # [b, s, s]
             visible = visible.expand(batch_size, length, -1)[:, None]
             if attention_mask is not None:
                 visible = visible & attention_mask.bool()[:, None, None]
-        return nn.functional.pad(visible, (prefix_length, 0), value=True) if prefix_length else visible
+        return F.pad(visible, (prefix_length, 0), value=True) if prefix_length else visible
 
     @merge_with_config_defaults
     @capture_outputs
@@ -196,6 +231,7 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -205,8 +241,8 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Next-token logits [b, s, v], and the loss if labels [b, s] are given (-100 = no loss).
 
-        ``next_token_loss`` computes the loss; ``loss_in_parts`` is its ``in_parts``. ``loss_only`` returns no logits,
-        and never computes the logits of positions without a label.
+        ``next_token_loss`` computes the loss; ``label_positions`` and ``loss_in_parts`` are its ``positions`` and
+        ``in_parts``. ``loss_only`` returns no logits, and never computes the logits of positions without a label.
         """
         outputs = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
@@ -216,7 +252,9 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
         logits = None if loss_only else head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = next_token_loss(head, hidden_states, labels, logits, num_items_in_batch, loss_in_parts)
+            loss = next_token_loss(
+                head, hidden_states, labels, label_positions, logits, num_items_in_batch, loss_in_parts
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

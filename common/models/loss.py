@@ -11,13 +11,15 @@ def next_token_loss(
     head: nn.Linear,
     hidden_states: Tensor,
     labels: Tensor,
+    positions: Tensor | None = None,
     logits: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     in_parts: bool = True,
 ) -> Tensor:
     """Cross-entropy of the next tokens in float32: the mean over labels, or their sum / ``num_items_in_batch``.
 
-    hidden_states: [b, s, hidden]; labels: [b, s], not shifted, -100 = no loss; logits: [b, s, v];
+    hidden_states: [b, s, hidden]; labels: [b, s], not shifted, -100 = no loss; logits: [b, s, v]; positions: [n], those
+    in the flattened batch that predict a label, as the collator finds them before they would make a GPU wait;
     num_items_in_batch: the number of labels in the whole accumulated batch.
 
     Without ``logits`` the head computes them for labelled positions. For many positions it computes them in parts,
@@ -26,9 +28,11 @@ def next_token_loss(
     ``in_parts=False`` calls the head once. A sharded head needs it: each call gathers the head, all processes must
     call it equally often, and their numbers of labels differ.
     """
-    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    labelled = targets != -100
-    rows, wanted = (hidden_states if logits is None else logits)[labelled], targets[labelled]
+    targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    if positions is None:
+        positions = (targets != -100).nonzero().squeeze(1)
+    predictors = hidden_states if logits is None else logits
+    rows, wanted = predictors.flatten(0, 1).index_select(0, positions), targets[positions]
     largest = LARGEST_PART // head.out_features  # labels per part
 
     def summed_loss(rows: Tensor, targets: Tensor) -> Tensor:

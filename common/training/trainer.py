@@ -52,6 +52,7 @@ class FinetuneTrainer(Trainer):
     score_answers: Callable[[], dict[str, float]] | None = None
     sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
     predicted_memory = 0  # bytes
+    new_tokens = 0  # that this process has trained on since the last log
 
     def __init__(self, method: Method, **kwargs):
         self.method = method
@@ -64,7 +65,19 @@ class FinetuneTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        return super().compute_loss(model, {**inputs, **self.args.engine.loss_flags}, *args, **kwargs)
+        inputs = {name: value for name, value in inputs.items() if name != "tokens"}
+        return super().compute_loss(model, inputs | self.args.engine.loss_flags, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Counts without a look at the batch, for which a GPU would have to wait in every step."""
+        self.new_tokens += inputs["tokens"]
+
+    def log(self, *args, **kwargs) -> None:
+        """Adds up the tokens of all processes before it logs."""
+        counted = torch.tensor(self.new_tokens, device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(counted).sum())
+        self.new_tokens = 0
+        super().log(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
