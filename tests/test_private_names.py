@@ -75,7 +75,6 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     # the models, as transformers writes its own
     "transformers.cache_utils.Cache": "the models keep no cache",
     "transformers.modeling_layers.GradientCheckpointingLayer": "activations are not checkpointed",
-    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "no attention is computed",
     "transformers.modeling_utils.slice_logits_to_keep": "generation computes all logits",
     "transformers.utils.generic.merge_with_config_defaults": "the config's defaults do not reach forward()",
     "transformers.utils.output_capturing.capture_outputs": "output_hidden_states is ignored",

@@ -78,13 +78,12 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, visible: Visible,
     Only flash attention reads shared keys and values where they are; it knows no mask. The others get a copy per head.
     """
     heads, groups, length = query.shape[1], key.shape[1], query.shape[2]
+    causal, mask = isinstance(visible, str), None if isinstance(visible, str) else visible
     if length == 1:  # the heads of a group become positions of one head
         rows = query.view(query.shape[0], groups, heads // groups, -1)
-        return F.scaled_dot_product_attention(rows, key, value, visible, scale=scaling).reshape(query.shape)
-    mask, causal = visible, False
-    if isinstance(visible, str):
-        causal = length == key.shape[2]  # else a prefix or cached keys come first
-        mask = None if causal else causal_lower_right(length, key.shape[2])
+        return F.scaled_dot_product_attention(rows, key, value, mask, scale=scaling).reshape(query.shape)
+    if causal and length < key.shape[2]:  # a prefix or cached keys come first
+        causal, mask = False, causal_lower_right(length, key.shape[2])
     shared = groups < heads and can_share(query, key, value, mask)
     if not shared:
         key, value = (repeat_kv(states, heads // groups) for states in (key, value))
