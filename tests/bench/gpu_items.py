@@ -178,7 +178,14 @@ def parity(demo: str) -> None:
         try:
             here = train_demo(demo, method, DEVICE, DTYPES[name], bits, 5, starts[method])
         except (RuntimeError, NotImplementedError) as error:
-            say(demo=demo, method=method, dtype=name, bits=bits, failed=str(error).splitlines()[0][:200])
+            say(
+                demo=demo,
+                method=method,
+                dtype=name,
+                bits=bits,
+                equal_answers="",
+                failed=str(error).splitlines()[0][:200],
+            )
             continue
         off = max(abs(mine / loss - 1) for mine, loss in zip(here[0], losses, strict=True))
         same = sum(map(torch.equal, answers, here[1])) if answers.shape == here[1].shape else 0

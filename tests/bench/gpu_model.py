@@ -38,11 +38,11 @@ PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12
 SHAPES = {"chatglm": (64, 2, 4, 256, 4096), "chatglm2": (64, 2, 4, 128, 4096), "chatglm3": (64, 2, 4, 128, 4096)}
 SHORTER = 32 if TINY else 1  # by which lengths are divided
 NEW_TOKENS = 64 // SHORTER
-SECONDS = 3.0  # of measured steps for each setting
+SECONDS = 1.5  # of timed steps for each setting
 
 
 class Setting(NamedTuple):
-    """A training, or with ``new`` the answering of ``rows`` questions at once."""
+    """A training, or with ``answers`` the answering of ``rows`` questions at once."""
 
     method: str
     rows: int
@@ -209,11 +209,10 @@ def clock(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def seconds_of(work: Callable[[], None], seconds: float = SECONDS, least: int = 2, most: int = 10) -> float:
-    """The median of a few calls after one that is not counted."""
-    work()
+def seconds_of(work: Callable[[], object]) -> float:
+    """The median of 2 to 6 calls, as many as SECONDS allow."""
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds and len(times) < most:
+    while len(times) < 2 or sum(times) < SECONDS and len(times) < 6:
         times.append(clock(work))
     return sorted(times)[len(times) // 2]
 
@@ -222,20 +221,23 @@ def peak_of(
     model: PreTrainedModel, make: Callable[[], Callable[[], None]]
 ) -> tuple[Callable[[], None], dict[str, int]]:
     """Does the work twice. Returns it, and its peaks in bytes with the weights: of the allocator, and reserved."""
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+
+    def twice() -> Callable[[], object]:
         work = make()
         work()
         work()
         synchronize()
+        return work
+
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work = twice()
         return work, {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     weights = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        work = make()
-        work()
-        work()
+        work = twice()
     return work, {"measured": weights + allocator_peak(recorded)}
 
 
