@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,15 +130,14 @@ def start(item: Item, folder: Path, end: float) -> Running:
 
 
 def finish(running: Running) -> None:
-    """Waits for an item, kills it at its end, and writes down how it ended."""
-    item, process, log, started, end = running
-    try:
-        code = process.wait(max(0.1, end - time.time()))
-        problem = f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+    """Kills an item that still runs, and writes down how it ended."""
+    item, process, log, started, _ = running
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         problem = f"killed after {time.time() - started:.0f} s"
+    else:
+        problem = f"exit code {process.returncode}" if process.returncode else ""
     found: dict[str, Any] = {"seconds": round(time.time() - started, 1)}
     state, scores = (log.with_suffix("") / name for name in ("trainer_state.json", "predict_results.json"))
     if state.exists():
@@ -161,8 +161,13 @@ def run_stage(items: list[Item], folder: Path) -> None:
         elif item.name in NEED_A_CARD and not CUDA:
             say(left_out=[item.name], reason="it needs a card")
     begun = [item for item in items if time.time() + START <= END and (CUDA or item.name not in NEED_A_CARD)]
-    for running in [start(item, folder, END) for item in begun]:
-        finish(running)
+    running = [start(item, folder, END) for item in begun]
+    while running:
+        for one in running[:]:
+            if one.process.poll() is not None or time.time() > one.end:
+                running.remove(one)
+                finish(one)
+        time.sleep(0.1)
 
 
 def machine() -> dict[str, Any]:

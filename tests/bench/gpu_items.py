@@ -58,7 +58,7 @@ def kernels_of(work: Callable[[], None]) -> dict[str, float]:
     for event in recorded.key_averages():
         spent = event.self_device_time_total if CUDA else event.self_cpu_time_total
         name = event.key.lower().replace("log_softmax", "").replace("logsoftmax", "")  # those of the loss
-        if spent and any(word in name for word in KERNELS):
+        if spent and not name.startswith("autograd::") and any(word in name for word in KERNELS):
             found[event.key[:80]] += spent / 1000
     return {name: round(spent, 3) for name, spent in found.most_common(4)}
 

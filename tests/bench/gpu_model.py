@@ -122,7 +122,7 @@ def make_model(kind: str, bits: int | None, dtype: torch.dtype, layers: int | No
         name: RandomWeight(weight.shape, 1.0 if "norm" in name and weight.ndim == 1 else 0.0, dtype)
         for name, weight in empty.named_parameters()
     }
-    return spec.model.from_pretrained(
+    model = spec.model.from_pretrained(
         None,
         state_dict=drawn,
         config=config,
@@ -130,6 +130,8 @@ def make_model(kind: str, bits: int | None, dtype: torch.dtype, layers: int | No
         device_map={"": torch.device(DEVICE)},
         quantization_config=quantization_config(bits, dtype),
     )
+    model.generation_config.eos_token_id = None  # no answer ends early
+    return model
 
 
 def new_method(name: str) -> Method:
@@ -175,7 +177,7 @@ def answer(model: PreTrainedModel, rows: int, source: int, new: int = NEW_TOKENS
     prompts = [random_row(model.config, source - index % 2 * source // 4, 0)["input_ids"] for index in range(rows)]
     inputs = on_device(left_pad(prompts, model.config.pad_token_id))
     with torch.no_grad():
-        model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True)
+        model.generate(**inputs, max_new_tokens=new, do_sample=False, use_cache=True)
 
 
 def set_checkpointing(model: PreTrainedModel, bits: int | None, on: bool) -> None:
