@@ -28,10 +28,10 @@ def item(name: str, code: str, limit: float = 100) -> gpu.Item:
 def test_failed_and_hanging_items_are_lines_and_the_next_goes_on(day):
     stage = [item("fails", "print('why'); 1 / 0"), item("hangs", "while True: pass", limit=0.5), item("works", "")]
     gpu.run_stage(stage, day)
-    fails, hangs, works = gpu.read_lines()
-    assert [line["ended"] for line in (fails, hangs, works)] == [False, False, True]
-    assert fails["failed"] == "exit code 1" and "ZeroDivisionError" in fails["log"][-1]
-    assert hangs["failed"].startswith("killed")
+    lines = {line["item"]: line for line in gpu.read_lines()}
+    assert {name: line["ended"] for name, line in lines.items()} == {"fails": False, "hangs": False, "works": True}
+    assert lines["fails"]["failed"] == "exit code 1" and "ZeroDivisionError" in lines["fails"]["log"][-1]
+    assert lines["hangs"]["failed"].startswith("killed")
 
 
 def test_what_does_not_fit_any_more_is_named(day, monkeypatch):

@@ -21,7 +21,7 @@ from common.launch.environment import missing_packages
 
 TINY, CUDA = os.environ.get("SHAPE") == "tiny", os.environ.get("DEVICE", "cuda") == "cuda"
 DEVICE = "cuda" if CUDA else "cpu"
-OUT = Path(os.environ.get("OUT", "gpu.jsonl"))
+OUT = Path(os.environ.get("OUT", "gpu.jsonl")).resolve()
 BEGIN = float(os.environ.get("BENCH_BEGIN") or time.time())  # of the whole day, for all processes
 MINUTES = float(os.environ.get("MINUTES", "9"))
 END = float(os.environ.get("ITEM_END") or BEGIN + 60 * MINUTES)
@@ -87,7 +87,7 @@ STAGES = [
         own("goldens", 80),
         *(own(f"plan {kind} {bits}", 80, OMP_NUM_THREADS="1") for kind, bits in [*MODELS, LAST]),
     ],
-    [own("cudnn", 70)],
+    [own("cudnn", 70, TORCH_CUDNN_SDPA_DEPRIORITIZED="0")],
     *([own(f"measure {kind} {bits}", 80 if bits == 16 else 60)] for kind, bits in MODELS),
     [
         program("ptuning/train.sh", "ptuning/train.sh", *SHORT, *ANSWERS),
@@ -174,8 +174,12 @@ def machine() -> dict[str, Any]:
     """The card, the Python and the libraries."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,power.limit", "--format=csv,noheader"]
     card = subprocess.run(query, capture_output=True, text=True).stdout.strip() if CUDA else "none: a CPU"
+    wheels = (
+        [file.name for file in sorted(Path(os.environ["WHEELS"]).glob("*.whl"))] if os.environ.get("WHEELS") else []
+    )
     missing = missing_packages([ROOT / "requirements.txt"])
-    return {"card": card, "shape": "tiny" if TINY else "6b", "python": sys.version.split()[0], "missing": missing}
+    shape = "tiny" if TINY else "6b"
+    return {"card": card, "shape": shape, "python": sys.version.split()[0], "wheels": wheels, "missing": missing}
 
 
 def gigabytes(line: dict[str, Any]) -> dict[str, str]:
@@ -191,13 +195,10 @@ def settings_table(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if line["item"].startswith("measure") and "setting" in line:
             key = line["item"].removeprefix("measure "), line["setting"]
             whole = {"predicted": planned[key]} | line if key in planned else line
-            ratio = (
-                {"ratio": f"{whole['predicted'] / whole['measured']:.3f}"}
-                if {"predicted", "measured"} <= whole.keys()
-                else {}
-            )
-            rest = {name: value for name, value in line.items() if name not in ("measured", "reserved", "item")}
-            rows.append({"model": key[0]} | gigabytes(whole) | ratio | rest)
+            row = {"model": key[0], "setting": key[1]} | gigabytes(whole)
+            if {"predicted", "measured"} <= whole.keys():
+                row["ratio"] = f"{whole['predicted'] / whole['measured']:.3f}"
+            rows.append(row | {name: line[name] for name in line if name not in ("measured", "reserved", "item", "at")})
     return rows
 
 

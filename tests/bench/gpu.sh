@@ -3,16 +3,16 @@
 # and speed of the 6.2B shapes with random weights, the programs on the demo. No network, and nothing is downloaded.
 #     bash tests/bench/gpu.sh [WORD...]                  items whose names hold one of the words; none: all
 #     SHAPE=tiny DEVICE=cpu bash tests/bench/gpu.sh      tiny models on a CPU, to see that the command works
-# It takes the libraries of PYTHON, and those in WHEELS, a folder of wheels that it installs into a temporary folder. Beside torch 2.11, transformers and what these need, a Python 3.12 took: accelerate,
-# peft, datasets (dill, multiprocess, xxhash, pyarrow), bitsandbytes, deepspeed (hjson, pydantic), sentencepiece, jieba,
-# rouge_chinese, nltk, httpx2, tensorboard. The first line names those that are missing.
+# It takes the libraries of PYTHON, and those in WHEELS, which it installs into a temporary folder. Its first line names
+# what is missing. tests/bench/RESULTS.md says which wheels a Python 3.12 with torch 2.11 and transformers needs.
 set -euo pipefail
 
 export SHAPE=${SHAPE:-6b}                                # tiny
 export DEVICE=${DEVICE:-cuda}                            # cpu
 export MINUTES=${MINUTES:-9}                             # items that would not fit any more are left out, by name
-export OUT=${OUT:-$PWD/gpu.jsonl}                        # JSON lines, as they come
-WHEELS=${WHEELS:-}                                       # a folder
+export OUT=${OUT:-$PWD}                                  # a file for JSON lines, as they come; or its folder
+if [ -d "$OUT" ]; then OUT=$OUT/gpu.jsonl; fi
+export WHEELS=${WHEELS:-}                                # a folder of wheels, of Python packages that are not there
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 if [ -z "${PYTHON:-}" ]; then                            # the active environment, else that of the scripts
     PYTHON=python3

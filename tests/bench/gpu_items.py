@@ -48,7 +48,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KERNELS = ("fmha", "flash", "cudnn", "attention", "sdpa", "softmax", "mha")
 
 
-def kernels_of(work: Callable[[], None]) -> dict[str, float]:
+def kernels_of(work: Callable[[], object]) -> dict[str, float]:
     """Name -> milliseconds of the kernels of attention in a call, the longest first; on a CPU its operators."""
     work()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]) as recorded:
@@ -124,7 +124,8 @@ def cudnn() -> None:
             ("32 tokens of 8 answers to 40 to 76 tokens", generate, range(40, 80, 12)),
         ):
             times = sorted(clock(partial(work, length)) for length in lengths)
-            say(cudnn=way, what=what, mean_ms=milliseconds(sum(times) / len(times)), most_ms=milliseconds(times[-1]))
+            mean, chosen = sum(times) / len(times), list(kernels_of(partial(work, lengths[0])))[:2]
+            say(cudnn=way, what=what, mean_ms=milliseconds(mean), most_ms=milliseconds(times[-1]), chosen=chosen)
 
 
 def demo_batches(demo: str, count: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
