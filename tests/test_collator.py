@@ -13,10 +13,11 @@ ROWS = [
 
 def test_training_batch_is_padded_on_the_right():
     batch = train_batch(ROWS, pad_token_id=3)
+    assert batch.pop("tokens") == 10
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 1, 2, 7, 9], [5, 1, 2, 9, 3, 3]],
         "labels": [[-100, -100, -100, 2, 7, 9], [-100, -100, 2, 9, -100, -100]],
-        "attention_mask": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]],
+        "label_positions": [2, 3, 4, 7, 8],
     }
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
@@ -25,8 +26,8 @@ def test_training_batch_is_padded_on_the_right():
 def test_training_batch_of_a_fixed_length(pad_to, length):
     """A longer row is not cut."""
     batch = train_batch(ROWS, pad_token_id=3, length=pad_to)
-    assert {value.shape for value in batch.values()} == {(2, length)}
-    assert batch["attention_mask"].sum(-1).tolist() == [6, 4]
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, length)
+    assert batch["tokens"] == 10
     assert batch["input_ids"][1].tolist() == [5, 1, 2, 9] + [3] * (length - 4)
     assert batch["labels"][1].tolist() == [-100, -100, 2, 9] + [-100] * (length - 4)
 
@@ -35,6 +36,7 @@ def test_pads_that_count():
     """With ignore_pad_token_for_loss=False the official script pads labels with the pad token."""
     batch = train_batch(ROWS, pad_token_id=3, label_pad_token_id=3)
     assert batch["labels"][1].tolist() == [-100, -100, 2, 9, 3, 3]
+    assert batch["label_positions"].tolist() == [2, 3, 4, 7, 8, 9, 10]
 
 
 def test_prompts_are_padded_on_the_left():

@@ -1,12 +1,14 @@
 """No device is assumed: whatever accelerator torch finds is used, or the CPU."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import ROOT
 
-import common.models.base  # noqa: F401 - chooses the kernels
 from common.models.precision import this_device
 
 # CUDA_VISIBLE_DEVICES is no match: it is the name of a variable, and says which GPUs a process sees.
@@ -37,6 +39,18 @@ def test_a_torch_for_gpus_that_finds_none_takes_the_cpu(monkeypatch):
     assert this_device() == torch.device("cpu")
 
 
-def test_attention_takes_no_kernel_that_plans_anew_for_each_length():
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+@pytest.mark.parametrize(
+    ("given", "cudnn", "blocks"),
+    [
+        ({}, "1", "expandable_segments:True"),
+        ({"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0", "PYTORCH_ALLOC_CONF": "backend:native"}, "0", "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "1", "None"),
+    ],
+)
+def test_settings_of_torch_are_there_before_its_first_attention(given, cudnn, blocks):
+    """cuDNN's attention comes last, because it plans anew for each length; a user's own settings stay."""
+    names = ("TORCH_CUDNN_SDPA_DEPRIORITIZED", "PYTORCH_ALLOC_CONF")
+    code = f"import common, os; print(*map(os.environ.get, {names}))"
+    clean = {name: value for name, value in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [cudnn, blocks]

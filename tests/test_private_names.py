@@ -44,6 +44,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     # the Trainer
     "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK": "trackers of --report_to are not known",
     f"{TRAINER}._save": "checkpoints hold the whole model",
+    f"{TRAINER}._track_num_input_tokens": "a GPU waits in every step while tokens are counted",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
     f"{TRAINER}._load_from_checkpoint": "a training under FSDP2 can't be continued",
     f"{TRAINER}._get_train_sampler": "--mix draws no rows",
@@ -60,6 +61,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "torch.UntypedStorage._cdata": "nothing is predicted",
     "torch._C._current_graph_task_id": "autocast is predicted wrong",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "attention on a CPU is predicted wrong",
+    "torch.ops.aten._scaled_dot_product_flash_attention": "attention on a GPU is predicted wrong",
     "torch.ops.aten._scaled_dot_product_efficient_attention": "attention on a GPU is predicted wrong",
     "torch.ops.aten._local_scalar_dense": "meta tensors are asked for their values",
     "transformers.cache_utils.DynamicCache": "generation is predicted wrong; the models keep no cache",

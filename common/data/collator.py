@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -24,11 +25,11 @@ def train_batch(
     number of tokens without pads. Both are found here, because a GPU would have to stop for the answer.
     """
     labels = pad([row["labels"] for row in rows], label_pad_token_id, length=length)
-    labelled = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    labelled = np.pad(labels.numpy()[:, 1:] != -100, ((0, 0), (0, 1)))
     return {
         "input_ids": pad([row["input_ids"] for row in rows], pad_token_id, length=length),
         "labels": labels,
-        "label_positions": labelled.flatten().nonzero().squeeze(1),
+        "label_positions": torch.from_numpy(np.flatnonzero(labelled)),
         "tokens": sum(len(row["input_ids"]) for row in rows),
     }
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import Engine
+from common.models import base
 from common.models.quantization import NOT_QUANTIZED, checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
@@ -36,6 +37,10 @@ aten = torch.ops.aten
 WORKSPACE: dict[str, Callable[..., float]] = {
     "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
     "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,
+    # Read in the source, not measured: the query's gradient in float32, and those of keys and values for every head.
+    "aten::_scaled_dot_product_flash_attention_backward": lambda _, query, key, *__: (
+        query.numel() * 4 + 2 * (key.numel() // key.shape[1] * query.shape[1]) * key.element_size()
+    ),
 }
 
 
@@ -82,14 +87,11 @@ class Plan:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make, for as long as they live, by kind.
+    """Counts the bytes of the storages that operators make, for as long as they live, by kind."""
 
-    ``labels``: the number of positions that a boolean mask selects; meta tensors don't know it.
-    """
-
-    def __init__(self, model: nn.Module, vocabulary: int, labels: int, gpu: bool):
+    def __init__(self, model: nn.Module, vocabulary: int, gpu: bool):
         super().__init__()
-        self.vocabulary, self.labels = vocabulary, labels
+        self.vocabulary = vocabulary
         self.unit = 512 if gpu else 64  # bytes that an allocation is rounded up to
         self.sums: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
@@ -125,10 +127,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:  # whether a mask hides nothing; False takes more memory
             return False
-        if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
-            out = args[0].new_empty(self.labels, *args[0].shape[args[1][0].ndim :])
-        else:
-            out = func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
@@ -183,29 +182,49 @@ def quantize(model: PreTrainedModel, setup: Setup) -> None:
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
 
 
+def attention_doubles(setup: Setup) -> dict[tuple[Any, str], Callable]:
+    """Like ``doubles``, for the kernels of attention. The mask "causal": a causal one behind other keys."""
+
+    def flash(query, mask):  # of the cards, those that compute bfloat16 have it
+        return (setup.autocast or query.dtype) == torch.bfloat16 and not isinstance(mask, Tensor)
+
+    def can_share(query, key, value, mask):
+        return not setup.gpu or flash(query, mask)
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, **_):
+        if setup.autocast:
+            query, key, value = (x.to(setup.autocast) for x in (query, key, value))
+        causal, bias = is_causal or isinstance(attn_mask, str), None
+        if setup.gpu and flash(query, attn_mask):
+            return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
+        if causal and not is_causal and not setup.gpu:  # there it becomes a mask
+            attn_mask, causal = query.new_empty(query.shape[2], key.shape[2], dtype=torch.bool), False
+        if isinstance(attn_mask, Tensor):
+            bias = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
+        if not setup.gpu:
+            on_cpu = aten._scaled_dot_product_flash_attention_for_cpu
+            return on_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)[0]
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, torch.is_grad_enabled(), 0.0, causal, scale=scale
+        )[0]
+
+    return {
+        (F, "scaled_dot_product_attention"): attention,
+        (base, "can_share"): can_share,
+        (base, "causal_lower_right"): lambda *size: "causal",
+    }
+
+
 def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], Callable]:
     """(module, name) -> what meta tensors call instead: the kernels of the device, and the casts of autocast.
 
     ``cast_weights`` collects the weights that autocast casts; it keeps them until the forward pass ends.
     """
     linear = F.linear
-
-    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if setup.autocast:
-            query, key, value = (x.to(setup.autocast) for x in (query, key, value))
-        if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        bias = None
-        if attn_mask is not None:
-            bias = torch.where(attn_mask, query.new_zeros(()), query.new_full((), -torch.inf))
-        if not setup.gpu:
-            flash = aten._scaled_dot_product_flash_attention_for_cpu
-            return flash(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)[0]
-        if bias is not None:
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale
-        )[0]
 
     def autocast_linear(inputs, weight, bias=None):
         weight, bias = (x if x is None else x.to(setup.autocast) for x in (weight, bias))
@@ -223,7 +242,7 @@ def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], C
     def matmul_8bit(inputs, weight, state, bias=None, **_):
         return MatMul8bitFp.apply(inputs, weight, None, bias, state)
 
-    table: dict[tuple[Any, str], Callable] = {(F, "scaled_dot_product_attention"): attention}
+    table = attention_doubles(setup)
     if setup.gpu:
         table |= {(F, "dropout"): dropout, (F, "rms_norm"): rms_norm}
     elif setup.batch_size:
@@ -260,9 +279,8 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
         model.activation_checkpointing_enable(how)
     model.train()
     for _ in range(1 + setup.accumulates):
-        batch = fake_batch(setup.batch_size, setup.source_length + setup.target_length)
-        count = torch.ones((), device="meta")
-        loss = model(**batch, labels=batch["input_ids"], num_items_in_batch=count, **setup.engine.loss_flags).loss
+        batch = labelled_batch(setup, setup.batch_size)
+        loss = model(**batch, num_items_in_batch=torch.ones((), device="meta"), **setup.engine.loss_flags).loss
         cast_weights.clear()
         torch.autograd.backward(loss)
         del loss, batch
@@ -273,37 +291,37 @@ def evaluation_step(model: PreTrainedModel, setup: Setup) -> None:
     """The loss of a batch; then of an answer the first token, and the last one with all others cached."""
     model.eval()
     if setup.evaluation_batch_size:
-        batch = fake_batch(setup.evaluation_batch_size, setup.source_length + setup.target_length)
-        model(**batch, labels=batch["input_ids"], **setup.engine.loss_flags)
+        model(**labelled_batch(setup, setup.evaluation_batch_size), **setup.engine.loss_flags)
     if not setup.generation_batch_size:
         return
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
     config = model.config
     prefix_length = vars(config).get("pre_seq_len") or 0
-    decode_step(model, fake_batch(count, setup.source_length), 0, None)
+    decode_step(model, count, setup.source_length, 0, None)
     shape = (count, config.num_key_value_heads, prefix_length + end - 1, config.head_dim)
     cache = DynamicCache(config=config)
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.empty(2, *shape, dtype=setup.dtype, device="meta").unbind(), layer)
-    decode_step(model, fake_batch(count, end), end - 1, cache)
+    decode_step(model, count, end, end - 1, cache)
 
 
-def decode_step(model: PreTrainedModel, batch: dict[str, Tensor], cached: int, cache: DynamicCache | None) -> None:
-    """The work of generate() for one token."""
-    batch["input_ids"] = batch["input_ids"][:, cached:]
-    out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+def decode_step(model: PreTrainedModel, rows: int, length: int, cached: int, cache: DynamicCache | None) -> None:
+    """The work of generate() for one token of rows with pads."""
+    mask = torch.ones(rows, length, dtype=torch.long, device="meta")
+    out = model(mask[:, cached:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
     out.logits[:, -1].float()
 
 
-def fake_batch(batch_size: int, length: int) -> dict[str, Tensor]:
-    ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def labelled_batch(setup: Setup, rows: int) -> dict[str, Tensor]:
+    """As the collator makes it for the loss."""
+    ids = torch.zeros(rows, setup.source_length + setup.target_length, dtype=torch.long, device="meta")
+    labels = setup.target_length + setup.all_labelled * setup.source_length
+    return {"input_ids": ids, "labels": ids, "label_positions": ids.new_empty(rows * labels)}
 
 
 def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     """The peak of one process. ``model``: on the meta device, quantized, with the parameters to train."""
     config = model.config
-    labels = setup.target_length + setup.all_labelled * setup.source_length
     stored: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
         stored["trained weights" if tensor.requires_grad else "weights"] += tensor.nbytes
@@ -312,13 +330,13 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     peaks = []
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
-            with Allocations(model, config.vocab_size, setup.batch_size * labels, setup.gpu) as allocations:
+            with Allocations(model, config.vocab_size, setup.gpu) as allocations:
                 training_step(model, setup, allocations, cast_weights)
             peaks.append(allocations.peak)
             model.zero_grad()
             del allocations
     with kernels_of(replace(setup, batch_size=0, autocast=None)):
-        with Allocations(model, config.vocab_size, setup.evaluation_batch_size * labels, setup.gpu) as allocations:
+        with Allocations(model, config.vocab_size, setup.gpu) as allocations:
             evaluation_step(model, setup)
         peaks.append(allocations.peak)
         if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:

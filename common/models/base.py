@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -80,21 +80,23 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, visible: Visible,
     heads, groups, length = query.shape[1], key.shape[1], query.shape[2]
     if length == 1:  # the heads of a group become positions of one head
         rows = query.view(query.shape[0], groups, heads // groups, -1)
-        return F.scaled_dot_product_attention(rows, key, value, visible, scale=scaling).view_as(query)
-    mask = causal_lower_right(length, key.shape[2]) if isinstance(visible, str) else visible
-    shared = groups < heads and can_share(query, key, value, visible)
+        return F.scaled_dot_product_attention(rows, key, value, visible, scale=scaling).reshape(query.shape)
+    mask, causal = visible, False
+    if isinstance(visible, str):
+        causal = length == key.shape[2]  # else a prefix or cached keys come first
+        mask = None if causal else causal_lower_right(length, key.shape[2])
+    shared = groups < heads and can_share(query, key, value, mask)
     if not shared:
         key, value = (repeat_kv(states, heads // groups) for states in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=shared)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=shared)
 
 
-def can_share(query: Tensor, key: Tensor, value: Tensor, visible: Visible) -> bool:
-    """Whether a kernel without copies of shared keys and values will run."""
+def can_share(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel for this mask reads shared keys and values without copies."""
     if query.device.type == "cpu":
         return True
-    return not isinstance(visible, Tensor) and can_use_flash_attention(
-        SDPAParams(query, key, value, None, 0.0, False, True)
-    )
+    masked = mask is not None and not isinstance(mask, CausalBias)
+    return not masked and can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True))
 
 
 class GLMAttention(nn.Module):
@@ -162,7 +164,7 @@ class GLMModel(GLMPreTrainedModel):
     def visible_keys(
         self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
     ) -> Visible:
-        """Attention is bidirectional in the context and causal after it. No position sees a pad, and all see the prefix.
+        """Attention is bidirectional in the context and causal after it. No token sees a pad, and all see the prefix.
 
         attention_mask: [b, past + s], 1 = token; or, as in the original, boolean [b, 1, s, past + s], True = hidden.
         Rows that are padded on the right need none: nothing before a pad sees it.
