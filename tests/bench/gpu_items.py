@@ -176,28 +176,15 @@ def parity(demo: str) -> None:
         if (method, bits) not in expected:
             expected[method, bits] = train_demo(demo, method, "cpu", torch.float32, bits, 5, starts[method])
         losses, answers = expected[method, bits]
+        run = {"demo": demo, "method": method, "dtype": name, "bits": bits}
         try:
             here = train_demo(demo, method, DEVICE, DTYPES[name], bits, 5, starts[method])
         except (RuntimeError, NotImplementedError) as error:
-            say(
-                demo=demo,
-                method=method,
-                dtype=name,
-                bits=bits,
-                equal_answers="",
-                failed=str(error).splitlines()[0][:200],
-            )
+            say(**run, equal_answers="", failed=str(error).splitlines()[0][:200])
             continue
         off = max(abs(mine / loss - 1) for mine, loss in zip(here[0], losses, strict=True))
         same = sum(map(torch.equal, answers, here[1])) if answers.shape == here[1].shape else 0
-        say(
-            demo=demo,
-            method=method,
-            dtype=name,
-            bits=bits,
-            largest_loss_error=rounded(off),
-            equal_answers=f"{same} of 8",
-        )
+        say(**run, largest_loss_error=rounded(off), equal_answers=f"{same} of 8")
 
 
 def milliseconds(seconds: float) -> float:
