@@ -193,7 +193,7 @@ def milliseconds(seconds: float) -> float:
 
 def compare(model: PreTrainedModel, spec: Spec, arrays: dict[str, Tensor], case: str, name: str) -> tuple[float, float]:
     """Largest difference of the logits of real tokens, and the relative one of the loss; 0 if none is stored."""
-    names = [name for name in ("input_ids", "labels", "attention_mask") if f"{case}/{name}" in arrays]
+    names = [name for name in ("input_ids", "labels", "attention_mask", "position_ids") if f"{case}/{name}" in arrays]
     batch = {name: arrays[f"{case}/{name}"] for name in names}
     real = torch.ones_like(batch["input_ids"]).bool()
     if spec is CHATGLM:  # its masks have four dimensions
