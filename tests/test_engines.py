@@ -72,7 +72,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert (ours[key] - tensor).abs().mean() < 1e-4, key
 
 
-@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "lora")])
+@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "full"), ("FSDP2", "lora")])
 def test_two_processes_equal_one(engine, method, one_process, tmp_path):
     """Also after an interruption: the second half is trained again from the checkpoint in the middle.
 
