@@ -30,7 +30,8 @@ def start_engine(args: TrainingArguments) -> torch.device:
         raise UserError(
             "--use_cpu: DeepSpeed takes the GPUs that it sees; hide them with CUDA_VISIBLE_DEVICES= instead."
         )
-    if engine == "FSDP2" and args.use_cpu and "ACCELERATE_TORCH_DEVICE" not in os.environ:
+    planned = args.plan and "DEVICE_MEMORY" in os.environ  # for cards elsewhere
+    if engine == "FSDP2" and args.use_cpu and not planned and "ACCELERATE_TORCH_DEVICE" not in os.environ:
         raise UserError("--fsdp needs GPUs, and none is visible here; --deepspeed works on CPUs too.")
     if args.dry_run:
         return args.device

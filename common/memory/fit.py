@@ -141,9 +141,11 @@ def free_memory(args: TrainingArguments) -> int:
 
 def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
     """The part that does not fit, as a sentence without its full stop; "" if all fits."""
-    offloaded, host = plan.offloaded * processes_here(args), psutil.virtual_memory().available
-    if offloaded > host and not card_memory(args):
-        return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
+    whole = plan.host if os.environ.get("MACHINE_RANK", "0") == "0" else 0
+    needed, host = whole + plan.offloaded * processes_here(args), psutil.virtual_memory().available
+    if needed > host and not card_memory(args):
+        cause = "offloading" if plan.offloaded else "reading and saving the weights"
+        return f"{cause} needs {gb(needed)} of this machine's memory and {gb(host)} are free"
     if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
     parts = ", ".join(f"{name} {gb(size)}" for name, size in plan.largest()[:3])

@@ -64,12 +64,15 @@ class Setup:
 class Plan:
     """Predicted bytes of one process: on its device at the peak, and offloaded to the host.
 
+    ``host``: what the first process of a training takes of the host beside that, to read or to save all weights.
+
     The kinds of ``parts``: weights (frozen), trained weights, gradients, optimizer states, activations, logits, and
     workspace (dequantized weights, buckets, gathered shards).
     """
 
     parts: Counter[str]
     offloaded: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -330,9 +333,13 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     """The plan of one of several processes. ``parts``: bytes of a process that trains alone, by kind."""
     n, engine = setup.processes, setup.engine
     everything, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    saves = bool(setup.gpu and setup.batch_size)
+    host = parts["trained weights"] * saves  # safetensors writes from the host
     if engine.name == "DDP":
-        return Plan(parts + Counter(workspace=4 * trained * (n > 1)))  # its buckets
+        return Plan(parts + Counter(workspace=4 * trained * (n > 1)), host=host)  # its buckets
+    host += parts["weights"] * saves  # the sharding engines read or gather the frozen ones too
     if engine.name == "FSDP2":
+        host = max(host, parts["optimizer states"] * saves)  # which it gathers for a checkpoint
         stage, size = 3, (setup.autocast or setup.dtype).itemsize
         units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         layer = max(sum(weight.numel() for weight in unit.parameters()) for unit in units)
@@ -357,4 +364,4 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     offloaded = sum(parts.pop(kind) for kind in moved)
     if engine.name == "DeepSpeed":  # it keeps more on the host: weights, gradients and both moments in float32
         offloaded = 16 * trained // (n if stage else 1) * engine.offload[0] + 2 * everything // n * engine.offload[1]
-    return Plan(parts, offloaded)
+    return Plan(parts, offloaded, host)
