@@ -18,7 +18,8 @@ from common.arguments import DataArguments, Engine, LoraArguments, ModelArgument
 from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number
-from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
+from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict
+from common.memory.quantized import quantize
 from common.methods import Method
 from common.methods.lora import Lora
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
@@ -42,7 +43,7 @@ class Case(NamedTuple):
             warnings.simplefilter("ignore")  # about an adapter's weights, which are lost on the meta device
             model = empty_model(self.folder.spec, deepcopy(self.folder.config)).to(self.setup.dtype)
             model.name_or_path = str(self.folder.path)
-            quantize(model, self.setup)
+            quantize(model, self.setup.bits, self.setup.dtype)
             model = self.method.attach(model)
         return predict(model, self.setup)
 

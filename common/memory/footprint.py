@@ -15,7 +15,6 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +23,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import Engine
-from common.models.quantization import NOT_QUANTIZED, checkpointing_of
+from common.memory.quantized import UNKNOWN_SIZES, WORKSPACE
+from common.models.quantization import checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
@@ -32,11 +32,6 @@ GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
 # Kind -> the first stage of ZeRO in which each process holds only its share of this kind; FSDP2 is like stage 3.
 SHARDED = {"optimizer states": 1, "gradients": 2, "weights": 3, "trained weights": 3}
 aten = torch.ops.aten
-# Bytes that an operator allocates and frees inside. Measured, like the doubles, with torch 2.13, bitsandbytes 0.50.
-WORKSPACE: dict[str, Callable[..., float]] = {
-    "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
-    "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,
-}
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class Allocations(TorchDispatchMode):
         if func is aten.index.Tensor and args[1][0].dtype == torch.bool:
             out = args[0].new_empty(self.labels, *args[0].shape[args[1][0].ndim :])
         else:
-            out = func(*args, **(kwargs or {}))
+            out = UNKNOWN_SIZES.get(func.name(), func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
@@ -148,42 +143,6 @@ def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
         yield from vars(module).get("scales", ())
-
-
-def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
-    """A layer as bitsandbytes quantizes it: NF4 with double quantization, or int8 with one scale per row."""
-    rows, columns = linear.weight.shape
-    kind: Any = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
-    flags: dict[str, Any] = {"quant_type": "nf4", "compute_dtype": dtype} if bits == 4 else {"has_fp16_weights": False}
-    layer = kind(columns, rows, linear.bias is not None, device="meta", **flags).requires_grad_(False)
-    if linear.bias is not None:
-        layer.bias = linear.bias
-    if bits == 4:
-        blocks = -(-rows * columns // 64)
-        scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(256)]
-        second = QuantState(scales[1], code=scales[2], blocksize=256, dtype=torch.float32)
-        offset = torch.zeros((), device="cpu")  # its value is asked for when an adapter is put beside the layer
-        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, offset, second)
-        packed = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8)
-        layer.weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
-        )
-    else:
-        layer.weight = bnb.nn.Int8Params(
-            torch.empty(rows, columns, dtype=torch.int8), requires_grad=False, has_fp16_weights=False
-        )
-        scales = [torch.empty(rows)]
-        layer.state.CB, layer.state.SCB = layer.weight.data, scales[0]
-    layer.scales = scales
-    return layer
-
-
-def quantize(model: PreTrainedModel, setup: Setup) -> None:
-    """Replaces the linear layers of a model on the meta device as a load in 4 or 8 bit does."""
-    for name, module in [*model.named_modules()]:
-        if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
-            model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
 
 
 def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], Callable]:
