@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
+from deepspeed.ops.op_builder.builder import OpBuilder, installed_cuda_version
+from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
 from engine_runs import STEPS, command_of, interrupt, reload_difference, train, train_here
 from safetensors.torch import load_file
 from shell import run_here
@@ -20,7 +22,7 @@ from common import finetune
 from common.arguments import FullArguments, TrainingArguments
 from common.errors import UserError
 from common.flags import parse_arguments
-from common.launch.engines import start_engine
+from common.launch.engines import guard_compilation, start_engine
 from common.loading import load_model
 from common.methods.full import Full
 from common.models.registry import SPECS, ModelFolder, open_model
@@ -367,6 +369,15 @@ def test_what_is_not_read_is_made_as_what_is(demo_folder):
         (name, weight.shape, weight.dtype) for name, weight in empty.named_parameters()
     ]
     assert full.config.to_dict() == empty.config.to_dict() and full.generation_config == empty.generation_config
+
+
+def test_an_extension_that_needs_nvcc_is_refused_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(OpBuilder, "jit_load", lambda *_, **__: installed_cuda_version())
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    guard_compilation(on_cpu=False)
+    with pytest.raises(UserError, match="fused_adam is compiled by nvcc, which is not here .*CUDA_HOME"):
+        FusedAdamBuilder().jit_load()
 
 
 def test_fsdp_without_gpus_is_refused():

@@ -61,10 +61,11 @@ def start_engine(args: TrainingArguments) -> torch.device:
 def guard_compilation(on_cpu: bool) -> None:
     """Makes DeepSpeed compile its extensions in our folder and in one job at a time; the others wait.
 
-    The lock of torch is a file that a killed process leaves behind for ever; the holder of our lock may remove it.
+    Raises UserError while it compiles if nvcc is needed and missing. The lock of torch is a file that a killed process
+    leaves behind for ever; the holder of our lock may remove it.
     """
     import deepspeed.ops
-    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     if on_cpu:  # it would compile, for a minute, an extension that only inference calls
@@ -79,7 +80,13 @@ def guard_compilation(on_cpu: bool) -> None:
         with guard("compiled extensions", folder):
             for left_behind in own.glob("**/lock"):
                 left_behind.unlink()
-            return compile_or_load(self, verbose=False)
+            try:
+                return compile_or_load(self, verbose=False)
+            except MissingCUDAException as error:
+                raise UserError(
+                    f"DeepSpeed's {self.name} is compiled by nvcc, which is not here ({error}): install the toolkit "
+                    "and set CUDA_HOME, or give the --deepspeed file no optimizer, or torch_adam in its params."
+                ) from error
 
     OpBuilder.jit_load = guarded
 
