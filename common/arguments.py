@@ -242,6 +242,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return half or compute_dtype(self.device)
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether this process reads weights. Under FSDP2 the first one of all does, and sends each its share."""
+        return self.engine.name != "FSDP2" or self.process_index == 0
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
@@ -331,4 +336,5 @@ def fsdp_config(args: TrainingArguments) -> dict[str, Any]:
         raise UserError("--fsdp_config: version 1 is gone from today's libraries; FSDP2 is version 2.")
     if config.setdefault("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
         raise UserError("--fsdp_config: state_dict_type must be FULL_STATE_DICT, or checkpoints would hold no model.")
+    config["cpu_ram_efficient_loading"] = True  # as ``reads_weights`` says
     return config

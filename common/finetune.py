@@ -151,7 +151,7 @@ def build_model(
 ) -> PreTrainedModel:
     """The model with the parameters to train."""
     dtype, device = args.base_dtype(method.trains_base), None if args.engine.sharded else args.device
-    model = load_base(folder, dtype, model_args.quantization_bit, device)
+    model = load_base(folder, dtype, model_args.quantization_bit, device, args.reads_weights)
     # The Trainer refuses a quantized base without a PEFT adapter; here a float32 prefix or adapter trains beside it.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
     model = method.attach(model)
@@ -208,7 +208,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
         report.print_first_row(data.rows[0], trainer.processing_class)
         if checkpoint:
             print(f"continuing from {checkpoint}", flush=True)
-    if checkpoint and args.engine.name != "DeepSpeed":  # which reads its own shards
+    if checkpoint and args.engine.name != "DeepSpeed" and args.reads_weights:  # DeepSpeed reads its own shards
         trainer.load_trained(checkpoint)
     trainable = sizes(trainer.model, args)[1]
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics

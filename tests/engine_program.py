@@ -20,6 +20,9 @@ from torch import nn
 
 import common.finetune
 import common.models.loss
+import common.models.weights
+from common.methods.full import Full
+from common.methods.lora import Lora
 from common.training.trainer import FinetuneTrainer
 
 SAMPLE = torch.arange(300, 316).reshape(1, 16)
@@ -46,6 +49,8 @@ def run_program(command: list[str], environment: dict[str, str], log: Path) -> N
     if "--fsdp" in command:
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        if os.environ.get("RANK", "0") != "0":  # the first process alone may read weights
+            common.models.weights.read_base = Full.restore = Lora.restore = None
     # As where processes have different numbers of labels: one computes its loss in parts and the other at once.
     common.models.loss.LARGEST_PART = 2**25 if os.environ.get("RANK") == "1" else 2**17
     common.finetune.FinetuneTrainer = LogitsTrainer

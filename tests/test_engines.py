@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
+from deepspeed.ops.op_builder.builder import OpBuilder, installed_cuda_version
+from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
 from engine_runs import STEPS, command_of, interrupt, reload_difference, train, train_here
 from safetensors.torch import load_file
 from shell import run_here
@@ -20,9 +22,11 @@ from common import finetune
 from common.arguments import FullArguments, TrainingArguments
 from common.errors import UserError
 from common.flags import parse_arguments
-from common.launch.engines import start_engine
+from common.launch.engines import guard_compilation, start_engine
 from common.loading import load_model
 from common.methods.full import Full
+from common.models.registry import SPECS, ModelFolder, open_model
+from common.models.weights import load_base
 from common.training.checkpoints import is_complete_checkpoint
 
 # The deepspeed.json of the official ChatGLM-6B repository: its settings, without those that we would say ourselves.
@@ -72,7 +76,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert (ours[key] - tensor).abs().mean() < 1e-4, key
 
 
-@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "lora")])
+@pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "full"), ("FSDP2", "lora")])
 def test_two_processes_equal_one(engine, method, one_process, tmp_path):
     """Also after an interruption: the second half is trained again from the checkpoint in the middle.
 
@@ -345,6 +349,35 @@ def test_offloading_without_the_memory_for_it_is_refused(tmp_path, demo_folder):
     model_args, full_args, *others = parse_arguments(FullArguments, [*flags, "--output_dir", str(tmp_path / "out")])
     with pytest.raises(UserError, match=r"offloading needs [\d,.]+ GB of this machine's memory and [\d.]+ GB are free"):
         finetune.run(Full(full_args), model_args, *others)
+
+
+def test_weights_without_content_take_no_memory():
+    """Those of all processes but the first under FSDP2: 3 GB here."""
+    spec = SPECS["chatglm"]
+    folder = ModelFolder("large", Path("large"), spec, spec.config(num_layers=1), bits=None, weights=())
+    before = psutil.Process().memory_info().rss
+    model = load_base(folder, read=False)
+    assert psutil.Process().memory_info().rss - before < 0.02 * 4 * model.num_parameters()
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+
+
+def test_what_is_not_read_is_made_as_what_is(demo_folder):
+    folder = open_model(demo_folder)
+    full, empty = (load_base(folder, torch.bfloat16, read=read) for read in (True, False))
+    assert [(name, weight.shape, weight.dtype) for name, weight in full.named_parameters()] == [
+        (name, weight.shape, weight.dtype) for name, weight in empty.named_parameters()
+    ]
+    assert full.config.to_dict() == empty.config.to_dict() and full.generation_config == empty.generation_config
+
+
+def test_an_extension_that_needs_nvcc_is_refused_in_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(OpBuilder, "jit_load", lambda *_, **__: installed_cuda_version())
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    guard_compilation(on_cpu=False)
+    with pytest.raises(UserError, match="fused_adam is compiled by nvcc, which is not here .*CUDA_HOME"):
+        FusedAdamBuilder().jit_load()
 
 
 def test_fsdp_without_gpus_is_refused():

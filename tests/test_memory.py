@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,12 +19,13 @@ from hub_server import running_hub
 from huggingface_hub import constants
 from shell import bash, flags_of, run_here
 
-from common.arguments import Engine, LoraArguments
+from common.arguments import Engine, FullArguments, LoraArguments
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
 from common.memory import fit, footprint
 from common.memory.fit import Case
+from common.methods.full import Full
 from common.methods.lora import Lora
 from common.models.registry import DEMOS, SPECS, ModelFolder
 
@@ -64,7 +67,9 @@ def test_the_6b_models_keep_their_limits(case):
     assert small.plan().total < 5.2e9
 
 
-@pytest.mark.parametrize(("setup", "measured"), [({"checkpointing": False}, 23.92e9), ({"bits": 4}, 5.58e9)])
+@pytest.mark.parametrize(
+    ("setup", "measured"), [({"checkpointing": False}, 23.92e9), ({"bits": 8}, 8.54e9), ({"bits": 4}, 5.58e9)]
+)
 def test_what_a_gpu_took_is_predicted(setup, measured, case, monkeypatch):
     """Measured on an H200, with a mask, which keeps flash attention away; tests/bench/RESULTS.md has more."""
     batch = footprint.labelled_batch
@@ -100,6 +105,32 @@ def test_models_of_transformers_are_predicted_too(case):
         parameters = GlmForCausalLM(config).num_parameters()
     assert 2 * parameters <= plan.parts["weights"] <= 2 * parameters + 1000  # with its rotary frequencies
     assert plan.parts["activations"] > plan.parts["trained weights"] > 0
+
+
+ZERO_2 = Engine("DeepSpeed", config={"zero_optimization": {"stage": 2}})
+ZERO_3 = Engine("DeepSpeed", sharded=True, config={"zero_optimization": {"stage": 3}})
+FSDP2 = Engine("FSDP2", sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "bytes_per_weight"),
+    [(ZERO_2, torch.bfloat16, 2), (ZERO_3, torch.bfloat16, 2), (FSDP2, torch.float32, 8), (Engine(), torch.float32, 4)],
+    ids=lambda value: f"{value.name}-{value.sharded}" if isinstance(value, Engine) else "",
+)
+def test_the_host_holds_whole_weights_once(engine, dtype, bytes_per_weight, case, monkeypatch, tmp_path):
+    """To read or to save them, in the first process; FSDP2 gathers the two moments of a checkpoint there."""
+    config = case.folder.spec.config(num_layers=2, padded_vocab_size=8192)
+    shallow = case._replace(folder=replace(case.folder, config=config), method=Full(FullArguments()))
+    plan = shallow.changed(engine=engine, processes=8, dtype=dtype).plan()
+    with torch.device("meta"):
+        parameters = shallow.folder.spec.model(config).num_parameters()
+    assert plan.host == bytes_per_weight * parameters
+    args = parse_arguments(FullArguments, ["--do_train", "--output_dir", str(tmp_path)])[-1]
+    little = replace(plan, parts=Counter())
+    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=plan.host - 1))
+    assert fit.shortage(little, 1, args).startswith("reading and saving the weights needs ")
+    monkeypatch.setenv("MACHINE_RANK", "1")
+    assert fit.shortage(little, 1, args) == ""
 
 
 FLAGS = """--do_train --train_file {data} --prompt_column content --response_column summary --model_name_or_path demo3

@@ -25,7 +25,7 @@ UNDOCUMENTED = (
         "transformers.modeling_layers",
     ),
     *("transformers.modeling_utils", "transformers.utils.generic", "transformers.utils.output_capturing"),
-    "transformers.cache_utils",
+    *("transformers.cache_utils", "transformers.initialization"),
 )
 MODEL = "transformers.PreTrainedModel"
 GENERATION = "transformers.GenerationMixin"
@@ -38,7 +38,9 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "deepspeed.runtime.zero.config.DeepSpeedZeroConfig": "other names of its settings are not known",
     "deepspeed.ops.__compatible_ops__": "DeepSpeed compiles for a minute on CPUs",
     "deepspeed.ops.op_builder.builder.OpBuilder": "several jobs compile one extension at once",
+    "deepspeed.ops.op_builder.builder.MissingCUDAException": "without nvcc a traceback is shown",
     "deepspeed.ops.op_builder.cpu.ShareMemCommBuilder": "DeepSpeed compiles for a minute on CPUs",
+    "transformers.initialization.no_init_weights": "every process under FSDP2 takes memory for the whole model",
     "accelerate.utils.fsdp_utils.save_fsdp_optimizer": "checkpoints of FSDP2 hold frozen weights twice",
     "torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": "DDP unshares weights",
     # the Trainer

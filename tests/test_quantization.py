@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import ROOT
 from safetensors.torch import save_file
@@ -17,10 +17,11 @@ from common.errors import UserError
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import load_model
+from common.memory.quantized import quantized
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
-from common.models.quantization import PackedWeight
+from common.models.quantization import OUTLIER_THRESHOLD, PackedWeight
 from common.models.registry import DEMOS, open_model
 from common.models.weights import packed_weights
 
@@ -165,6 +166,21 @@ def test_nf4_computes_what_its_dequantized_weights_compute(in_4_bit):
         assert torch.equal(in_4_bit.train()(IDS).logits, expected)
         assert (in_4_bit.eval()(IDS).logits - expected).abs().mean() <= (rounded - expected).abs().mean()
     assert not torch.equal(before, expected)
+
+
+def test_columns_with_outliers_are_not_rounded_to_8_bit():
+    """As the plan says, whose layers have the same threshold."""
+    model = load_model("demo", quantization_bit=8)
+    layers = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
+    planned = quantized(nn.Linear(8, 8, device="meta"), 8, torch.float32)
+    assert {layer.state.threshold for layer in [*layers, planned]} == {OUTLIER_THRESHOLD}
+    layer, inputs = layers[0], torch.randn(4, layers[0].in_features, generator=torch.Generator().manual_seed(0))
+    inputs[:, 7] *= 100
+    layer(inputs)
+    expected = inputs @ int8_vectorwise_dequant(layer.state.CB, layer.state.SCB).T + layer.bias
+    kept = (layer(inputs) - expected).abs().mean()
+    layer.state.threshold = 0.0
+    assert kept < 0.1 * (layer(inputs) - expected).abs().mean()
 
 
 # Training

@@ -30,7 +30,8 @@ def start_engine(args: TrainingArguments) -> torch.device:
         raise UserError(
             "--use_cpu: DeepSpeed takes the GPUs that it sees; hide them with CUDA_VISIBLE_DEVICES= instead."
         )
-    if engine == "FSDP2" and args.use_cpu and "ACCELERATE_TORCH_DEVICE" not in os.environ:
+    planned = args.plan and "DEVICE_MEMORY" in os.environ  # for cards elsewhere
+    if engine == "FSDP2" and args.use_cpu and not planned and "ACCELERATE_TORCH_DEVICE" not in os.environ:
         raise UserError("--fsdp needs GPUs, and none is visible here; --deepspeed works on CPUs too.")
     if args.dry_run:
         return args.device
@@ -60,10 +61,11 @@ def start_engine(args: TrainingArguments) -> torch.device:
 def guard_compilation(on_cpu: bool) -> None:
     """Makes DeepSpeed compile its extensions in our folder and in one job at a time; the others wait.
 
-    The lock of torch is a file that a killed process leaves behind for ever; the holder of our lock may remove it.
+    Raises UserError while it compiles if nvcc is needed and missing. The lock of torch is a file that a killed process
+    leaves behind for ever; the holder of our lock may remove it.
     """
     import deepspeed.ops
-    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     if on_cpu:  # it would compile, for a minute, an extension that only inference calls
@@ -78,7 +80,13 @@ def guard_compilation(on_cpu: bool) -> None:
         with guard("compiled extensions", folder):
             for left_behind in own.glob("**/lock"):
                 left_behind.unlink()
-            return compile_or_load(self, verbose=False)
+            try:
+                return compile_or_load(self, verbose=False)
+            except MissingCUDAException as error:
+                raise UserError(
+                    f"DeepSpeed's {self.name} is compiled by nvcc, which is not here ({error}): install the toolkit "
+                    "and set CUDA_HOME, or give the --deepspeed file no optimizer, or torch_adam in its params."
+                ) from error
 
     OpBuilder.jit_load = guarded
 

@@ -18,7 +18,8 @@ from common.arguments import DataArguments, Engine, LoraArguments, ModelArgument
 from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number
-from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict, quantize
+from common.memory.footprint import CUDA_CONTEXT, Plan, Setup, predict
+from common.memory.quantized import quantize
 from common.methods import Method
 from common.methods.lora import Lora
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
@@ -42,7 +43,7 @@ class Case(NamedTuple):
             warnings.simplefilter("ignore")  # about an adapter's weights, which are lost on the meta device
             model = empty_model(self.folder.spec, deepcopy(self.folder.config)).to(self.setup.dtype)
             model.name_or_path = str(self.folder.path)
-            quantize(model, self.setup)
+            quantize(model, self.setup.bits, self.setup.dtype)
             model = self.method.attach(model)
         return predict(model, self.setup)
 
@@ -141,9 +142,11 @@ def free_memory(args: TrainingArguments) -> int:
 
 def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
     """The part that does not fit, as a sentence without its full stop; "" if all fits."""
-    offloaded, host = plan.offloaded * processes_here(args), psutil.virtual_memory().available
-    if offloaded > host and not card_memory(args):
-        return f"offloading needs {gb(offloaded)} of this machine's memory and {gb(host)} are free"
+    whole = plan.host if os.environ.get("MACHINE_RANK", "0") == "0" else 0
+    needed, host = whole + plan.offloaded * processes_here(args), psutil.virtual_memory().available
+    if needed > host and not card_memory(args):
+        cause = "offloading" if plan.offloaded else "reading and saving the weights"
+        return f"{cause} needs {gb(needed)} of this machine's memory and {gb(host)} are free"
     if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
     parts = ", ".join(f"{name} {gb(size)}" for name, size in plan.largest()[:3])

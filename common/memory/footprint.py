@@ -15,7 +15,6 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.autograd._functions import MatMul8bitFp
-from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +23,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from common.arguments import Engine
+from common.memory import quantized
 from common.models import base
-from common.models.quantization import NOT_QUANTIZED, checkpointing_of
+from common.models.quantization import checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets for gradients, unless its file sets them
@@ -33,11 +33,9 @@ GATHERED = 1_000_000_000  # parameters that ZeRO-3 keeps whole at once
 # Kind -> the first stage of ZeRO in which each process holds only its share of this kind; FSDP2 is like stage 3.
 SHARDED = {"optimizer states": 1, "gradients": 2, "weights": 3, "trained weights": 3}
 aten = torch.ops.aten
-# Bytes that an operator allocates and frees inside. Measured, like the doubles, with torch 2.13, bitsandbytes 0.50.
-WORKSPACE: dict[str, Callable[..., float]] = {
-    "bitsandbytes::gemm_4bit": lambda x, _, shape, *__: shape[0] * shape[1] * (x.element_size() + 4 / 64),
-    "bitsandbytes::int8_scaled_mm": lambda x, weight, *_: x.shape[0] * weight.shape[0] * 4,
-    # Read in the source, not measured: the query's gradient in float32, and those of keys and values for every head.
+# Bytes that an operator allocates and frees inside. Read in the source, not measured: the gradient of the query in
+# float32, and those of keys and values for every head.
+WORKSPACE: dict[str, Callable[..., float]] = quantized.WORKSPACE | {
     "aten::_scaled_dot_product_flash_attention_backward": lambda _, query, key, *__: (
         query.numel() * 4 + 2 * (key.numel() // key.shape[1] * query.shape[1]) * key.element_size()
     ),
@@ -69,12 +67,15 @@ class Setup:
 class Plan:
     """Predicted bytes of one process: on its device at the peak, and offloaded to the host.
 
+    ``host``: what the first process of a training takes of the host beside that, to read or to save all weights.
+
     The kinds of ``parts``: weights (frozen), trained weights, gradients, optimizer states, activations, logits, and
     workspace (dequantized weights, buckets, gathered shards).
     """
 
     parts: Counter[str]
     offloaded: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -127,7 +128,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:  # whether a mask hides nothing; False takes more memory
             return False
-        out = func(*args, **(kwargs or {}))
+        out = quantized.UNKNOWN_SIZES.get(func.name(), func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
@@ -144,42 +145,6 @@ def stored_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from module.parameters(recurse=False)
         yield from module.buffers(recurse=False)
         yield from vars(module).get("scales", ())
-
-
-def quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Linear:
-    """A layer as bitsandbytes quantizes it: NF4 with double quantization, or int8 with one scale per row."""
-    rows, columns = linear.weight.shape
-    kind: Any = bnb.nn.Linear4bit if bits == 4 else bnb.nn.Linear8bitLt
-    flags: dict[str, Any] = {"quant_type": "nf4", "compute_dtype": dtype} if bits == 4 else {"has_fp16_weights": False}
-    layer = kind(columns, rows, linear.bias is not None, device="meta", **flags).requires_grad_(False)
-    if linear.bias is not None:
-        layer.bias = linear.bias
-    if bits == 4:
-        blocks = -(-rows * columns // 64)
-        scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks // 256)), torch.empty(256)]
-        second = QuantState(scales[1], code=scales[2], blocksize=256, dtype=torch.float32)
-        offset = torch.zeros((), device="cpu")  # its value is asked for when an adapter is put beside the layer
-        state = QuantState(scales[0], (rows, columns), torch.empty(16), 64, "nf4", dtype, offset, second)
-        packed = torch.empty(-(-rows * columns // 2), 1, dtype=torch.uint8)
-        layer.weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer
-        )
-    else:
-        layer.weight = bnb.nn.Int8Params(
-            torch.empty(rows, columns, dtype=torch.int8), requires_grad=False, has_fp16_weights=False
-        )
-        scales = [torch.empty(rows)]
-        layer.state.CB, layer.state.SCB = layer.weight.data, scales[0]
-    layer.scales = scales
-    return layer
-
-
-def quantize(model: PreTrainedModel, setup: Setup) -> None:
-    """Replaces the linear layers of a model on the meta device as a load in 4 or 8 bit does."""
-    for name, module in [*model.named_modules()]:
-        if setup.bits and isinstance(module, nn.Linear) and name.rpartition(".")[2] not in NOT_QUANTIZED:
-            model.set_submodule(name, quantized(module, setup.bits, setup.dtype))
-    model.is_loaded_in_4bit, model.is_loaded_in_8bit = setup.bits == 4, setup.bits == 8
 
 
 def attention_doubles(setup: Setup) -> dict[tuple[Any, str], Callable]:
@@ -348,9 +313,13 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     """The plan of one of several processes. ``parts``: bytes of a process that trains alone, by kind."""
     n, engine = setup.processes, setup.engine
     everything, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    saves = bool(setup.gpu and setup.batch_size)
+    host = parts["trained weights"] * saves  # safetensors writes from the host
     if engine.name == "DDP":
-        return Plan(parts + Counter(workspace=4 * trained * (n > 1)))  # its buckets
+        return Plan(parts + Counter(workspace=4 * trained * (n > 1)), host=host)  # its buckets
+    host += parts["weights"] * saves  # the sharding engines read or gather the frozen ones too
     if engine.name == "FSDP2":
+        host = max(host, parts["optimizer states"] * saves)  # which it gathers for a checkpoint
         stage, size = 3, (setup.autocast or setup.dtype).itemsize
         units = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
         layer = max(sum(weight.numel() for weight in unit.parameters()) for unit in units)
@@ -375,4 +344,4 @@ def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:
     offloaded = sum(parts.pop(kind) for kind in moved)
     if engine.name == "DeepSpeed":  # it keeps more on the host: weights, gradients and both moments in float32
         offloaded = 16 * trained // (n if stage else 1) * engine.offload[0] + 2 * everything // n * engine.offload[1]
-    return Plan(parts, offloaded)
+    return Plan(parts, offloaded, host)

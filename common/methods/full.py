@@ -34,6 +34,8 @@ class Full(Method):
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes a folder that names its base; with its tokenizer beside it, it loads by itself."""
         model.config.base_model_name_or_path = model.name_or_path
+        if weights:  # a head that is the embedding was gathered a second time
+            weights = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
         if self.args.save_format == "safetensors":
             model.save_pretrained(folder, state_dict=weights)
             return

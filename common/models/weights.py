@@ -1,11 +1,13 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
+from copy import deepcopy
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from common.errors import UserError, note
 from common.models.quantization import PackedWeight, quantization_config
@@ -53,18 +55,37 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     quantization_bit: int | None = None,
     device: torch.device | str | None = None,
+    read: bool = True,
 ) -> PreTrainedModel:
     """The model of a folder in evaluation mode. Raises UserError if weights and config.json contradict each other.
 
     Processes of one machine share mapped weights that stay on the CPU in the dtype of the file. All others are
     unpacked, converted, moved to ``device`` and quantized one by one, so that the host never holds the whole model.
     ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
+    ``read``: False gives weights without content, as FSDP2 wants them in all processes but the first.
     """
-    stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
     if (folder.path / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder.path)
     else:
         generation = GenerationConfig.from_model_config(folder.config)
+    if read:
+        model = read_base(folder, dtype, quantization_bit, device, generation)
+    else:
+        model = unread_base(folder, dtype, generation)
+    model.generation_config.bos_token_id = folder.config.bos_token_id
+    model.name_or_path = model.config.name_or_path = folder.name
+    return model
+
+
+def read_base(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    quantization_bit: int | None,
+    device: torch.device | str | None,
+    generation: GenerationConfig,
+) -> PreTrainedModel:
+    """The model with its weights, as ``load_base`` says."""
+    stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
     try:
         # Without a path, the Auto classes of transformers can't tell the class.
         kind = type(empty_model(folder.spec, folder.config)) if stored else folder.spec.model
@@ -92,6 +113,16 @@ def load_base(
     if unknown := sorted(info["unexpected_keys"]):
         names = f"{', '.join(unknown[:3])}{', …' * (len(unknown) > 3)}"
         note(f"note: {len(unknown)} weights in {folder.path} are not read, because the model has none of them: {names}")
-    model.generation_config.bos_token_id = folder.config.bos_token_id
-    model.name_or_path = model.config.name_or_path = folder.name
     return model
+
+
+def unread_base(folder: ModelFolder, dtype: torch.dtype, generation: GenerationConfig) -> PreTrainedModel:
+    """The model with its buffers and with weights in memory that was never written to, and so takes none.
+
+    They have addresses, unlike those on the meta device: Accelerate finds the weights of an optimizer by them.
+    """
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(deepcopy(folder.config), dtype=dtype)
+    model.tie_weights()
+    model.generation_config = generation
+    return model.eval()

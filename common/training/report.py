@@ -93,6 +93,8 @@ def print_plan(memory: Forecast) -> None:
         sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
     if plan.offloaded:
         sizes_of["a process on the host"] = plan.offloaded
+    if plan.host >= 5e6:
+        sizes_of["whole weights on the host, in the first process"] = plan.host
     title = f"{folder.spec.name}, {method.name}: predicted memory at the peak"
     print_pairs(title, {name: f"{size / 1e9:10,.2f} GB" for name, size in sizes_of.items()})
     answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""

@@ -96,8 +96,13 @@ class FinetuneTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         return self.sampler or super()._get_train_sampler(train_dataset)
 
+    def save_model(self, *args, **kwargs) -> None:
+        """Saves the trained parameters; under ZeRO 1 and 2 the Trainer would copy all weights in each process."""
+        if self.args.should_save or self.args.engine.name != "DeepSpeed" or self.args.engine.sharded:
+            super().save_model(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Saves the trained parameters; private, because save_model gathers weights and pushes to the hub around it.
+        """Writes them; private, because save_model gathers weights and pushes to the hub around it.
 
         ``state_dict``: the gathered weights under ZeRO and FSDP2, in the process that saves.
         """
