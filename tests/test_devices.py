@@ -7,14 +7,11 @@ import torch
 from conftest import ROOT
 
 import common.models.base  # noqa: F401 - chooses the kernels
-from common.models.precision import this_device
+from common.devices import this_device
 
 # CUDA_VISIBLE_DEVICES is no match: it is the name of a variable, and says which GPUs a process sees.
 HARD_CODED = re.compile(r"""\.cuda\(|\btorch\.cuda\b|["']cuda|["']nccl""")
-ALLOWED = {
-    # Of NVIDIA's GPUs alone one can ask whether they compute bfloat16 themselves or emulate it.
-    'emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)'
-}
+ALLOWED: set[str] = set()  # lines, each under a comment that gives the reason
 
 
 def test_no_line_names_a_kind_of_device():

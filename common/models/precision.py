@@ -1,22 +1,25 @@
-"""The device of this process, and the dtypes that it computes and loads models in."""
+"""The dtypes that a device computes and loads models in."""
 
 import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-
-def this_device() -> torch.device:
-    """The accelerator that torch finds, whatever its kind, or the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+BFLOAT16_SINCE = (8, 0)  # compute capability of NVIDIA's cards that compute in it themselves
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where a card would emulate it.
+
+    The oldest card that is visible decides, so that all processes of a machine agree. Nothing is put on any card: every
+    process would do that to the first one, before it has been given its own.
+    """
     if device.type == "cpu":
         return torch.float32
-    module = torch.get_device_module(device)
-    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
+    if torch.version.cuda:
+        module = torch.get_device_module(device)
+        oldest = min(module.get_device_capability(index) for index in range(module.device_count()))
+        return torch.bfloat16 if oldest >= BFLOAT16_SINCE else torch.float16
+    return torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float16
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[bool, bool]:
