@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.torch_version import TorchVersion
 from transformers.utils import import_utils
 
@@ -77,7 +78,7 @@ CARDS = {
 def visible(cards: Cards) -> int:
     """How many of the cards CUDA_VISIBLE_DEVICES leaves visible."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return cards.count if chosen is None else len([index for index in chosen.split(",") if index])
+    return cards.count if chosen is None else min(cards.count, len([index for index in chosen.split(",") if index]))
 
 
 def start_cuda(cards: Cards) -> None:
@@ -118,3 +119,4 @@ def pretend(name: str) -> Iterator[Cards]:
         import_utils.is_torch_bf16_gpu_available.cache_clear()
         yield cards
     import_utils.is_torch_bf16_gpu_available.cache_clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # which remembers the device
