@@ -13,6 +13,7 @@ from common.errors import UserError, note
 
 LOADED_DRIVER = Path("/proc/driver/nvidia/version")  # of the kernel; missing under WSL
 DRIVERS = {"13": 580, "12": 525}  # the major version of a CUDA build -> the oldest driver for it, on Linux
+INT8_SINCE = (7, 5)  # compute capability of NVIDIA's cards that multiply integers as LLM.int8() does
 LARGE = 1024  # hidden size from which on a model is slow on a CPU; the 6B models have 4096, the demos less
 OLDER_BUILD = "cu126"  # for drivers of CUDA 12, and for cards from sm_50 on
 
@@ -86,12 +87,30 @@ def take_build(build: str) -> str:
     )
 
 
+def oldest_capability(device: torch.device) -> tuple[int, int] | None:
+    """The lowest compute capability of the visible NVIDIA cards; None for another kind of device. Makes no tensor.
+
+    The oldest card decides, so that all processes of a machine agree; and a tensor would leave a context of every
+    process on the first card, before each has been given its own.
+    """
+    if device.type == "cpu" or not torch.version.cuda:
+        return None
+    module = torch.get_device_module(device)
+    return min(module.get_device_capability(index) for index in range(module.device_count()))
+
+
 def check_bits(bits: int | None, device: torch.device) -> None:
-    """Raises UserError for quantized weights on a kind of device that bitsandbytes has no kernels for, as NPUs are."""
+    """Raises UserError for quantized weights on a device that bitsandbytes has no kernels for, as NPUs are."""
     if bits and importlib.util.find_spec(f"bitsandbytes.backends.{device.type}") is None:
         raise UserError(
             f"{bits} bit: bitsandbytes has no kernels for this device ({device.type}): take 16 bit, QUANTIZATION_BIT= "
             "(empty) or --quantization_bit 0."
+        )
+    capability = oldest_capability(device)
+    if bits == 8 and capability and capability < INT8_SINCE:
+        raise UserError(
+            f"8 bit: LLM.int8() needs cards from sm_75 on, and this one is sm_{capability[0]}{capability[1]}: take 4 "
+            "bit, QUANTIZATION_BIT=4 or --quantization_bit 4."
         )
 
 

@@ -4,22 +4,18 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from common.devices import oldest_capability
+
 BFLOAT16_SINCE = (8, 0)  # compute capability of NVIDIA's cards that compute in it themselves
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where a card would emulate it.
-
-    The oldest card that is visible decides, so that all processes of a machine agree. Nothing is put on any card: every
-    process would do that to the first one, before it has been given its own.
-    """
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where a card would emulate it."""
     if device.type == "cpu":
         return torch.float32
-    if torch.version.cuda:
-        module = torch.get_device_module(device)
-        oldest = min(module.get_device_capability(index) for index in range(module.device_count()))
-        return torch.bfloat16 if oldest >= BFLOAT16_SINCE else torch.float16
-    return torch.bfloat16 if is_torch_bf16_gpu_available() else torch.float16
+    capability = oldest_capability(device)
+    fast = capability >= BFLOAT16_SINCE if capability else is_torch_bf16_gpu_available()
+    return torch.bfloat16 if fast else torch.float16
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[bool, bool]:

@@ -81,7 +81,8 @@ def check_quantization(
     """Raises UserError if quantized weights would be trained or sharded, or have no kernels on this device."""
     if not (model_args.quantization_bit or folder.bits):
         return
-    check_bits(model_args.quantization_bit or folder.bits, args.device)
+    if not args.plan:
+        check_bits(model_args.quantization_bit or folder.bits, args.device)
     source = f"{folder.path} is packed in {folder.bits} bit" if folder.bits else "--quantization_bit"
     if args.do_train and method.trains_base:
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
