@@ -17,8 +17,9 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from common.deepspeed_file import GATHERS, check_settings, current_settings
+from common.devices import this_device
 from common.errors import UserError
-from common.models.precision import choose_precision, compute_dtype, half_dtype, this_device
+from common.models.precision import choose_precision, compute_dtype, half_dtype
 
 # The parser reads it as a word, because it may be auto; TrainingArguments turns it into a number.
 Rows = NewType("Rows", int)
@@ -175,6 +176,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
     auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
+    lacks_gpu: bool = field(default=False, init=False)  # it runs on the CPU for want of a GPU, not by --use_cpu
     engine: Engine = field(default_factory=Engine, init=False)
     parsed: bool = field(default=False, init=False)
 
@@ -195,11 +197,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         if self.num_train_epochs is not None and self.num_train_epochs < 0:
             raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
         complete_evaluation(self)
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        device = torch.device("cpu") if self.use_cpu else this_device(check=not self.plan)  # it may be for others
+        self.lacks_gpu, self.use_cpu = not self.use_cpu and device.type == "cpu", device.type == "cpu"
         if self.deepspeed and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32
         if self.precision:
-            device = torch.device("cpu") if self.use_cpu else this_device()
             self.bf16, self.fp16 = choose_precision(self.precision, device)
         if str(self.fsdp).lower() in ("true", "false"):  # other values are older names of ways to shard
             self.fsdp = str(self.fsdp).lower() == "true"

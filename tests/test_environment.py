@@ -11,29 +11,35 @@ from pathlib import Path
 
 import pytest
 
+from common.launch import environment
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path("common/launch/environment.py")
 
 
-def write_package(folder: Path, name: str) -> None:
-    """A wheel with one empty module, which pip installs without any network."""
-    facts = f"{name}-1.0.dist-info"
-    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}.py", "")
-        wheel.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+def write_package(folder: Path, name: str, version: str = "1.0") -> None:
+    """A wheel with one module, which holds its version, and which pip installs without any network."""
+    facts = f"{name}-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"version = {version!r}")
+        wheel.writestr(f"{facts}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{facts}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{facts}/RECORD", "")
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """A checkout whose requirements are small. Its environment is built once; the tests stand in this order."""
-    folder = tmp_path_factory.mktemp("checkout")
+def make_checkout(folder: Path) -> Path:
     (folder / PROGRAM).parent.mkdir(parents=True)
     (folder / PROGRAM).write_text((ROOT / PROGRAM).read_text())
     write_package(folder, "first")
     write_package(folder, "second")
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A checkout whose requirements are small. Its environment is built once; the tests stand in this order."""
+    return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 def start(checkout: Path, *requirements: str, **variables: str) -> subprocess.Popen:
@@ -95,3 +101,47 @@ def test_changed_requirements_are_installed_into_what_is_there(checkout):
     assert "installing requirements.txt" in error and "creating" not in error
     assert has(checkout, "first") and has(checkout, "second")
     assert start(checkout, "first", "second").communicate()[1] == ""
+
+
+def test_another_build_of_pytorch_is_taken_from_its_index_and_kept(tmp_path):
+    """The index has a newer version too, and the user's own index the usual build."""
+    checkout, mirror = make_checkout(tmp_path / "checkout"), tmp_path / "mirror"
+    write_package(checkout, "torch")
+    for build in ("cpu", "cu126"):
+        write_package(mirror / build, "torch", f"1.0+{build}")
+        write_package(mirror / build, "torch", f"2.0+{build}")
+    error = start(checkout, "torch", "first", TORCH_INDEX=f"{(mirror / 'cu126').as_uri()}/").communicate()[1]
+    assert "creating" in error
+    python = str(checkout / ".venv" / "bin" / "python")
+    asked = [python, "-c", "import torch; print(torch.version)"]
+    assert subprocess.check_output(asked, text=True) == "1.0+cu126\n"
+
+    assert start(checkout, "torch", "first").communicate() == (f"{python}\n", "")
+    job = start(checkout, "torch", "first", TORCH_INDEX=(mirror / "cpu").as_uri())
+    error = job.communicate()[1]
+    assert job.returncode == 2 and error.startswith(
+        f"error: TORCH_INDEX={(mirror / 'cpu').as_uri()}, but the PyTorch of "
+    )
+    assert f"came from {(mirror / 'cu126').as_uri()}: when no job uses that folder, remove it" in error
+
+    error = start(checkout, "torch", "second").communicate()[1]  # requirements that changed
+    assert "installing" in error and subprocess.check_output(asked, text=True) == "1.0+cu126\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "address"),
+    [
+        ("cu126", "https://download.pytorch.org/whl/cu126"),
+        ("https://mirror.example/whl/cpu/", "https://mirror.example/whl/cpu"),
+        ("", ""),
+    ],
+)
+def test_a_word_stands_for_an_index_of_pytorch(asked, address, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "FOLDER", tmp_path / ".venv")
+    monkeypatch.setattr(environment, "RECORD", tmp_path / ".venv" / "torch_index")
+    monkeypatch.setenv("TORCH_INDEX", asked)
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("torch==2.13.0\nnumpy==2.4.6\n")
+    assert environment.torch_index() == address
+    flags = ["--extra-index-url", address, "--find-links", address, f"torch==2.13.0+{address.rpartition('/')[2]}"]
+    assert environment.torch_build([requirements], address) == (flags if address else [])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cards import pretend
 from conftest import ROOT
 from engine_runs import command_of, losses
 
@@ -124,6 +125,29 @@ def test_the_cores_are_shared_out_as_threads(monkeypatch):
     os.environ["OMP_NUM_THREADS"] = "5"
     launcher.set_environment(4, Machines())
     assert (os.environ["OMP_NUM_THREADS"], os.environ["EXPECTED_PROCESSES"]) == ("5", "4")
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, {"CUDA_VISIBLE_DEVICES": "0"}),
+        ({"CUDA_VISIBLE_DEVICES": "3,5"}, {"CUDA_VISIBLE_DEVICES": "3"}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": ""}),
+        ({"ASCEND_RT_VISIBLE_DEVICES": "4,5"}, {"CUDA_VISIBLE_DEVICES": "0", "ASCEND_RT_VISIBLE_DEVICES": "4"}),
+    ],
+)
+def test_a_single_process_sees_the_first_device(given, seen, monkeypatch):
+    monkeypatch.setattr(os, "environ", given)
+    assert launcher.first_gpu() == seen
+
+
+def test_num_gpus_0_hides_all_cards_from_every_process(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"NUM_GPUS": "0", "NUM_PROCESSES": "3", "CUDA_VISIBLE_DEVICES": "1,2"})
+    monkeypatch.setattr(launcher, "train_together", lambda *_: 0)
+    monkeypatch.setattr(launcher.signal, "signal", lambda *_: None)
+    with pretend("8 x A100"):
+        assert launcher.main() == 0
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], os.environ["EXPECTED_PROCESSES"]) == ("", "3")
 
 
 def test_every_process_is_told_its_rank_and_the_card_of_the_network(monkeypatch):

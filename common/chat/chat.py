@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
+from common.devices import check_bits, note_cpu, this_device
 from common.encoding import History, check_system, encode_chat, stop_ids
 from common.errors import UserError
 from common.loading import find_trained, load_model, load_tokenizer
-from common.models.precision import compute_dtype, this_device
+from common.models.precision import compute_dtype
+from common.models.registry import open_model
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.trained import find_training, recorded
 
@@ -51,10 +53,13 @@ def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
         base, trained = find_trained(str(args.checkpoint), args.model_name_or_path)
         if args.quantization_bit is None:
             args.quantization_bit = recorded(args.checkpoint).get("quantization_bit")
-    tokenizer = load_tokenizer(base)
+    folder, device = open_model(base), this_device()
+    check_bits(args.quantization_bit or folder.bits, device)
+    tokenizer = load_tokenizer(folder)
     check_system(tokenizer, args.system_prompt)
-    device = this_device()
-    model = load_model(base, compute_dtype(device), args.quantization_bit or None, device=device, **trained)
+    if device.type == "cpu":
+        note_cpu(folder.name, folder.config.hidden_size)
+    model = load_model(folder, compute_dtype(device), args.quantization_bit or None, device=device, **trained)
     if args.max_new_tokens is None:
         args.max_new_tokens = min(MAX_NEW_TOKENS, model.config.max_position_embeddings // 2)
     return model, tokenizer, trained

@@ -5,6 +5,9 @@
 If the user has an active environment, the scripts use it and never change it. Any number of jobs may call this at once:
 one builds, the others wait. .venv keeps a copy of each requirements file that it holds, made when pip has ended, so
 that a build that was killed is repeated.
+
+TORCH_INDEX takes another build of PyTorch than that of pip's own index: cpu, cu126, cu130, ... or the address of a
+mirror that ends in such a word. All other packages come from where the user's pip takes them.
 """
 
 import fcntl
@@ -19,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv"
+RECORD = FOLDER / "torch_index"  # the address that its PyTorch came from; empty: that of pip's own index
 
 
 def note(text: str) -> None:
@@ -44,9 +48,37 @@ def is_installed(files: list[Path]) -> bool:
     return all((copy := FOLDER / file.name).exists() and copy.read_text() == file.read_text() for file in files)
 
 
+def torch_index() -> str:
+    """The address that TORCH_INDEX stands for, or, if it is not set, the one that .venv was built from.
+
+    Raises ValueError if .venv holds another build: a job that runs may still import from it.
+    """
+    asked, recorded = os.environ.get("TORCH_INDEX", "").rstrip("/"), RECORD.read_text() if RECORD.exists() else ""
+    address = f"https://download.pytorch.org/whl/{asked}" if asked and "/" not in asked else asked
+    if asked and FOLDER.exists() and address != recorded:
+        source = recorded or "pip's own index"
+        raise ValueError(
+            f"TORCH_INDEX={asked}, but the PyTorch of {FOLDER} came from {source}: when no job uses that folder, "
+            "remove it and run the script again"
+        )
+    return address or recorded
+
+
+def torch_build(files: list[Path], address: str) -> list[str]:
+    """The arguments of pip that ask for the build of PyTorch at an address, in the version of the requirements."""
+    lines = [line.strip() for file in files for line in file.read_text().splitlines()]
+    exactly = [f"{line}+{address.rpartition('/')[2]}" for line in lines if line.startswith("torch==")]
+    # A mirror is an index, as PyTorch's own, or one page of links.
+    return ["--extra-index-url", address, "--find-links", address, *exactly] if address else []
+
+
 def ensure(files: list[Path]) -> None:
-    """Returns when .venv holds the requirements: creates it, unless a complete one exists, and installs them."""
+    """Returns when .venv holds the requirements: creates it, unless a complete one exists, and installs them.
+
+    Raises ValueError like ``torch_index``.
+    """
     if is_installed(files):
+        torch_index()
         return
     with open(ROOT / ".venv.lock", "a+") as holder:
         try:
@@ -58,14 +90,17 @@ def ensure(files: list[Path]) -> None:
         holder.truncate(0)
         holder.write(f"{os.getpid()} since {time.strftime('%H:%M:%S')}")
         holder.flush()
+        address = torch_index()
         if is_installed(files):
             return
         if not (FOLDER / files[0].name).exists():
-            note(f"creating {FOLDER} (once; minutes and 2 GB, with CUDA several GB more)")
+            note(f"creating {FOLDER} (once; minutes, and 2 GB of disk or, with CUDA, about 6, of which 2.7 are loaded)")
+            FOLDER.mkdir(exist_ok=True)
+            RECORD.write_text(address)
             venv.EnvBuilder(with_pip=True).create(FOLDER)
         note(f"installing {', '.join(file.name for file in files)}")
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        requirements = [f"--requirement={file}" for file in files]
+        requirements = [*(f"--requirement={file}" for file in files), *torch_build(files, address)]
         # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
         subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr, pass_fds=[holder.fileno()])
         for file in files:
@@ -84,10 +119,15 @@ def main() -> int:
         if missing := missing_packages(files):
             note(f"error: the active environment {own} lacks {', '.join(missing)}: install that or deactivate it.")
             return 2
+        if os.environ.get("TORCH_INDEX"):
+            note(f"note: TORCH_INDEX is for {FOLDER}; the active environment {own} keeps its PyTorch.")
         print(sys.executable)
         return 0
     try:
         ensure(files)
+    except ValueError as error:
+        note(f"error: {error}.")
+        return 2
     except (subprocess.CalledProcessError, OSError) as error:
         note(f"error: the environment could not be built ({error}); see above, and run the script again.")
         return 2

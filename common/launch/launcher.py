@@ -2,9 +2,10 @@
 
     python common/launch/launcher.py PROGRAM FLAGS...
 
-NUM_GPUS (default: all that are visible) or, on CPUs, NUM_PROCESSES (default: 1) is the number of processes on this
-machine; machines.py reads how several machines train together. Before several processes start, one checks the input
-and prepares the data, so that bad input is reported once. Under torchrun or deepspeed the program just runs.
+NUM_GPUS (default: all that are visible; 0: compute on the CPU) or, on CPUs, NUM_PROCESSES (default: 1) is the number of
+processes on this machine; machines.py reads how several machines train together. Before several processes start, one
+checks the input and prepares the data, so that bad input is reported once. Under torchrun or deepspeed the program just
+runs.
 
 Processes are started here and not by the agent of torchrun or Accelerate, which ends one sentence about bad input with
 40 lines of traceback and exit code 1; Accelerate's also obeys a file in the user's home, and no flag turns that off.
@@ -25,16 +26,21 @@ from common.errors import UserError, exit_on_user_error, note
 from common.launch.machines import Machines, Peers, number, read_machines
 
 ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
+# The variables that choose the visible devices of NVIDIA, AMD, Ascend and Intel.
+VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 
 def count_processes() -> int:
-    """The number of processes on this machine. Raises UserError if the environment asks for more GPUs than it has."""
+    """The number of processes on this machine.
+
+    Raises UserError if the environment asks for more GPUs than it has, and for GPUs that can't be used.
+    """
     if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
         return 1  # only a look at the devices needs torch, whose import takes seconds
 
-    import torch
+    from common.devices import count_devices
 
-    found = torch.accelerator.device_count()
+    found = count_devices()
     gpus = number(os.environ, "NUM_GPUS", found)
     processes = number(os.environ, "NUM_PROCESSES", max(1, gpus))
     if processes < 1:
@@ -58,8 +64,8 @@ def set_environment(processes: int, machines: Machines) -> None:
 
 def first_gpu() -> dict[str, str]:
     """The environment of a single process, which sees one GPU: with several it would fall into DataParallel."""
-    visible = "" if os.environ.get("NUM_GPUS") == "0" else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    return os.environ | {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
+    chosen = {"CUDA_VISIBLE_DEVICES": "0"} | {name: os.environ[name] for name in VISIBLE if name in os.environ}
+    return os.environ | {name: devices.partition(",")[0] for name, devices in chosen.items()}
 
 
 def every_rank(processes: int, machines: Machines, address: str, port: int) -> list[dict[str, str]]:
@@ -143,6 +149,8 @@ def main() -> int:
     command = [sys.executable, *program]
     if "LOCAL_RANK" in os.environ:
         os.execv(sys.executable, command)
+    if os.environ.get("NUM_GPUS") == "0":  # common/devices.py says so to us, this to the libraries
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     if "--plan" in program:  # for devices that may not be here
         os.execve(sys.executable, command, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
     machines = read_machines(os.environ)

@@ -1,22 +1,21 @@
-"""The device of this process, and the dtypes that it computes and loads models in."""
+"""The dtypes that a device computes and loads models in."""
 
 import torch
 from transformers import Seq2SeqTrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
+from common.devices import oldest_capability
 
-def this_device() -> torch.device:
-    """The accelerator that torch finds, whatever its kind, or the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+BFLOAT16_SINCE = (8, 0)  # compute capability of NVIDIA's cards that compute in it themselves
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where the device would emulate it."""
+    """float32 on a CPU, where half precision is slow; else bfloat16, or float16 where a card would emulate it."""
     if device.type == "cpu":
         return torch.float32
-    module = torch.get_device_module(device)
-    emulated = device.type == "cuda" and not module.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if is_torch_bf16_gpu_available() and not emulated else torch.float16
+    capability = oldest_capability(device)
+    fast = capability >= BFLOAT16_SINCE if capability else is_torch_bf16_gpu_available()
+    return torch.bfloat16 if fast else torch.float16
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[bool, bool]:

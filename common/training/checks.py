@@ -10,6 +10,7 @@ from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.mix import parse_mix
 from common.data.shards import read_manifest
 from common.data.sources import find_files
+from common.devices import check_bits, note_cpu
 from common.errors import UserError, note
 from common.memory.fit import open_shape
 from common.methods import Method
@@ -49,6 +50,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     if folder.bits and folder.weights:
         packed_weights(folder)
     check_quantization(method, model_args, args, folder)
+    if args.lacks_gpu and not args.plan:
+        note_cpu(folder.name, folder.config.hidden_size)
     method.check(folder, args.do_train)
     if args.do_train and Path(args.output_dir).resolve() == folder.path.resolve():
         raise UserError(
@@ -75,9 +78,11 @@ def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelF
 def check_quantization(
     method: Method, model_args: ModelArguments, args: TrainingArguments, folder: ModelFolder
 ) -> None:
-    """Raises UserError if quantized weights would be trained or sharded."""
+    """Raises UserError if quantized weights would be trained or sharded, or have no kernels on this device."""
     if not (model_args.quantization_bit or folder.bits):
         return
+    if not args.plan:
+        check_bits(model_args.quantization_bit or folder.bits, args.device)
     source = f"{folder.path} is packed in {folder.bits} bit" if folder.bits else "--quantization_bit"
     if args.do_train and method.trains_base:
         raise UserError(f"{source}: integers have no gradients to train; take LoRA or P-Tuning v2, or 16-bit weights.")
