@@ -31,7 +31,7 @@ from common.methods import Method
 from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights
 from common.models.weights import load_base
-from common.trained import COLUMNS
+from common.trained import COLUMNS, PASSES
 from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete, needs
 from common.training.choices import choose
@@ -49,7 +49,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     complete(model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
     if args.plan:
-        report.print_plan(memory)
+        report.print_plan(memory, args)
     check_fits(memory, args)
     if args.plan:
         return
@@ -80,7 +80,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             checkpoints.check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
-                checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
+                passes = {name: vars(args)[name] for name in PASSES}
+                checkpoints.start_run(output_dir, settings | passes, data_args, method.files, start_over)
             with checkpoints.kept(output_dir):
                 train(trainer, data["train"], checkpoint)
             trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation

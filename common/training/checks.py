@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
 from common.data.mix import parse_mix
 from common.data.shards import read_manifest
 from common.data.sources import find_files
@@ -68,7 +68,7 @@ def complete(model_args: ModelArguments, args: TrainingArguments, folder: ModelF
     if folder.bits and bits != folder.bits:
         note(f"note: {folder.path} is packed in {folder.bits} bit; --quantization_bit {bits} quantizes it anew.")
     if args.activation_checkpointing is None:
-        args.activation_checkpointing = bool(args.do_train and bits)
+        args.activation_checkpointing = Switch(bool(args.do_train and bits))
     args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
 
 
