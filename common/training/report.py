@@ -173,6 +173,12 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def reset_peak_memory() -> None:
+    """Lets ``peak_memory`` begin anew on the accelerator; a process can't reset that of the host."""
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+
+
 def print_settings(
     folder: ModelFolder, model: PreTrainedModel, memory: Forecast, data_args: DataArguments, args: TrainingArguments
 ) -> None:

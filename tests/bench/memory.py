@@ -175,7 +175,7 @@ def planned(method_name: str, argv: list[str]) -> Forecast:
     method = make(method_args)
     choose(data_args, args)
     folder = check(method, model_args, data_args, args)
-    complete(model_args, args, folder)
+    complete(method, model_args, args, folder)
     return forecast(folder, method, model_args, data_args, args)
 
 
