@@ -37,7 +37,7 @@ case $MODEL in
     demo | demo3)
         LR=${LR:-1e-3} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
         BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} ;;
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} ;;
     *)
         LR=${LR:-1e-4} DEFAULT_STEPS=${DEFAULT_STEPS:-5000}
         ROWS_PER_STEP=${ROWS_PER_STEP:-4}
@@ -89,6 +89,6 @@ launch "$ROOT/full/main.py" \
 
 # Scores the saved model; of several machines only the first does.
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
-    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} \
+    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-auto} \
         bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
 fi
