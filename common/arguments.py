@@ -5,7 +5,9 @@ Making one checks its values and starts nothing: it sets up no device and joins 
 
 import json
 import os
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NewType
@@ -13,6 +15,7 @@ from typing import Any, Literal, NewType
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.trainer_utils import IntervalStrategy
 
@@ -21,13 +24,17 @@ from common.devices import this_device
 from common.errors import UserError
 from common.models.precision import choose_precision, compute_dtype, half_dtype
 
-# The parser reads it as a word, because it may be auto; TrainingArguments turns it into a number.
+# The parser reads these as words, because they may be auto; TrainingArguments turns them into numbers and switches.
 Rows = NewType("Rows", int)
+Switch = NewType("Switch", bool)
+LARGEST_BATCH = 256
+USUAL_ROWS = 4  # of a batch where --rows_per_step leaves the batch open, and nothing can be chosen
 
 
-def flag(help_text: str, default=None, **kwargs):
-    """A field with its help text, written once where the flag stands."""
-    return field(default=default, metadata={"help": help_text}, **kwargs)
+def flag(help_text: str, default=None, alone=None, **kwargs):
+    """A field with its help text, written once where the flag stands; ``alone``: its value if it is given without."""
+    optional = {} if alone is None else {"nargs": "?", "const": alone}
+    return field(default=default, metadata={"help": help_text, **optional}, **kwargs)
 
 
 @dataclass
@@ -159,7 +166,16 @@ class Engine:
 
 @dataclass
 class TrainingArguments(Seq2SeqTrainingArguments):
-    per_device_train_batch_size: Rows = flag("Rows of a batch on each device; auto: the largest that fits", Rows(8))
+    per_device_train_batch_size: Rows = flag("Rows of a batch on each device (8); auto: the largest that fits")
+    gradient_accumulation_steps: int = flag("Batches of one step of the optimizer (1)")
+    rows_per_step: int | None = flag("Rows of a step on each device: the flags above that are not given are chosen")
+    per_device_eval_batch_size: Rows = flag(
+        "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64", Rows(8)
+    )
+    activation_checkpointing: Switch = flag(
+        "Compute activations a second time instead of keeping them; auto: if the training does not fit without",
+        alone=True,
+    )
     check_memory: bool = flag("Refuse to start if the predicted memory is not free; false: only warn", True)
     output_dir: str = flag("Folder for checkpoints, logs and predictions", "output")
     overwrite_output_dir: bool = flag("Start over although the output folder holds an earlier training", False)
@@ -175,25 +191,22 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
     )
     include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
-    auto_batch_size: bool = field(default=False, init=False)  # whether to choose the batch size; until then it is 1
     lacks_gpu: bool = field(default=False, init=False)  # it runs on the CPU for want of a GPU, not by --use_cpu
+    # What memory/fit.py chooses; until then the batch has 1 row, and activations are checkpointed.
+    batch_sizes: list[int] = field(default_factory=list, init=False)  # to choose from, ascending
+    auto_checkpointing: bool = field(default=False, init=False)
+    auto_answers: bool = field(default=False, init=False)
+    answer_batch_size: int = field(default=0, init=False)  # rows that are answered together
+    loss_scaling: bool = field(default=False, init=False)  # of a frozen base in float16, which takes no autocast
     engine: Engine = field(default_factory=Engine, init=False)
     parsed: bool = field(default=False, init=False)
 
     def __post_init__(self):
-        rows = str(self.per_device_train_batch_size)
-        self.auto_batch_size = rows == "auto"
-        if not self.auto_batch_size and not rows.removeprefix("-").isdecimal():
-            raise ValueError(f"--per_device_train_batch_size {rows}: give a number of rows, or auto")
-        self.per_device_train_batch_size = Rows(1 if self.auto_batch_size else int(rows))
-        if self.per_device_train_batch_size < 1 or self.per_device_eval_batch_size < 1:
-            raise ValueError("a batch must have at least 1 row")
+        complete_batches(self)
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
         if self.deepspeed and self.fsdp:
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
-        if self.deepspeed and self.auto_batch_size:
-            raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
         if self.num_train_epochs is not None and self.num_train_epochs < 0:
             raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
         complete_evaluation(self)
@@ -249,9 +262,52 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         return self.engine.name != "FSDP2" or self.process_index == 0
 
     @property
-    def rows_per_step(self) -> int:
+    def all_rows_per_step(self) -> int:
         """Rows of one step of the optimizer, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.processes
+
+
+def complete_batches(args: TrainingArguments) -> None:
+    """Turns words into numbers, and notes what is left to choose. Raises ValueError for bad numbers."""
+    given, step = args.per_device_train_batch_size, args.rows_per_step or 0
+    auto, split = given == "auto", step > 0 and given is None and args.gradient_accumulation_steps is None
+    if args.rows_per_step is not None and step < 1:
+        raise ValueError("--rows_per_step (ROWS_PER_STEP) must be at least 1")
+    for name in ("train", "eval"):
+        value = str(vars(args)[f"per_device_{name}_batch_size"])
+        if value == "None":
+            continue
+        if value != "auto" and not value.removeprefix("-").isdecimal():
+            raise ValueError(f"--per_device_{name}_batch_size {value}: give a number of rows, or auto")
+        if value != "auto" and int(value) < 1:
+            raise ValueError("a batch must have at least 1 row")
+    if args.deepspeed and auto:
+        raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
+    chooses = not (args.deepspeed or args.fsdp)  # of their memory too little is known
+    if auto:
+        args.rows_per_step, step = None, 0
+    if auto or split and chooses:
+        largest = step & -step or LARGEST_BATCH  # of the powers of two that divide a step
+        args.batch_sizes, rows = [2**power for power in range(largest.bit_length())], 1
+    elif split:
+        rows = gcd(step, USUAL_ROWS)
+    elif given is None:
+        rows = max(1, step // args.gradient_accumulation_steps) if step else 8
+    else:
+        rows = int(given)
+    args.per_device_train_batch_size = Rows(rows)
+    if args.gradient_accumulation_steps is None:
+        args.gradient_accumulation_steps = max(1, step // rows)
+    args.auto_answers = args.per_device_eval_batch_size == "auto"
+    args.per_device_eval_batch_size = Rows(8 if args.auto_answers else int(args.per_device_eval_batch_size))
+    args.answer_batch_size = args.per_device_eval_batch_size
+    word = args.activation_checkpointing
+    args.auto_checkpointing = word == "auto" and chooses
+    if word is not None:
+        try:
+            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(word))
+        except ArgumentTypeError as error:
+            raise ValueError(f"--activation_checkpointing {word}: give true, false or auto") from error
 
 
 def complete_evaluation(args: TrainingArguments) -> None:

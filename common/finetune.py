@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, release_memory
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
@@ -29,14 +29,14 @@ from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
 from common.metrics import score
-from common.models.registry import ModelFolder, fetch_weights
+from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
-from common.trained import COLUMNS
+from common.trained import COLUMNS, PASSES, base_of
 from common.training import checkpoints, report
 from common.training.checks import SPLITS, check, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
-from common.training.evaluation import answer_rows, evaluate, predict
+from common.training.evaluation import Judgement, answer_rows, base_model, judge, save_judgements
 from common.training.trainer import FinetuneTrainer
 
 
@@ -46,10 +46,10 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     start_engine(args)
     choose(data_args, args)
     folder = check(method, model_args, data_args, args)
-    complete(model_args, args, folder)
+    complete(method, model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
     if args.plan:
-        report.print_plan(memory)
+        report.print_plan(memory, args)
     check_fits(memory, args)
     if args.plan:
         return
@@ -71,6 +71,10 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         folder = fetch_weights(folder)
         if args.dry_run:
             return
+        found = {}
+        if data_args.evaluate_base and method.trains_base and (args.do_eval or args.do_predict):
+            found["base"] = judge_alone(method, base_folder(folder, args), tokenizer, data, model_args, data_args, args)
+            release_memory()
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
             report.print_settings(folder, model, memory, data_args, args)
@@ -80,14 +84,17 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             checkpoints.check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
-                checkpoints.start_run(output_dir, settings, data_args, method.files, start_over)
+                passes = {name: vars(args)[name] for name in PASSES}
+                checkpoints.start_run(output_dir, settings | passes, data_args, method.files, start_over)
             with checkpoints.kept(output_dir):
                 train(trainer, data["train"], checkpoint)
-            trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
-        if args.do_eval:
-            evaluate(trainer, data, data_args)
-        if args.do_predict:
-            predict(trainer, data, data_args)
+        if args.do_eval or args.do_predict:
+            report.reset_peak_memory()
+            if data_args.evaluate_base and not method.trains_base:
+                with base_model(trainer):
+                    found["base"] = judge(trainer, data, data_args, "base")
+            found["tuned"] = judge(trainer, data, data_args, "tuned")
+            save_judgements(trainer, data, data_args, found)
     state = PartialState()
     state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
@@ -187,13 +194,30 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
-    if args.early_stopping:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
     trainer.sampler = train.sampler if train else None
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])
         trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)
     return trainer
+
+
+def base_folder(folder: ModelFolder, args: TrainingArguments) -> ModelFolder:
+    """The base of a fully trained model: what a training starts from, or what a trained folder names."""
+    return folder if args.do_train else fetch_weights(open_model(base_of(folder.path)))
+
+
+def judge_alone(
+    method: Method,
+    folder: ModelFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, Prepared],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> Judgement:
+    """What the base does, before the tuned model is in memory: a device may not hold both."""
+    model = build_model(method, model_args, args, folder)
+    return judge(build_trainer(method, model, tokenizer, data, data_args, args), data, data_args, "base")
 
 
 def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
@@ -211,7 +235,11 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     if checkpoint and args.engine.name != "DeepSpeed" and args.reads_weights:  # DeepSpeed reads its own shards
         trainer.load_trained(checkpoint)
     trainable = sizes(trainer.model, args)[1]
+    report.reset_peak_memory()
+    if args.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
+    trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
     trainer.save_model()
     tokens = trainer.state.num_input_tokens_seen - start.num_input_tokens_seen
     memory = {"predicted_memory": trainer.predicted_memory, **report.peak_memory()}
@@ -220,6 +248,8 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
         report.print_training_summary(args, data, trainer.state, metrics, steps, tokens)
+    if trainer.optimizer is not None and args.engine.name != "DeepSpeed":
+        trainer.optimizer.state.clear()  # answers may need its memory
 
 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:

@@ -15,6 +15,8 @@ RESULTS = (
     *("model.safetensors", "model.safetensors.index.json"),
 )
 COLUMNS = ("prompt_column", "response_column", "history_column", "conversation_column", "text_column", "source_prefix")
+# Recorded settings that a continued training takes over where its flags leave them open.
+PASSES = ("per_device_train_batch_size", "activation_checkpointing")
 # Recorded settings that hold for the evaluation of a training too.
 FILES = ("test_file", "validation_file", "probe_file")
 SHARED = ("quantization_bit", *FILES, *COLUMNS, "text_unit", "max_source_length", "max_target_length")

@@ -30,16 +30,18 @@ EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a
 PRECISION=${PRECISION:-auto}                             # bf16, fp16, fp32; auto: half on a GPU, fp32 on a CPU
 SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format that the original code reads
 QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused with a message: quantized weights can't be trained
-# BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
+# ROWS_PER_STEP: rows of one step on each device; of BATCH_SIZE (rows of a batch), GRAD_ACCUM (batches of a step) and
+# GRADIENT_CHECKPOINTING=auto what is not set is chosen to be fast and to fit, as predicted. BATCH_SIZE=auto: the largest
+# batch that fits, whatever a step is then. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
         LR=${LR:-1e-3} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
         BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} ;;
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} ;;
     *)
         LR=${LR:-1e-4} DEFAULT_STEPS=${DEFAULT_STEPS:-5000}
-        BATCH_SIZE=${BATCH_SIZE:-4} GRAD_ACCUM=${GRAD_ACCUM:-1}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true}
+        ROWS_PER_STEP=${ROWS_PER_STEP:-4}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-auto}
         PROBE_FILE=${PROBE_FILE-$ROOT/common/data/probe.jsonl} ;;                # general questions: what is forgotten?
 esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}
@@ -63,8 +65,9 @@ launch "$ROOT/full/main.py" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
     --max_target_length "$MAX_TARGET_LENGTH" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
-    --gradient_accumulation_steps "$GRAD_ACCUM" \
+    ${BATCH_SIZE:+--per_device_train_batch_size "$BATCH_SIZE"} \
+    ${GRAD_ACCUM:+--gradient_accumulation_steps "$GRAD_ACCUM"} \
+    ${ROWS_PER_STEP:+--rows_per_step "$ROWS_PER_STEP"} \
     --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
     ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
     ${MAX_STEPS:+--max_steps "$MAX_STEPS"} \
@@ -86,6 +89,6 @@ launch "$ROOT/full/main.py" \
 
 # Scores the saved model; of several machines only the first does.
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
-    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} \
+    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-auto} \
         bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
 fi

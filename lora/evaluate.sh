@@ -23,5 +23,5 @@ launch "$ROOT/lora/main.py" \
     ${MAX_TARGET_LENGTH:+--max_target_length "$MAX_TARGET_LENGTH"} \
     ${QUANTIZATION_BIT+--quantization_bit "${QUANTIZATION_BIT:-0}"} \
     ${OUTPUT_DIR:+--output_dir "$OUTPUT_DIR"} \
-    ${EVAL_BATCH_SIZE:+--per_device_eval_batch_size "$EVAL_BATCH_SIZE"} \
+    --per_device_eval_batch_size "${EVAL_BATCH_SIZE:-auto}" \
     "$@"

@@ -27,7 +27,9 @@ BEST_METRIC=${BEST_METRIC:-}                             # loss, rouge-l or bleu
 EARLY_STOPPING=${EARLY_STOPPING:-}                       # evaluations without a better value that end the training
 
 # QUANTIZATION_BIT: the frozen base in 4 or 8 bit; empty: not quantized.
-# BATCH_SIZE=auto: the largest batch that fits, as predicted. CHECK_MEMORY=false: only warn if the training does not fit.
+# ROWS_PER_STEP: rows of one step on each device; of BATCH_SIZE (rows of a batch), GRAD_ACCUM (batches of a step) and
+# GRADIENT_CHECKPOINTING=auto what is not set is chosen to be fast and to fit, as predicted. BATCH_SIZE=auto: the largest
+# batch that fits, whatever a step is then. CHECK_MEMORY=false: only warn if the training does not fit.
 case $MODEL in
     demo | demo3)
         PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
@@ -35,8 +37,8 @@ case $MODEL in
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
     *)
         PRE_SEQ_LEN=${PRE_SEQ_LEN:-128} LR=${LR:-2e-2} DEFAULT_STEPS=${DEFAULT_STEPS:-3000}
-        BATCH_SIZE=${BATCH_SIZE:-1} GRAD_ACCUM=${GRAD_ACCUM:-16} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-8}
-        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-true} QUANTIZATION_BIT=${QUANTIZATION_BIT-4}
+        ROWS_PER_STEP=${ROWS_PER_STEP:-16} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-auto}
+        GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-auto} QUANTIZATION_BIT=${QUANTIZATION_BIT-4}
         PROBE_FILE=${PROBE_FILE-$ROOT/common/data/probe.jsonl} ;;                # general questions: what is forgotten?
 esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}               # tokens of the question
@@ -54,9 +56,10 @@ launch "$ROOT/ptuning/main.py" \
     --output_dir "$OUTPUT_DIR" \
     --max_source_length "$MAX_SOURCE_LENGTH" \
     --max_target_length "$MAX_TARGET_LENGTH" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
+    ${BATCH_SIZE:+--per_device_train_batch_size "$BATCH_SIZE"} \
     --per_device_eval_batch_size "$EVAL_BATCH_SIZE" \
-    --gradient_accumulation_steps "$GRAD_ACCUM" \
+    ${GRAD_ACCUM:+--gradient_accumulation_steps "$GRAD_ACCUM"} \
+    ${ROWS_PER_STEP:+--rows_per_step "$ROWS_PER_STEP"} \
     --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
     ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
     ${MAX_STEPS:+--max_steps "$MAX_STEPS"} \

@@ -1,9 +1,11 @@
 """The whole job on the demo model, in this process: what it trains, writes, continues and refuses."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from common.methods.full import Full
 from common.methods.prefix import PTuning, read_prefix
 from common.metrics import score
 from common.models.registry import DEMOS
+from common.models.weights import load_base
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = {".lock", ".lock.holder"}
@@ -239,6 +242,29 @@ def test_the_base_of_a_full_training_is_evaluated_with_its_own_answers(tmp_path)
     results = json.loads((tmp_path / "eval_results.json").read_text())
     assert results["eval_base_rouge-1"] != results["eval_rouge-1"]
     assert results["eval_base_loss"] != results["eval_loss"]
+
+
+def test_base_and_tuned_model_are_never_in_memory_together(full_run, tmp_path, monkeypatch):
+    """The base answers first, alone; that changes nothing of the training."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    loaded: list[tuple[str, int]] = []  # name of a model, how many others were in memory
+
+    def counted(folder, *args):
+        loaded.append((folder.name, len(alive)))
+        alive.add(model := load_base(folder, *args))
+        return model
+
+    gc.collect()
+    monkeypatch.setattr("common.finetune.load_base", counted)
+    answers = f"{PREDICTION} --evaluate_base".replace("--max_target_length 16", "--max_target_length 64")
+    finetune_full(f"{FULL} {answers}", tmp_path / "out")
+    expected, found = (load_file(folder / "model.safetensors") for folder in (full_run, tmp_path / "out"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    gc.collect()
+    finetune_full(answers.replace("_path demo", f"_path {full_run}"), tmp_path / "again")
+    assert loaded == [("demo", 0), ("demo", 0), ("demo", 0), (str(full_run), 0)]
+    for name in ("base_predictions.txt", "generated_predictions.txt"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "again" / name).read_text()
 
 
 def test_packed_weights_are_not_trained_themselves(tmp_path):

@@ -46,8 +46,9 @@ def test_as_much_is_predicted_as_is_measured(setting, tmp_path):
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    """LoRA of ChatGLM3-6B with the defaults of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens."""
-    flags = flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT="")
+    """LoRA of ChatGLM3-6B with the lengths of lora/train.sh in 16 bit: 4 rows of 256 + 512 tokens, checkpointed."""
+    chosen = {"BATCH_SIZE": "4", "EVAL_BATCH_SIZE": "8", "GRADIENT_CHECKPOINTING": "true"}
+    flags = flags_of("lora/train.sh", MODEL="chatglm3-6b", QUANTIZATION_BIT="", **chosen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DEVICE_MEMORY", "80")
         return bench.planned("lora", flags).case
@@ -178,6 +179,25 @@ def test_a_batch_size_is_chosen_and_kept_when_the_training_goes_on(tmp_path, cap
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+# GB of a card -> what P-Tuning v2 of a small ChatGLM2, 16 rows of 64 + 65 tokens a step, then does.
+CHOICES = [
+    ("4", 16, 1, False),  # everything fits
+    ("0.8", 8, 2, False),  # half of the batch without checkpointing is faster than the whole with it
+    ("0.72", 16, 1, True),
+]
+
+
+@pytest.mark.parametrize(("gigabytes", "rows", "accumulation", "checkpointing"), CHOICES)
+def test_what_is_fast_and_fits_is_chosen(gigabytes, rows, accumulation, checkpointing, tmp_path, monkeypatch):
+    model = bench.make_model("chatglm2", tmp_path / "model", shape=(512, 8, 8, 1408, 8192))
+    monkeypatch.setenv("DEVICE_MEMORY", gigabytes)
+    variables = {"MODEL": str(model), "OUTPUT_DIR": str(tmp_path / "out"), "QUANTIZATION_BIT": ""}
+    case, plan, available = bench.planned("ptuning", flags_of("ptuning/train.sh", **variables))
+    chosen = case.setup
+    assert (chosen.batch_size, chosen.accumulates, chosen.checkpointing) == (rows, accumulation > 1, checkpointing)
+    assert fit.needed(plan, chosen) <= available
+
+
 def test_a_batch_size_is_a_number_or_auto():
     with pytest.raises(UserError, match="--per_device_train_batch_size big: give a number of rows, or auto"):
         parse_arguments(LoraArguments, ["--per_device_train_batch_size", "big"])
@@ -210,7 +230,8 @@ def test_a_plan_of_what_fits_downloads_nothing(hub, tmp_path, capsys):
     assert run_here("lora/train.sh", "--plan", **variables) == 0
     said = capsys.readouterr().out
     assert "ChatGLM3-6B, LoRA: predicted memory" in said and "a process on its device" in said
-    assert "4 x (256 + 513) tokens, 4 bit, with gradient checkpointing" in said and "fits into 79.5 GB; " in said
+    assert "4 x (256 + 513) tokens, 4 bit, without gradient checkpointing" in said and "fits into 79.5 GB; " in said
+    assert "fragmentation, beside that" in said and ", answers 64 rows at once" in said
     assert hub.asked() == [] and not (tmp_path / "out").exists()
 
 

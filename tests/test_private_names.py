@@ -48,6 +48,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     f"{TRAINER}._save": "checkpoints hold the whole model",
     f"{TRAINER}._track_num_input_tokens": "a GPU waits in every step while tokens are counted",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
+    f"{TRAINER}._load_scaler": "what a device with float16 began, one with bfloat16 can't continue",
     f"{TRAINER}._load_from_checkpoint": "a training under FSDP2 can't be continued",
     f"{TRAINER}._get_train_sampler": "--mix draws no rows",
     f"{TRAINER}._load_best_model": "--load_best_model_at_end finds no prefix",

@@ -334,7 +334,7 @@ def test_the_table_of_a_method_gives_the_variables_and_defaults_of_its_script(me
             for name, value in zip(spans(row[0]), row[number].replace("`", "").split(", "), strict=False)
             if value
         }
-        assert len(defaults) >= 12
+        assert len(defaults) >= 11
         assert calls_of(line, MODEL=model)[0] == calls_of(line, **{"MODEL": model} | defaults)[0]
     for name in [name for row in cells for name in spans(row[0])]:
         assert calls_of(line, **{name: "other"}) != calls_of(line), name

@@ -14,7 +14,16 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 
-from common.arguments import DataArguments, Engine, LoraArguments, ModelArguments, Rows, TrainingArguments
+from common.arguments import (
+    LARGEST_BATCH,
+    DataArguments,
+    Engine,
+    LoraArguments,
+    ModelArguments,
+    Rows,
+    Switch,
+    TrainingArguments,
+)
 from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number
@@ -23,11 +32,16 @@ from common.memory.quantized import quantize
 from common.methods import Method
 from common.methods.lora import Lora
 from common.models.registry import SPECS, ModelFolder, empty_model, is_local, open_model
-from common.trained import SETTINGS_FILE
+from common.trained import PASSES, SETTINGS_FILE
 
-LARGEST_BATCH = 256
-MARGIN = 0.9  # share of the free memory that a chosen batch may take
-MARGIN_ON_CPU = 0.5  # lower, because the C library keeps much of what was freed
+# A GPU needs more than the allocator hands out: its unused fragments, 0.6% of that with expandable_segments and 2 to
+# 6% without, 14% at worst (tests/bench/RESULTS.md); and NCCL's buffers in each of several processes, 544 MB with two
+# A100, 688 MB with more (https://github.com/NVIDIA/nccl/issues/964).
+FRAGMENTATION = 0.05
+NCCL = 700_000_000  # bytes
+MARGIN_ON_CPU = 0.5  # share of the free memory that a choice may take: the C library keeps much of what was freed
+MOST_ANSWERS = 64  # rows that are answered together, where that is chosen
+BUSY = 2048  # tokens of a pass from which a GPU computes all the time, rather than wait for kernels to start
 ENGINE_TOLERANCE = 1.15  # factor by which a prediction for DeepSpeed and FSDP2, a coarser one, may exceed the memory
 
 
@@ -71,23 +85,25 @@ def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str
 def forecast(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Forecast:
-    """Predicts the memory of this run; chooses the batch size if it is auto."""
+    """Predicts the memory of this run; chooses what the flags leave open: batch, checkpointing, answers at once."""
     case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args))
     available = card_memory(args) or free_memory(args)
-    if args.do_train and args.auto_batch_size:
-        case = choose_batch_size(case, args, data_args, available)
+    if args.do_train and (args.batch_sizes or args.auto_checkpointing):
+        case = choose_passes(case, args, data_args, available)
+    if args.auto_answers and case.setup.generation_batch_size:
+        case = choose_answers(case, args, available)
     return Forecast(case, case.plan(), available)
 
 
 def check_fits(found: Forecast, args: TrainingArguments) -> None:
     """Raises UserError if the prediction exceeds the free memory; only warns with ``--check_memory false``."""
     case, plan, available = found
-    problem = shortage(plan, available, args)
+    problem = shortage(case, plan, available, args)
     if problem and not args.check_memory:
         note(f"warning: {problem}.")
     elif problem:
         note(f"{problem}: looking for a change that helps")
-        changes = advice(case, lambda plan: not shortage(plan, available, args), args)
+        changes = advice(case, lambda case: not shortage(case, case.plan(), available, args), args)
         raise UserError(f"{problem}: {changes}; --check_memory false starts it anyway.")
 
 
@@ -111,11 +127,12 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         all_labelled=bool(own_text or data_args.conversation_column),
         bits=bits,
         dtype=dtype,
-        autocast=half if trains and mixed and args.engine.name != "DeepSpeed" else None,
+        autocast=half if trains and mixed and not args.loss_scaling and args.engine.name != "DeepSpeed" else None,
         checkpointing=bool(args.activation_checkpointing),
         accumulates=args.gradient_accumulation_steps > 1,
         evaluation_batch_size=args.per_device_eval_batch_size if args.do_eval else 0,
-        generation_batch_size=args.per_device_eval_batch_size * (data_args.num_beams or 1) if generates else 0,
+        generation_batch_size=args.answer_batch_size * (data_args.num_beams or 1) if generates else 0,
+        answers_in_training=bool(trains and args.predict_with_generate and args.eval_strategy != "no"),
         answer_length=0 if answer_length == data_args.max_target_length else answer_length,
         gpu=gpu,
         processes=args.processes,
@@ -140,53 +157,128 @@ def free_memory(args: TrainingArguments) -> int:
     return psutil.virtual_memory().available // processes_here(args)
 
 
-def shortage(plan: Plan, available: int, args: TrainingArguments) -> str:
+def margins(plan: Plan, setup: Setup) -> dict[str, int]:
+    """{name: bytes} that a process takes of its GPU beside the plan; nothing on a CPU."""
+    if not setup.gpu:
+        return {}
+    buffers = {"NCCL's buffers": NCCL} if setup.processes > 1 else {}
+    return {"fragmentation": int(plan.total * FRAGMENTATION), **buffers}
+
+
+def needed(plan: Plan, setup: Setup) -> int:
+    """Bytes that must be free for a process on its device."""
+    return plan.total + sum(margins(plan, setup).values())
+
+
+def shortage(case: Case, plan: Plan, available: int, args: TrainingArguments) -> str:
     """The part that does not fit, as a sentence without its full stop; "" if all fits."""
     whole = plan.host if os.environ.get("MACHINE_RANK", "0") == "0" else 0
-    needed, host = whole + plan.offloaded * processes_here(args), psutil.virtual_memory().available
-    if needed > host and not card_memory(args):
+    on_host, host = whole + plan.offloaded * processes_here(args), psutil.virtual_memory().available
+    if on_host > host and not card_memory(args):
         cause = "offloading" if plan.offloaded else "reading and saving the weights"
-        return f"{cause} needs {gb(needed)} of this machine's memory and {gb(host)} are free"
-    if plan.total <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
+        return f"{cause} needs {gb(on_host)} of this machine's memory and {gb(host)} are free"
+    size = needed(plan, case.setup)
+    if size <= available * (1 if args.engine.name == "DDP" else ENGINE_TOLERANCE):
         return ""
-    parts = ", ".join(f"{name} {gb(size)}" for name, size in plan.largest()[:3])
+    largest = [*plan.largest()[:3], *margins(plan, case.setup).items()]
+    parts = ", ".join(f"{name} {gb(size)}" for name, size in largest)
     device = "a card of DEVICE_MEMORY" if card_memory(args) else args.device
-    return f"this needs about {gb(plan.total)} of memory ({parts}) and {gb(available)} are free on {device}"
+    return f"this needs about {gb(size)} of memory ({parts}) and {gb(available)} are free on {device}"
 
 
-def choose_batch_size(case: Case, args: TrainingArguments, data_args: DataArguments, available: int) -> Case:
-    """Sets the largest power of two that fits in every process; a continued training keeps its own."""
-    earlier = read_json(Path(args.output_dir) / SETTINGS_FILE) or {}
-    others = args.gradient_accumulation_steps * args.processes
-    size = earlier.get("rows_per_step", 0) // others if not args.overwrite_output_dir else 0
-    if size:
+def largest_fitting(cases: list[Case], sizes: list[int], available: int) -> int:
+    """The largest of ``sizes`` whose case fits; 0 if none does. ``cases``: in ascending order of their memory.
+
+    Each plan of a 6B model takes seconds, and mostly the largest fits.
+    """
+
+    room = available if cases[0].setup.gpu else MARGIN_ON_CPU * available
+
+    def too_large(case: Case) -> bool:
+        return needed(case.plan(), case.setup) > room
+
+    if not too_large(cases[-1]):
+        return sizes[-1]
+    if too_large(cases[0].changed(batch_size=0, generation_batch_size=0)):  # the weights alone
+        return 0
+    return [0, *sizes][bisect(cases[:-1], False, key=too_large)]
+
+
+def choose_passes(case: Case, args: TrainingArguments, data_args: DataArguments, available: int) -> Case:
+    """Sets batch, accumulation and checkpointing where they are open; a continued training keeps its own."""
+    largest = args.rows_per_step or data_args.max_train_samples or LARGEST_BATCH
+    sizes = [size for size in args.batch_sizes if size <= largest] or [case.setup.batch_size]
+    earlier = {} if args.overwrite_output_dir else read_json(Path(args.output_dir) / SETTINGS_FILE) or {}
+    size, checkpoints = (earlier.get(name) for name in PASSES)
+    if size in sizes and checkpoints is not None:
+        checkpoints = checkpoints if args.auto_checkpointing else case.setup.checkpointing
         reason = f"as in the training that {args.output_dir} holds"
     else:
-        limit = min(LARGEST_BATCH, data_args.max_train_samples or LARGEST_BATCH)
-        margin = MARGIN if case.setup.gpu else MARGIN_ON_CPU
-        sizes = [2**power for power in range(limit.bit_length())]
-        fitting = bisect(sizes, margin * available, key=lambda rows: case.changed(batch_size=rows).plan().total)
-        size = sizes[max(0, fitting - 1)]
-        reason = f"the largest power of two that fits into {gb(available)}, at most {limit}"
-    if args.world_size > 1:  # the output folders of the machines may differ
-        size = min(gather_object([size]))
-    args.per_device_train_batch_size = Rows(size)
-    if args.process_index == 0:
+        size, checkpoints = fastest_passes(case, sizes, args, available)
+        reason = f"the largest power of two that fits into {gb(available)}, at most {sizes[-1]}"
+    if args.world_size > 1:  # devices differ, and the output folders of machines may
+        found = gather_object([(size, checkpoints)])
+        size, checkpoints = min(size for size, _ in found), any(checkpoints for _, checkpoints in found)
+    args.per_device_train_batch_size, args.activation_checkpointing = Rows(size), Switch(checkpoints)
+    if args.batch_sizes and args.rows_per_step:
+        args.gradient_accumulation_steps = args.rows_per_step // size
+    if args.process_index == 0 and args.batch_sizes:
         note(f"batch size {size}: {reason}")
-    return case.changed(batch_size=size)
+    if args.process_index == 0 and args.auto_checkpointing:
+        note(f"gradient checkpointing: {'on, to save memory' if checkpoints else 'off, the training fits without it'}")
+    return changed_passes(case, size, checkpoints, args)
 
 
-def advice(case: Case, fits: Callable[[Plan], bool], args: TrainingArguments) -> str:
+def changed_passes(case: Case, size: int, checkpoints: bool, args: TrainingArguments) -> Case:
+    """The case with another batch; accumulation makes up the rest of a step."""
+    accumulation = args.gradient_accumulation_steps
+    if args.batch_sizes and args.rows_per_step:
+        accumulation = args.rows_per_step // size
+    return case.changed(batch_size=size, checkpointing=checkpoints, accumulates=accumulation > 1)
+
+
+def fastest_passes(case: Case, sizes: list[int], args: TrainingArguments, available: int) -> tuple[int, bool]:
+    """(batch size, whether to checkpoint): the largest of ``sizes`` that fits, or the one that is nearest to it.
+
+    Without checkpointing a step computes 2 passes and not 3. It is left out if then at least half of the largest batch
+    fits, or one that keeps a GPU busy: on an H200 a step of 1 x 128 tokens took 204 ms with it and 100 without.
+    """
+    training = case.changed(evaluation_batch_size=0, generation_batch_size=0)
+    if args.auto_checkpointing:
+        size = largest_fitting([changed_passes(training, size, False, args) for size in sizes], sizes, available)
+        tokens = size * (case.setup.source_length + case.setup.target_length)
+        if 2 * size >= sizes[-1] or tokens >= BUSY:
+            return size, False
+    checkpoints = args.auto_checkpointing or case.setup.checkpointing
+    cases = [changed_passes(training, size, checkpoints, args) for size in sizes]
+    size = largest_fitting(cases, sizes, available)
+    if not size:  # accumulating gradients may take more than a larger batch
+        _, size = min((cases[i].plan().total, sizes[i]) for i in (0, -1))
+    return size, checkpoints
+
+
+def choose_answers(case: Case, args: TrainingArguments, available: int) -> Case:
+    """Sets how many rows are answered together: the largest power of two that fits in every process."""
+    beams = case.setup.generation_batch_size // args.answer_batch_size
+    sizes = [2**power for power in range(MOST_ANSWERS.bit_length())]
+    answering = case.changed(batch_size=0, evaluation_batch_size=0)
+    cases = [answering.changed(generation_batch_size=size * beams) for size in sizes]
+    size = largest_fitting(cases, sizes, available) or sizes[0]
+    args.answer_batch_size = min(gather_object([size])) if args.world_size > 1 else size
+    return case.changed(generation_batch_size=args.answer_batch_size * beams)
+
+
+def advice(case: Case, fits: Callable[[Case], bool], args: TrainingArguments) -> str:
     """Names up to two changes that are enough alone, cheapest first, else the first few that are enough together."""
     known = list(changes(case, args))
-    enough = (name for name, change in known if fits(case.changed(**change).plan()))
+    enough = (name for name, change in known if fits(case.changed(**change)))
     alone = list(islice(enough, 2))  # each plan of a 6B model takes seconds
     if alone:
         return " or ".join(alone) + " makes it fit"
     together = case
     for count, (_, change) in enumerate(known, 1):
         together = together.changed(**change)
-        if count > 1 and fits(together.plan()):
+        if count > 1 and fits(together):
             return " and ".join(name for name, _ in known[:count]) + " together make it fit"
     return "no change that is known here makes it fit; it takes a smaller model or more memory"
 

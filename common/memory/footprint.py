@@ -58,6 +58,7 @@ class Setup:
     evaluation_batch_size: int = 0  # rows per batch of the loss without gradients
     generation_batch_size: int = 0  # rows x beams that are answered together
     answer_length: int = 0  # generated tokens; 0: target_length
+    answers_in_training: bool = False  # beside the optimizer's states, which are freed after the training
     gpu: bool = True  # False: a CPU, whose operators keep other things
     processes: int = 1
     engine: Engine = Engine()
@@ -252,13 +253,16 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
 
 
 @torch.no_grad()
-def evaluation_step(model: PreTrainedModel, setup: Setup) -> None:
-    """The loss of a batch; then of an answer the first token, and the last one with all others cached."""
+def loss_step(model: PreTrainedModel, setup: Setup) -> None:
+    """The loss of a batch without gradients."""
     model.eval()
-    if setup.evaluation_batch_size:
-        model(**labelled_batch(setup, setup.evaluation_batch_size), **setup.engine.loss_flags)
-    if not setup.generation_batch_size:
-        return
+    model(**labelled_batch(setup, setup.evaluation_batch_size), **setup.engine.loss_flags)
+
+
+@torch.no_grad()
+def answer_step(model: PreTrainedModel, setup: Setup) -> None:
+    """Of an answer the first token, and the last one with all others cached."""
+    model.eval()
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
     config = model.config
     prefix_length = vars(config).get("pre_seq_len") or 0
@@ -290,23 +294,28 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     stored: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
         stored["trained weights" if tensor.requires_grad else "weights"] += tensor.nbytes
-    if setup.batch_size:
-        stored["optimizer states"] = 8 * model.num_parameters(only_trainable=True)
-    peaks = []
+    states = Counter({"optimizer states": 8 * model.num_parameters(only_trainable=True) * bool(setup.batch_size)})
+    peaks = [stored]
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:
             with Allocations(model, config.vocab_size, setup.gpu) as allocations:
                 training_step(model, setup, allocations, cast_weights)
-            peaks.append(allocations.peak)
+            peaks.append(stored + states + allocations.peak)
             model.zero_grad()
             del allocations
-    with kernels_of(replace(setup, batch_size=0, autocast=None)):
-        with Allocations(model, config.vocab_size, setup.gpu) as allocations:
-            evaluation_step(model, setup)
-        peaks.append(allocations.peak)
-        if setup.generation_batch_size and not setup.gpu and setup.dtype == torch.float32:
-            peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the packed head of evaluation.py
-    return spread(stored + max(peaks, key=Counter.total), model, setup)
+    for step, rows, in_training in (
+        (loss_step, setup.evaluation_batch_size, True),
+        (answer_step, setup.generation_batch_size, setup.answers_in_training),
+    ):
+        if not rows:
+            continue
+        with kernels_of(replace(setup, batch_size=0, autocast=None)):
+            with Allocations(model, config.vocab_size, setup.gpu) as allocations:
+                step(model, setup)
+            peaks.append(stored + allocations.peak + (states if in_training else Counter()))
+            if step is answer_step and not setup.gpu and setup.dtype == torch.float32:
+                peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the packed head of evaluation.py
+    return spread(max(peaks, key=Counter.total), model, setup)
 
 
 def spread(parts: Counter[str], model: PreTrainedModel, setup: Setup) -> Plan:

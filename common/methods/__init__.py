@@ -45,7 +45,8 @@ class Method(Protocol):
         """Reads saved parameters back into the same model."""
 
     def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
-        """A context that gives the model without the trained parameters."""
+        """A context that gives the model without the trained parameters; full training keeps no base in memory."""
+        raise NotImplementedError
 
     def optimizer(self, model: PreTrainedModel, args: Any) -> torch.optim.Optimizer | None:
         """The method's own optimizer; None: the one that the training arguments name."""

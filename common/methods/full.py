@@ -1,7 +1,5 @@
 """Full-parameter training: every weight is trained and saved under its original name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,10 +11,8 @@ from common.arguments import FullArguments
 from common.errors import UserError
 from common.methods import Method
 from common.methods.prefix import holds_prefix
-from common.models.registry import ModelFolder, open_model
+from common.models.registry import ModelFolder
 from common.models.tensors import read_weights
-from common.models.weights import load_base
-from common.trained import base_of
 
 
 class Full(Method):
@@ -49,13 +45,6 @@ class Full(Method):
         """Copies file by file, without a second model in memory."""
         for file in [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
             model.load_state_dict(read_weights(file), strict=False)
-
-    @contextmanager
-    def base(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """The base that the model's config names, loaded beside the model."""
-        named = vars(model.config).get("base_model_name_or_path")
-        base = open_model(base_of(Path(model.name_or_path), named=named))
-        yield load_base(base, model.dtype, device=model.device)
 
 
 def check_without_prefix(folder: ModelFolder) -> None:

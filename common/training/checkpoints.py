@@ -36,7 +36,7 @@ def settings_of(
         "validation_split": data_args.validation_split if data_args.held_out else 0,
         **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
-        "rows_per_step": args.rows_per_step,
+        "rows_per_step": args.all_rows_per_step,
     }
 
 

@@ -3,9 +3,9 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -22,6 +22,8 @@ from common.encoding import stop_ids
 from common.metrics import score
 from common.training.report import console, peak_memory, print_scores
 from common.training.trainer import FinetuneTrainer
+
+ANSWERS = {"base": "base_predictions.txt", "tuned": "generated_predictions.txt"}
 
 
 @contextmanager
@@ -99,25 +101,6 @@ def probe_loss(trainer: FinetuneTrainer, data: Mapping[str, Prepared]) -> dict[s
     return {"probe_loss": trainer.evaluate(rows, metric_key_prefix="probe")["probe_loss"]}
 
 
-def evaluate(trainer: FinetuneTrainer, data: Mapping[str, Prepared], data_args: DataArguments) -> None:
-    """Writes eval_results.json: the loss on the validation rows, the base's too if asked for; perplexities of text."""
-    metrics = {}
-    probes = not trainer.args.do_predict  # else predict() does it
-    if data_args.evaluate_base:
-        with base_model(trainer):
-            metrics = trainer.evaluate(metric_key_prefix="eval_base")
-            if probes:
-                metrics |= {f"eval_base_{name}": value for name, value in probe_loss(trainer, data).items()}
-    metrics |= trainer.evaluate()
-    if probes:
-        metrics |= {f"eval_{name}": value for name, value in probe_loss(trainer, data).items()}
-    if data_args.text_column:
-        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-
-
 def answer_rows(
     trainer: FinetuneTrainer, data: Prepared, data_args: DataArguments, description: str = "generating"
 ) -> list[str]:
@@ -131,40 +114,77 @@ def answer_rows(
         generation["max_length"] = args.generation_max_length
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
-    prompts, rows = list(data.questions["prompt_ids"]), args.per_device_eval_batch_size
+    prompts, rows = list(data.questions["prompt_ids"]), args.answer_batch_size
     return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
-def predict(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments) -> None:
-    """Answers every question of the test rows, and scores the answers that have a reference; the base's too if asked.
+class Judgement(NamedTuple):
+    """What one model did: the metrics of the validation rows, the general questions' loss, answers to the test rows."""
 
-    Writes generated_predictions.txt, one {"labels", "predict"} per line in the order of the file; labels are empty
-    without a reference.
+    metrics: dict[str, float]
+    probed: dict[str, float]
+    answers: list[str]
+
+
+def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments, name: str) -> Judgement:
+    """Does what --do_eval and --do_predict ask of the trainer's model; ``name``: base or tuned.
+
+    Writes generated_predictions.txt or base_predictions.txt, one {"labels", "predict"} per line in the order of the
+    file; labels are empty without a reference.
     """
-    data = splits["test"]
-    output_dir, references = Path(trainer.args.output_dir), list(data.questions["reference"])
-    scored = [index for index, reference in enumerate(references) if reference is not None]
-    columns = {}
-    for name, file_name in (("base", "base_predictions.txt"), ("tuned", "generated_predictions.txt")):
-        if name == "base" and not data_args.evaluate_base:
-            continue
-        with base_model(trainer) if name == "base" else nullcontext():
-            answers = answer_rows(trainer, data, data_args, f"{name} model")
-            probed = probe_loss(trainer, splits)
+    args = trainer.args
+    metrics: dict[str, float] = {}
+    answers: list[str] = []
+    if args.do_eval:
+        metrics = trainer.evaluate(metric_key_prefix="eval_base" if name == "base" else "eval")
+    if args.do_predict:
+        data, references = splits["test"], splits["test"].questions["reference"]
+        answers = answer_rows(trainer, data, data_args, f"{name} model")
         if trainer.is_world_process_zero():
-            with open(output_dir / file_name, "w", encoding="utf-8") as file:
+            with open(Path(args.output_dir) / ANSWERS[name], "w", encoding="utf-8") as file:
                 for reference, answer in zip(references, answers, strict=True):
                     row = {"labels": reference or "", "predict": answer}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        found = score([answers[index] for index in scored], [references[index] for index in scored]) if scored else {}
-        columns[name] = found | probed
+    return Judgement(metrics, probe_loss(trainer, splits), answers)
+
+
+def save_judgements(
+    trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments, found: dict[str, Judgement]
+) -> None:
+    """Writes and prints what --do_eval and --do_predict ask; ``found``: of tuned, and before it of base if asked for.
+
+    eval_results.json: the losses, and perplexities of text. predict_results.json: the scores of the answers that have
+    a reference. The loss on the general questions stands in one of them.
+    """
+    args = trainer.args
+    if args.do_eval:
+        metrics: dict[str, float] = {}
+        for name, judged in found.items():
+            prefix = "eval_base" if name == "base" else "eval"
+            probed = {} if args.do_predict else judged.probed
+            metrics |= judged.metrics | {f"{prefix}_{metric}": value for metric, value in probed.items()}
+        if data_args.text_column:
+            losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+            metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.do_predict:
+        save_scores(trainer, list(splits["test"].questions["reference"]), found)
+
+
+def save_scores(trainer: FinetuneTrainer, references: list[str | None], found: dict[str, Judgement]) -> None:
+    columns = {}
+    for name, judged in found.items():
+        pairs = [(answer, given) for answer, given in zip(judged.answers, references, strict=True) if given is not None]
+        scores = score([answer for answer, _ in pairs], [given for _, given in pairs]) if pairs else {}
+        columns[name] = scores | judged.probed
+    missing = references.count(None)
     metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
     metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
     memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
     trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
     if trainer.is_world_process_zero():
         print_scores(columns)
-        if len(scored) < len(references):
-            missing = len(references) - len(scored)
+        if missing:
             console().print(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
-        print(f"predictions: {output_dir / 'generated_predictions.txt'}", flush=True)
+        print(f"predictions: {Path(trainer.args.output_dir) / ANSWERS['tuned']}", flush=True)

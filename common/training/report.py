@@ -16,7 +16,7 @@ from common.data.dataset import Prepared
 from common.errors import note
 from common.files import gb
 from common.launch.engines import sizes
-from common.memory.fit import Forecast
+from common.memory.fit import Forecast, margins, needed
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
@@ -68,11 +68,11 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     rows = data.rows_per_epoch
     batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil((args.num_train_epochs or 0) * steps_per_epoch)
     passes = steps / steps_per_epoch
     if data.sampler:
         console().print(f"train: an epoch mixes {mix_of(data)}")
-    console().print(f"train: {steps:,} steps of {args.rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
+    console().print(f"train: {steps:,} steps of {args.all_rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
@@ -85,10 +85,11 @@ def mix_of(data: Prepared) -> str:
     return " + ".join(f"{count:,} rows of {found['file']}" for count, found in counts)
 
 
-def print_plan(memory: Forecast) -> None:
+def print_plan(memory: Forecast, args: TrainingArguments) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
     (folder, method, setup), plan, available = memory
     sizes_of = {**dict(plan.largest()), "a process on its device": plan.total}
+    sizes_of |= {f"{name}, beside that": size for name, size in margins(plan, setup).items()}
     if setup.gpu:
         sizes_of["CUDA itself, beside that"] = int(CUDA_CONTEXT)
     if plan.offloaded:
@@ -97,15 +98,17 @@ def print_plan(memory: Forecast) -> None:
         sizes_of["whole weights on the host, in the first process"] = plan.host
     title = f"{folder.spec.name}, {method.name}: predicted memory at the peak"
     print_pairs(title, {name: f"{size / 1e9:10,.2f} GB" for name, size in sizes_of.items()})
+    accumulated = f", accumulated {args.gradient_accumulation_steps} times" if setup.accumulates else ""
     answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""
     console().print(
-        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens, "
+        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens{accumulated}, "
         f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
         f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}{answers}"
     )
-    if plan.total <= available:
-        console().print(f"fits into {gb(available)}; {gb(available - plan.total)} remain")
+    size = needed(plan, setup)
+    if size <= available:
+        console().print(f"fits into {gb(available)}; {gb(available - size)} remain")
 
 
 def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -172,6 +175,12 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def reset_peak_memory() -> None:
+    """Lets ``peak_memory`` begin anew on the accelerator; a process can't reset that of the host."""
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+
+
 def print_settings(
     folder: ModelFolder, model: PreTrainedModel, memory: Forecast, data_args: DataArguments, args: TrainingArguments
 ) -> None:
@@ -190,7 +199,7 @@ def print_settings(
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
-            f"{length} of {args.rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
+            f"{length} of {args.all_rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
             f"accumulated x {args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
         )
     print_pairs("settings", pairs)
@@ -218,7 +227,7 @@ def print_training_summary(
         "steps": steps,
         **({"mix of an epoch": mix_of(data)} if data.sampler else {}),
         "time": f"{seconds:,.1f} s",
-        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.rows_per_step / seconds:,.2f} samples/s",
+        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.all_rows_per_step / seconds:,.2f} samples/s",
         **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
         "saved to": args.output_dir,
     }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import AutocastKwargs
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -35,7 +36,7 @@ class FiniteLoss(TrainerCallback):
         if math.isfinite(logs.get("loss", 0.0)) and math.isfinite(grad_norm):
             return
         whole = complete_checkpoints(Path(args.output_dir))
-        cause = "--fp16 overflows: use --bf16, or " if args.fp16 else ""
+        cause = "float16 overflows: use --precision bf16 or fp32, or " if args.fp16 else ""
         raise UserError(
             f"the loss is no longer finite (nan or inf) at step {state.global_step}: {cause}lower --learning_rate "
             f"(now {args.learning_rate:g}). Last good checkpoint: {whole[-1] if whole else 'none was saved yet'}."
@@ -58,6 +59,12 @@ class FinetuneTrainer(Trainer):
         self.method = method
         super().__init__(callbacks=[FiniteLoss()], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """For loss scaling alone fp16 comes without autocast."""
+        super().create_accelerator_and_postprocess()
+        if self.args.loss_scaling:
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         if self.optimizer is None:  # there is one, if the file of DeepSpeed names an optimizer
@@ -127,6 +134,11 @@ class FinetuneTrainer(Trainer):
         )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """A device that computes in bfloat16 has no scaler, and can continue what one with float16 began."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
 
     def load_trained(self, folder: Path) -> None:
         """Reads the trained parameters of a checkpoint into the model."""

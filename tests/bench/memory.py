@@ -175,21 +175,25 @@ def planned(method_name: str, argv: list[str]) -> Forecast:
     method = make(method_args)
     choose(data_args, args)
     folder = check(method, model_args, data_args, args)
-    complete(model_args, args, folder)
+    complete(method, model_args, args, folder)
     return forecast(folder, method, model_args, data_args, args)
 
 
 def print_table() -> None:
-    """The three 6B models by method and bits, each with the defaults of its train.sh, on a GPU, as Markdown."""
+    """The three 6B models by method and bits, with the lengths of each train.sh and checkpointing, as Markdown."""
     os.environ["DEVICE_MEMORY"] = "80"
     models = [f"{kind}-6b" for kind in SHAPES]
+    chosen = {"GRADIENT_CHECKPOINTING": "true", "EVAL_BATCH_SIZE": "8"}
     print("| method | weights | lengths, batch |", " | ".join(models), "|")
     print("|---|---|---|" + "---:|" * len(models))
     for method in METHODS:
+        chosen |= (
+            {"BATCH_SIZE": "1", "GRAD_ACCUM": "16"} if method == "ptuning" else {"BATCH_SIZE": "4", "GRAD_ACCUM": "1"}
+        )
         for bits in ("4", "8", "") if method != "full" else ("",):
             cells = []
             for model in models:
-                flags = flags_of(f"{method}/train.sh", "--plan", MODEL=model, QUANTIZATION_BIT=bits)
+                flags = flags_of(f"{method}/train.sh", "--plan", MODEL=model, QUANTIZATION_BIT=bits, **chosen)
                 case, plan, _ = planned(method, flags)
                 cells.append(f"{plan.total / 1e9:.1f} GB")
             setup = case.setup
