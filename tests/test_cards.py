@@ -5,7 +5,10 @@ Each runs the check that comes before several processes start, in this process. 
 
 import os
 import re
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,8 @@ from common.flags import parse_arguments
 from common.launch import launcher
 from common.launch.engines import start_engine
 from common.launch.machines import Machines
-from common.memory.fit import open_shape
+from common.memory.fit import Case, forecast, open_shape
+from common.memory.footprint import Plan
 from common.methods import Method
 from common.methods.full import Full
 from common.methods.lora import Lora
@@ -30,83 +34,92 @@ from common.training.choices import choose
 
 # Two blanks or more between columns; a column more is a field of Decision more.
 DECISIONS = """\
-cards                    training  processes  device  computes  weights
-none                     ptuning   1          cpu     float32   float32
-none                     lora      1          cpu     float32   float32
-none                     full      1          cpu     float32   float32
-none                     ZeRO-2    1          cpu     float32   float32
-none                     ZeRO-3    1          cpu     float32   float32
-no driver                ptuning   1          cpu     float32   float32
-no driver                lora      1          cpu     float32   float32
-no driver                full      1          cpu     float32   float32
-no driver                ZeRO-2    1          cpu     float32   float32
-no driver                ZeRO-3    1          cpu     float32   float32
-T4                       ptuning   1          cuda    float16   float16
-T4                       lora      1          cuda    float16   float16
-T4                       full      1          cuda    float16   float32
-T4                       ZeRO-2    1          cuda    float16   float16
-T4                       ZeRO-3    1          cuda    float16   float16
-T4                       FSDP2     1          cuda    float16   float32
-8 x T4                   ptuning   8          cuda    float16   float16
-8 x T4                   lora      8          cuda    float16   float16
-8 x T4                   full      8          cuda    float16   float32
-8 x T4                   ZeRO-2    8          cuda    float16   float16
-8 x T4                   ZeRO-3    8          cuda    float16   float16
-8 x T4                   FSDP2     8          cuda    float16   float32
-3090                     ptuning   1          cuda    bfloat16  bfloat16
-3090                     lora      1          cuda    bfloat16  bfloat16
-3090                     full      1          cuda    bfloat16  float32
-3090                     ZeRO-2    1          cuda    bfloat16  bfloat16
-3090                     ZeRO-3    1          cuda    bfloat16  bfloat16
-3090                     FSDP2     1          cuda    bfloat16  float32
-8 x 4090                 ptuning   8          cuda    bfloat16  bfloat16
-8 x 4090                 lora      8          cuda    bfloat16  bfloat16
-8 x 4090                 full      8          cuda    bfloat16  float32
-8 x 4090                 ZeRO-2    8          cuda    bfloat16  bfloat16
-8 x 4090                 ZeRO-3    8          cuda    bfloat16  bfloat16
-8 x 4090                 FSDP2     8          cuda    bfloat16  float32
-5090                     ptuning   1          cuda    bfloat16  bfloat16
-5090                     lora      1          cuda    bfloat16  bfloat16
-5090                     full      1          cuda    bfloat16  float32
-5090                     ZeRO-2    1          cuda    bfloat16  bfloat16
-5090                     ZeRO-3    1          cuda    bfloat16  bfloat16
-5090                     FSDP2     1          cuda    bfloat16  float32
-V100 with CUDA 12.6      ptuning   1          cuda    float16   float16
-V100 with CUDA 12.6      lora      1          cuda    float16   float16
-V100 with CUDA 12.6      full      1          cuda    float16   float32
-V100 with CUDA 12.6      ZeRO-2    1          cuda    float16   float16
-V100 with CUDA 12.6      ZeRO-3    1          cuda    float16   float16
-V100 with CUDA 12.6      FSDP2     1          cuda    float16   float32
-8 x V100 with CUDA 12.6  ptuning   8          cuda    float16   float16
-8 x V100 with CUDA 12.6  lora      8          cuda    float16   float16
-8 x V100 with CUDA 12.6  full      8          cuda    float16   float32
-8 x V100 with CUDA 12.6  ZeRO-2    8          cuda    float16   float16
-8 x V100 with CUDA 12.6  ZeRO-3    8          cuda    float16   float16
-8 x V100 with CUDA 12.6  FSDP2     8          cuda    float16   float32
-A100                     ptuning   1          cuda    bfloat16  bfloat16
-A100                     lora      1          cuda    bfloat16  bfloat16
-A100                     full      1          cuda    bfloat16  float32
-A100                     ZeRO-2    1          cuda    bfloat16  bfloat16
-A100                     ZeRO-3    1          cuda    bfloat16  bfloat16
-A100                     FSDP2     1          cuda    bfloat16  float32
-8 x A100                 ptuning   8          cuda    bfloat16  bfloat16
-8 x A100                 lora      8          cuda    bfloat16  bfloat16
-8 x A100                 full      8          cuda    bfloat16  float32
-8 x A100                 ZeRO-2    8          cuda    bfloat16  bfloat16
-8 x A100                 ZeRO-3    8          cuda    bfloat16  bfloat16
-8 x A100                 FSDP2     8          cuda    bfloat16  float32
-H100                     ptuning   1          cuda    bfloat16  bfloat16
-H100                     lora      1          cuda    bfloat16  bfloat16
-H100                     full      1          cuda    bfloat16  float32
-H100                     ZeRO-2    1          cuda    bfloat16  bfloat16
-H100                     ZeRO-3    1          cuda    bfloat16  bfloat16
-H100                     FSDP2     1          cuda    bfloat16  float32
-8 x H100                 ptuning   8          cuda    bfloat16  bfloat16
-8 x H100                 lora      8          cuda    bfloat16  bfloat16
-8 x H100                 full      8          cuda    bfloat16  float32
-8 x H100                 ZeRO-2    8          cuda    bfloat16  bfloat16
-8 x H100                 ZeRO-3    8          cuda    bfloat16  bfloat16
-8 x H100                 FSDP2     8          cuda    bfloat16  float32
+cards                    training  processes  device  computes  weights  scaler
+none                     ptuning   1          cpu     float32   float32  no
+none                     lora      1          cpu     float32   float32  no
+none                     full      1          cpu     float32   float32  no
+none                     ZeRO-2    1          cpu     float32   float32  no
+none                     ZeRO-3    1          cpu     float32   float32  no
+no driver                ptuning   1          cpu     float32   float32  no
+no driver                lora      1          cpu     float32   float32  no
+no driver                full      1          cpu     float32   float32  no
+no driver                ZeRO-2    1          cpu     float32   float32  no
+no driver                ZeRO-3    1          cpu     float32   float32  no
+T4                       ptuning   1          cuda    float16   float16  torch
+T4                       lora      1          cuda    float16   float16  torch
+T4                       full      1          cuda    float16   float32  torch
+T4                       ZeRO-2    1          cuda    float16   float16  DeepSpeed
+T4                       ZeRO-3    1          cuda    float16   float16  DeepSpeed
+T4                       FSDP2     1          cuda    float16   float32  torch
+8 x T4                   ptuning   8          cuda    float16   float16  torch
+8 x T4                   lora      8          cuda    float16   float16  torch
+8 x T4                   full      8          cuda    float16   float32  torch
+8 x T4                   ZeRO-2    8          cuda    float16   float16  DeepSpeed
+8 x T4                   ZeRO-3    8          cuda    float16   float16  DeepSpeed
+8 x T4                   FSDP2     8          cuda    float16   float32  torch
+3090                     ptuning   1          cuda    bfloat16  bfloat16  no
+3090                     lora      1          cuda    bfloat16  bfloat16  no
+3090                     full      1          cuda    bfloat16  float32  no
+3090                     ZeRO-2    1          cuda    bfloat16  bfloat16  no
+3090                     ZeRO-3    1          cuda    bfloat16  bfloat16  no
+3090                     FSDP2     1          cuda    bfloat16  float32  no
+8 x 4090                 ptuning   8          cuda    bfloat16  bfloat16  no
+8 x 4090                 lora      8          cuda    bfloat16  bfloat16  no
+8 x 4090                 full      8          cuda    bfloat16  float32  no
+8 x 4090                 ZeRO-2    8          cuda    bfloat16  bfloat16  no
+8 x 4090                 ZeRO-3    8          cuda    bfloat16  bfloat16  no
+8 x 4090                 FSDP2     8          cuda    bfloat16  float32  no
+5090                     ptuning   1          cuda    bfloat16  bfloat16  no
+5090                     lora      1          cuda    bfloat16  bfloat16  no
+5090                     full      1          cuda    bfloat16  float32  no
+5090                     ZeRO-2    1          cuda    bfloat16  bfloat16  no
+5090                     ZeRO-3    1          cuda    bfloat16  bfloat16  no
+5090                     FSDP2     1          cuda    bfloat16  float32  no
+V100 with CUDA 12.6      ptuning   1          cuda    float16   float16  torch
+V100 with CUDA 12.6      lora      1          cuda    float16   float16  torch
+V100 with CUDA 12.6      full      1          cuda    float16   float32  torch
+V100 with CUDA 12.6      ZeRO-2    1          cuda    float16   float16  DeepSpeed
+V100 with CUDA 12.6      ZeRO-3    1          cuda    float16   float16  DeepSpeed
+V100 with CUDA 12.6      FSDP2     1          cuda    float16   float32  torch
+8 x V100 with CUDA 12.6  ptuning   8          cuda    float16   float16  torch
+8 x V100 with CUDA 12.6  lora      8          cuda    float16   float16  torch
+8 x V100 with CUDA 12.6  full      8          cuda    float16   float32  torch
+8 x V100 with CUDA 12.6  ZeRO-2    8          cuda    float16   float16  DeepSpeed
+8 x V100 with CUDA 12.6  ZeRO-3    8          cuda    float16   float16  DeepSpeed
+8 x V100 with CUDA 12.6  FSDP2     8          cuda    float16   float32  torch
+A100                     ptuning   1          cuda    bfloat16  bfloat16  no
+A100                     lora      1          cuda    bfloat16  bfloat16  no
+A100                     full      1          cuda    bfloat16  float32  no
+A100                     ZeRO-2    1          cuda    bfloat16  bfloat16  no
+A100                     ZeRO-3    1          cuda    bfloat16  bfloat16  no
+A100                     FSDP2     1          cuda    bfloat16  float32  no
+8 x A100                 ptuning   8          cuda    bfloat16  bfloat16  no
+8 x A100                 lora      8          cuda    bfloat16  bfloat16  no
+8 x A100                 full      8          cuda    bfloat16  float32  no
+8 x A100                 ZeRO-2    8          cuda    bfloat16  bfloat16  no
+8 x A100                 ZeRO-3    8          cuda    bfloat16  bfloat16  no
+8 x A100                 FSDP2     8          cuda    bfloat16  float32  no
+H100                     ptuning   1          cuda    bfloat16  bfloat16  no
+H100                     lora      1          cuda    bfloat16  bfloat16  no
+H100                     full      1          cuda    bfloat16  float32  no
+H100                     ZeRO-2    1          cuda    bfloat16  bfloat16  no
+H100                     ZeRO-3    1          cuda    bfloat16  bfloat16  no
+H100                     FSDP2     1          cuda    bfloat16  float32  no
+8 x H100                 ptuning   8          cuda    bfloat16  bfloat16  no
+8 x H100                 lora      8          cuda    bfloat16  bfloat16  no
+8 x H100                 full      8          cuda    bfloat16  float32  no
+8 x H100                 ZeRO-2    8          cuda    bfloat16  bfloat16  no
+8 x H100                 ZeRO-3    8          cuda    bfloat16  bfloat16  no
+8 x H100                 FSDP2     8          cuda    bfloat16  float32  no
+"""
+# Of a 4-bit base with the defaults of the scripts; rows x batches of a step, answers at once.
+CHOICES = """\
+cards     training  step    checkpointing  answers
+T4        ptuning   16 x 1  no             64
+T4        lora      2 x 2   no             64
+3090      ptuning   16 x 1  no             64
+3090      lora      4 x 1   no             64
+8 x A100  lora      4 x 1   no             64
 """
 METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 TRAININGS: dict[str, tuple[str, dict[str, str]]] = {  # name -> script, variables
@@ -126,6 +139,7 @@ class Decision(NamedTuple):
     device: str
     computes: str  # dtype of the passes; a 4-bit base is unpacked to it
     weights: str  # dtype of the base, if it is not quantized
+    scaler: str  # of the loss in float16: that of torch, or DeepSpeed's own
 
 
 @cache
@@ -134,7 +148,7 @@ def flags(training: str) -> list[str]:
     return flags_of(script, "--dry_run", MODEL="chatglm3-6b", **variables)
 
 
-def parse(training: str, folder: Path, *more: str) -> tuple[Method, TrainingArguments]:
+def parse(training: str, folder: Path, *more: str) -> tuple[Method, TrainingArguments, Callable]:
     """Everything that is decided before the memory is predicted. Raises UserError as the program does."""
     make, arguments = METHODS.get(training, METHODS["full"])
     own = [*flags(training), "--output_dir", str(folder), *more]
@@ -142,8 +156,9 @@ def parse(training: str, folder: Path, *more: str) -> tuple[Method, TrainingArgu
     method = make(method_args)
     start_engine(args)
     choose(data_args, args)
-    checks.complete(model_args, args, checks.check(method, model_args, data_args, args))
-    return method, args
+    folder = checks.check(method, model_args, data_args, args)
+    checks.complete(method, model_args, args, folder)
+    return method, args, partial(forecast, folder, method, model_args, data_args, args)
 
 
 def decide(training: str, folder: Path, *more: str) -> Decision:
@@ -151,9 +166,10 @@ def decide(training: str, folder: Path, *more: str) -> Decision:
     processes = launcher.count_processes()
     launcher.set_environment(processes, Machines())
     os.environ |= launcher.first_gpu()
-    method, args = parse(training, folder, *more)
+    method, args, _ = parse(training, folder, *more)
     weights = args.base_dtype(method.trains_base)
-    found = processes, args.device.type, half_dtype(args) or weights, weights
+    scaler = {"DeepSpeed": "DeepSpeed"}.get(args.engine.name, "torch") if args.fp16 else "no"
+    found = processes, args.device.type, half_dtype(args) or weights, weights, scaler
     return Decision(*(str(value).removeprefix("torch.") for value in found))
 
 
@@ -165,8 +181,8 @@ def machine(monkeypatch):
     monkeypatch.setattr(checks, "open_model", open_shape)
 
 
-def rows() -> list[list[str]]:
-    return [re.split("  +", line) for line in DECISIONS.splitlines()]
+def rows(table: str = DECISIONS) -> list[list[str]]:
+    return [re.split("  +", line) for line in table.splitlines()]
 
 
 def test_the_columns_are_those_of_a_decision():
@@ -177,6 +193,37 @@ def test_the_columns_are_those_of_a_decision():
 def test_what_is_decided(machine, cards, training, decision, tmp_path):
     with pretend(cards):
         assert decide(training, tmp_path / "output") == decision
+
+
+PLANS: dict[tuple, Plan] = {}
+PLAN = Case.plan
+
+
+def plan_of(case: Case, layers: int) -> Plan:
+    """The plan of a model with fewer layers, made once for each setup."""
+    key = case.method.name, str(case.setup), layers
+    if key not in PLANS:
+        config = type(case.folder.config).from_dict(case.folder.config.to_dict() | {"num_layers": layers})
+        PLANS[key] = PLAN(case._replace(folder=replace(case.folder, config=config)))
+    return PLANS[key]
+
+
+def extrapolated(case: Case) -> Plan:
+    """The plan of all layers from those of 6 and 8, in a quarter of the time: each layer takes the same."""
+    few, more = (plan_of(case, layers).parts for layers in (6, 8))
+    return Plan(Counter({kind: few[kind] + (more[kind] - few[kind]) * 11 for kind in few | more}))
+
+
+@pytest.mark.parametrize(("cards", "training", "chosen"), [(*row[:2], row[2:]) for row in rows(CHOICES)[1:]])
+def test_what_is_chosen(machine, cards, training, chosen, tmp_path, monkeypatch):
+    with pretend(cards):
+        launcher.set_environment(launcher.count_processes(), Machines())
+        os.environ |= launcher.first_gpu()
+        _, args, predict = parse(training, tmp_path / "output")
+        monkeypatch.setattr(Case, "plan", extrapolated)
+        predict()
+    step = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}"
+    assert [step, "yes" if args.activation_checkpointing else "no", str(args.answer_batch_size)] == chosen
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -198,7 +245,7 @@ def test_cards_that_can_not_be_used_are_refused(machine, cards, says, training, 
 def test_num_gpus_0_goes_on_on_the_cpu(machine, cards, tmp_path, capsys):
     os.environ["NUM_GPUS"] = "0"
     with pretend(cards):
-        assert decide("lora", tmp_path / "output") == Decision("1", "cpu", "float32", "float32")
+        assert decide("lora", tmp_path / "output") == Decision("1", "cpu", "float32", "float32", "no")
     assert "runs on the CPU" not in capsys.readouterr().err
 
 

@@ -129,9 +129,9 @@ def test_the_host_holds_whole_weights_once(engine, dtype, bytes_per_weight, case
     args = parse_arguments(FullArguments, ["--do_train", "--output_dir", str(tmp_path)])[-1]
     little = replace(plan, parts=Counter())
     monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=plan.host - 1))
-    assert fit.shortage(little, 1, args).startswith("reading and saving the weights needs ")
+    assert fit.shortage(shallow, little, 1, args).startswith("reading and saving the weights needs ")
     monkeypatch.setenv("MACHINE_RANK", "1")
-    assert fit.shortage(little, 1, args) == ""
+    assert fit.shortage(shallow, little, 1, args) == ""
 
 
 FLAGS = """--do_train --train_file {data} --prompt_column content --response_column summary --model_name_or_path demo3
