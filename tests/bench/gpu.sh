@@ -5,6 +5,7 @@
 #     SHAPE=tiny DEVICE=cpu bash tests/bench/gpu.sh      tiny models on a CPU, to see that the command works
 # It takes the libraries of PYTHON, and those in WHEELS, which it installs into a temporary folder. Its first line names
 # what is missing. tests/bench/RESULTS.md says which wheels a Python 3.12 with torch 2.11 and transformers needs.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
 export SHAPE=${SHAPE:-6b}                                # tiny
