@@ -69,7 +69,7 @@ def complete(method: Method, model_args: ModelArguments, args: TrainingArguments
 
     A user takes bits to save memory, so such a training checkpoints too, unless --activation_checkpointing is false.
     Through a frozen base in float16 the loss is scaled, or small gradients become 0: at 16,384 labels a step a prefix's
-    gradient was off by 4%, and scaled by 0.1%. Autocast, which would make float32 of the norms, is not needed. DeepSpeed
+    gradient was off by 4%, and scaled by 0.1%. It needs no autocast, which would make float32 of the norms. DeepSpeed
     scales by itself.
     """
     bits = model_args.quantization_bit = model_args.quantization_bit or folder.bits
