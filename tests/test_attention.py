@@ -119,9 +119,10 @@ def test_no_training_step_waits_for_its_device(script, model, tmp_path, monkeypa
         with mode:
             return train(*args, **kwargs)
 
-    def noted(*args):
+    def noted(trainer, *args):
         counts.append(mode.count)
-        return step(*args)
+        assert trainer.accelerator.non_blocking  # the copy of a batch to its device, which a CPU has no need of
+        return step(trainer, *args)
 
     def outside(*size):
         with _disable_current_modes():  # torch can't make this mask inside

@@ -1,7 +1,7 @@
 """bfloat16 and float16 follow float32: three steps of training and eight greedy tokens of every method, on the CPU.
 
-On a GPU the Trainer puts autocast around the step of every method. Here the methods with a frozen base run without it:
-the base computes in half precision, prefix and adapter in float32. Full training has float32 weights and is the same
+The methods with a frozen base run without autocast, here as on a GPU: the base computes in half precision, prefix and
+adapter in float32. Full training has float32 weights and is the same
 autocast on either device, but for its list of operators: a CPU's has no LayerNorm and softmax in float32, which our
 models ask for themselves.
 """

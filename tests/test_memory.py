@@ -171,7 +171,7 @@ def test_memory_that_runs_out_all_the_same_is_one_sentence(capsys):
 def test_a_batch_size_is_chosen_and_kept_when_the_training_goes_on(tmp_path, capsys):
     auto = ["--per_device_train_batch_size", "auto", "--save_steps", "1"]
     train(tmp_path, *auto, available=270e6)
-    assert "batch size 16: the largest power of two that fits into 0.3 GB" in capsys.readouterr().err
+    assert "batch size 16: the largest power of two, at most 256, for 0.3 GB" in capsys.readouterr().err
     settings = json.loads((tmp_path / "out" / "run_settings.json").read_text())
     assert settings["rows_per_step"] == 16
     train(tmp_path, *auto, "--max_steps", "3", available=psutil.virtual_memory().total)

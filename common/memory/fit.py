@@ -191,7 +191,6 @@ def largest_fitting(cases: list[Case], sizes: list[int], available: int) -> int:
 
     Each plan of a 6B model takes seconds, and mostly the largest fits.
     """
-
     room = available if cases[0].setup.gpu else MARGIN_ON_CPU * available
 
     def too_large(case: Case) -> bool:
@@ -215,26 +214,30 @@ def choose_passes(case: Case, args: TrainingArguments, data_args: DataArguments,
         reason = f"as in the training that {args.output_dir} holds"
     else:
         size, checkpoints = fastest_passes(case, sizes, args, available)
-        reason = f"the largest power of two that fits into {gb(available)}, at most {sizes[-1]}"
+        reason = f"the largest power of two, at most {sizes[-1]}, for {gb(available)}"
     if args.world_size > 1:  # devices differ, and the output folders of machines may
         found = gather_object([(size, checkpoints)])
         size, checkpoints = min(size for size, _ in found), any(checkpoints for _, checkpoints in found)
+    chosen = changed_passes(case, size, checkpoints, args)
     args.per_device_train_batch_size, args.activation_checkpointing = Rows(size), Switch(checkpoints)
-    if args.batch_sizes and args.rows_per_step:
-        args.gradient_accumulation_steps = args.rows_per_step // size
+    args.gradient_accumulation_steps = accumulation(size, args)
     if args.process_index == 0 and args.batch_sizes:
         note(f"batch size {size}: {reason}")
     if args.process_index == 0 and args.auto_checkpointing:
         note(f"gradient checkpointing: {'on, to save memory' if checkpoints else 'off, the training fits without it'}")
-    return changed_passes(case, size, checkpoints, args)
+    return chosen
+
+
+def accumulation(size: int, args: TrainingArguments) -> int:
+    """Batches of ``size`` rows in a step."""
+    if args.batch_sizes and args.rows_per_step:
+        return args.rows_per_step // size
+    return args.gradient_accumulation_steps
 
 
 def changed_passes(case: Case, size: int, checkpoints: bool, args: TrainingArguments) -> Case:
     """The case with another batch; accumulation makes up the rest of a step."""
-    accumulation = args.gradient_accumulation_steps
-    if args.batch_sizes and args.rows_per_step:
-        accumulation = args.rows_per_step // size
-    return case.changed(batch_size=size, checkpointing=checkpoints, accumulates=accumulation > 1)
+    return case.changed(batch_size=size, checkpointing=checkpoints, accumulates=accumulation(size, args) > 1)
 
 
 def fastest_passes(case: Case, sizes: list[int], args: TrainingArguments, available: int) -> tuple[int, bool]:

@@ -294,7 +294,8 @@ def predict(model: PreTrainedModel, setup: Setup) -> Plan:
     stored: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
         stored["trained weights" if tensor.requires_grad else "weights"] += tensor.nbytes
-    states = Counter({"optimizer states": 8 * model.num_parameters(only_trainable=True) * bool(setup.batch_size)})
+    trains = bool(setup.batch_size or setup.answers_in_training)
+    states = Counter({"optimizer states": 8 * model.num_parameters(only_trainable=True) * trains})
     peaks = [stored]
     with kernels_of(setup) as cast_weights:
         if setup.batch_size:

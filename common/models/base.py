@@ -77,6 +77,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, visible: Visible,
 
     Only flash attention reads shared keys and values where they are; it knows no mask. The others get a copy per head.
     """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation makes them float32
     heads, groups, length = query.shape[1], key.shape[1], query.shape[2]
     causal, mask = isinstance(visible, str), None if isinstance(visible, str) else visible
     if length == 1:  # the heads of a group become positions of one head

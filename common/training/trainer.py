@@ -81,8 +81,10 @@ class FinetuneTrainer(Trainer):
 
     def log(self, *args, **kwargs) -> None:
         """Adds up the tokens of all processes before it logs."""
-        counted = torch.tensor(self.new_tokens, device=self.args.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(counted).sum())
+        counted = self.new_tokens
+        if self.args.world_size > 1:
+            counted = int(self.accelerator.gather(torch.tensor(counted, device=self.args.device)).sum())
+        self.state.num_input_tokens_seen += counted
         self.new_tokens = 0
         super().log(*args, **kwargs)
 

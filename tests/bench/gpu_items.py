@@ -265,18 +265,22 @@ def toggle(model: PreTrainedModel) -> None:
     optimizer, pad = optimizer_of(model), model.config.pad_token_id
     batch = make_batch(model.config, 4, 256 // SHORTER, 512 // SHORTER, pads=True)
     step = partial(train_step, model, optimizer, batch)
-    masked = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    masked = batch | {"attention_mask": batch["input_ids"] != pad}
     searched = {name: tensor for name, tensor in batch.items() if name != "label_positions"}
 
-    def counted() -> None:
-        int((batch["input_ids"] != pad).sum())
-        step()
+    def four(work: Callable[[], None], then: Callable[[], object] = lambda: None) -> None:
+        for _ in range(4):
+            work()
+            then()
+
+    def count() -> int:
+        return int((batch["input_ids"] != pad).sum())
 
     def toggles() -> Iterator[tuple[str, Callable[[], None]]]:
-        yield "mask", lambda: both("an attention mask of ones", step, partial(train_step, model, optimizer, masked))
+        yield "mask", lambda: both("an attention mask", step, partial(train_step, model, optimizer, masked))
         search = partial(train_step, model, optimizer, searched)
-        yield "labels", lambda: both("a search for the labels on the device", step, search)
-        yield "tokens", lambda: both("tokens counted on the device", step, counted)
+        yield "labels", lambda: both("4 x a search for the labels", partial(four, step), partial(four, search))
+        yield "tokens", lambda: both("4 x tokens counted after it", partial(four, step), partial(four, step, count))
         yield "scaler", scaler
 
     def scaler() -> None:
