@@ -212,8 +212,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         complete_evaluation(self)
         device = torch.device("cpu") if self.use_cpu else this_device(check=not self.plan)  # it may be for others
         self.lacks_gpu, self.use_cpu = not self.use_cpu and device.type == "cpu", device.type == "cpu"
-        float16 = compute_dtype(device) == torch.float16  # under FSDP2 it trains with a loss scaler only if it is asked
-        if (self.deepspeed or self.fsdp and float16) and not (self.precision or self.bf16 or self.fp16):
+        unscaled = self.fsdp and compute_dtype(device) == torch.float16  # a frozen base under FSDP2
+        if (self.deepspeed or unscaled) and not (self.precision or self.bf16 or self.fp16):
             self.precision = "auto"  # ZeRO-3 would take float32
         if self.precision:
             self.bf16, self.fp16 = choose_precision(self.precision, device)
@@ -226,10 +226,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
         given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         self.report_to = [name.strip() for names in given for name in names.split(",")]
-        # A batch travels to the GPU while the step before it is computed.
-        self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | read_config(
-            "accelerator_config", self.accelerator_config
-        )
+        config = read_config("accelerator_config", self.accelerator_config)
+        self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | config  # a batch travels during a step
         super().__post_init__()
         if self.torch_compile:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)  # of common/__init__.py
