@@ -22,7 +22,7 @@ from common.flags import parse_arguments
 from common.launch import launcher
 from common.launch.engines import start_engine
 from common.launch.machines import Machines
-from common.memory.fit import Case, forecast, open_shape
+from common.memory.fit import Case, forecast, needed, open_shape
 from common.memory.footprint import Plan
 from common.methods import Method
 from common.methods.full import Full
@@ -112,14 +112,19 @@ H100                     FSDP2     1          cuda    bfloat16  float32  no
 8 x H100                 ZeRO-3    8          cuda    bfloat16  bfloat16  no
 8 x H100                 FSDP2     8          cuda    bfloat16  float32  no
 """
-# Of a 4-bit base with the defaults of the scripts; rows x batches of a step, answers at once.
+# With the defaults of the scripts; rows x batches of a step, answers at once, and whether that fits on the card.
 CHOICES = """\
-cards     training  step    checkpointing  answers
-T4        ptuning   16 x 1  no             64
-T4        lora      2 x 2   no             64
-3090      ptuning   16 x 1  no             64
-3090      lora      4 x 1   no             64
-8 x A100  lora      4 x 1   no             64
+cards     training  step    checkpointing  answers  fits
+T4        ptuning   16 x 1  no             64       yes
+T4        lora      2 x 2   no             64       yes
+3090      ptuning   16 x 1  no             64       yes
+3090      lora      4 x 1   no             64       yes
+8 x A100  lora      4 x 1   no             64       yes
+H100      full      4 x 1   yes            8        no
+8 x A100  ZeRO-2    4 x 1   yes            8        yes
+8 x 4090  ZeRO-2    4 x 1   yes            8        no
+8 x 4090  ZeRO-3    4 x 1   yes            8        yes
+8 x A100  FSDP2     4 x 1   yes            8        yes
 """
 METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 TRAININGS: dict[str, tuple[str, dict[str, str]]] = {  # name -> script, variables
@@ -221,9 +226,10 @@ def test_what_is_chosen(machine, cards, training, chosen, tmp_path, monkeypatch)
         os.environ |= launcher.first_gpu()
         _, args, predict = parse(training, tmp_path / "output")
         monkeypatch.setattr(Case, "plan", extrapolated)
-        predict()
+        case, plan, available = predict()
     step = f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}"
-    assert [step, "yes" if args.activation_checkpointing else "no", str(args.answer_batch_size)] == chosen
+    answers = ["no", "yes"][bool(args.activation_checkpointing)], ["no", "yes"][needed(plan, case.setup) <= available]
+    assert [step, answers[0], str(args.answer_batch_size), answers[1]] == chosen
 
 
 @pytest.mark.parametrize("training", TRAININGS)

@@ -198,9 +198,9 @@ def largest_fitting(cases: list[Case], sizes: list[int], available: int) -> int:
 
     if not too_large(cases[-1]):
         return sizes[-1]
-    if too_large(cases[0].changed(batch_size=0, generation_batch_size=0)):  # the weights alone
+    if len(cases) == 1 or too_large(cases[0]):
         return 0
-    return [0, *sizes][bisect(cases[:-1], False, key=too_large)]
+    return sizes[bisect(cases[1:-1], False, key=too_large)]
 
 
 def choose_passes(case: Case, args: TrainingArguments, data_args: DataArguments, available: int) -> Case:
