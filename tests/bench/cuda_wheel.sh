@@ -18,6 +18,7 @@ if [ -z "${FOLDER:-}" ]; then
     trap 'rm -rf "$FOLDER"' EXIT
 fi
 WORK=$FOLDER/work
+if [ -z "$ONLY" ]; then rm -rf "$WORK"; fi               # of an earlier run
 mkdir -p "$WORK"
 
 if [ ! -x "$FOLDER/bin/python" ]; then python3 -m venv "$FOLDER"; fi
