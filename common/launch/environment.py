@@ -94,7 +94,7 @@ def ensure(files: list[Path]) -> None:
         if is_installed(files):
             return
         if not (FOLDER / files[0].name).exists():
-            note(f"creating {FOLDER} (once; minutes, and 2 GB of disk or, with CUDA, about 6, of which 2.7 are loaded)")
+            note(f"creating {FOLDER} (once; minutes and 2 GB of disk; with CUDA about 6 GB, and 2.7 GB to download)")
             FOLDER.mkdir(exist_ok=True)
             RECORD.write_text(address)
             venv.EnvBuilder(with_pip=True).create(FOLDER)
