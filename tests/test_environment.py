@@ -97,6 +97,7 @@ def test_a_failing_build_is_one_sentence(checkout):
 
 
 def test_changed_requirements_are_installed_into_what_is_there(checkout):
+    start(checkout, "first").communicate()
     error = start(checkout, "first", "second").communicate()[1]
     assert "installing requirements.txt" in error and "creating" not in error
     assert has(checkout, "first") and has(checkout, "second")
