@@ -1,4 +1,7 @@
-"""Errors that a user can mend: the program prints one sentence, no traceback, and ends with exit code 2."""
+"""Errors that a user can mend: the program prints one sentence, no traceback.
+
+It ends with exit code 2, or 3 where a file could not be written for want of room.
+"""
 
 import difflib
 import errno
@@ -10,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+NO_ACCESS = (errno.EACCES, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # also of a disk that is read-only or fails
 # Errors of torch and DeepSpeed: (type, part of the text, sentence). The type is a name: importing torch takes seconds.
 LIBRARY_ERRORS = (
     ("OutOfMemoryError", "", "{first}: smaller batches, shorter lengths or --quantization_bit 4"),
     ("DistError", "", "another process of this training can't be reached ({last})"),
     ("RuntimeError", "gloo/", "another process of this training can't be reached ({last})"),
-    ("RuntimeError", "inline_container", "a checkpoint could not be written: No space left on device"),
     ("Exception", "loss scale already", "fp16 overflows in every step: use --bf16 or a lower --learning_rate"),
 )
 
@@ -24,14 +27,42 @@ LIBRARY_ERRORS = (
 class UserError(Exception):
     """An error that a user can mend. Its text names the mistake, its place and a remedy."""
 
+    exit_code = 2
+
+
+class SaveError(UserError):
+    """A file that could not be written, for want of room or because the disk fails or is read-only."""
+
+    exit_code = 3
+
+
+def say(text: str) -> None:
+    """Prints text on stderr at once and on a line of its own: a progress bar makes way."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+    else:
+        print(text, file=sys.stderr, flush=True)
+
 
 def note(text: str) -> None:
-    """Prints text on stderr at once, where a person sees it even if standard output goes into a file.
+    """Prints text on stderr, where a person sees it even if standard output goes into a file.
 
     Of the processes that train together only the first one prints.
     """
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        say(text)
+
+
+def disk_problem(error: Exception) -> str | None:
+    """Why a file could not be written, as the system says it; None for an error of another kind.
+
+    torch, safetensors and tokenizers raise errors of their own, with the system's words in their text.
+    """
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return os.strerror(error.errno)
+    found = next((os.strerror(code) for code in NO_ROOM if os.strerror(code) in str(error)), None)
+    return found or ("No space left on device" if "inline_container" in str(error) else None)
 
 
 def describe(error: Exception) -> str | None:
@@ -39,9 +70,12 @@ def describe(error: Exception) -> str | None:
     text, types = str(error), [kind.__name__ for kind in type(error).__mro__]
     if isinstance(error, UserError):
         return text
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        owner = other_owner(Path(error.filename)) if error.filename and isinstance(error, PermissionError) else ""
+    if isinstance(error, OSError) and error.errno in NO_ACCESS:
+        owner = other_owner(Path(error.filename)) if error.filename else ""
         return f"{error.filename or 'a file'}: {os.strerror(error.errno)}{owner}."
+    if problem := disk_problem(error):
+        name = error.filename if isinstance(error, OSError) else None
+        return f"{name or 'a file could not be written'}: {problem}."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
             first = ". ".join(text.split(". ")[:2])  # two sentences
@@ -83,7 +117,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Ends the program with exit code 2 after one sentence on stderr; Ctrl-C ends it without a traceback."""
+    """Ends the program after one sentence on stderr, with the exit code of the error; Ctrl-C ends it without one."""
     try:
         yield
     except KeyboardInterrupt:
@@ -92,5 +126,6 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:  # some errors of DeepSpeed have no narrower class
         if (sentence := describe(error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        say(f"error: {sentence}")
+        own = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+        sys.exit(SaveError.exit_code if disk_problem(error) else own)

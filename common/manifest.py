@@ -1,0 +1,78 @@
+"""Folders that are whole or absent: a manifest, written last, names the size and the hash of every file.
+
+A folder is written under another name, sealed, and renamed. So a kill at any moment leaves a whole folder or none of
+that name, and a file that changes later is noticed.
+"""
+
+import os
+from pathlib import Path, PurePath
+from typing import Any
+
+from xxhash import xxh3_128
+
+from common.files import read_json, write_json
+
+MANIFEST = "manifest.json"
+BLOCK = 2**23  # bytes that are read at once
+
+
+def digest(file: Path) -> str:
+    """The XXH3 hash of a file, 32 hex digits: against damage, not against forgery; five times as fast as SHA-256."""
+    found = xxh3_128()
+    with open(file, "rb", buffering=0) as content:
+        while block := content.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Returns when the disk holds a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(folder: Path, **about: Any) -> None:
+    """Writes the manifest of a folder with ``about`` in it, and returns when the disk holds all of it."""
+    paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
+    files = {}
+    for file in filter(Path.is_file, paths):
+        flush(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "xxh3": digest(file)}
+    write_json(folder / MANIFEST, about | {"files": files})
+    flush(folder / MANIFEST)
+    for each in [*filter(Path.is_dir, paths), folder]:
+        flush(each)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder; None if it is missing or broken."""
+    found = read_json(folder / MANIFEST) or {}
+    files = found.get("files")
+    if not isinstance(files, dict):
+        return None
+    sound = (isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values())
+    return found if all(sound) and all(map(is_inside, files)) else None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in its folder."""
+    path = PurePath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def damage(folder: Path, manifest: dict[str, Any] | None) -> str:
+    """What is wrong with a folder, as in "optimizer.pt has changed"; "" if it is as its manifest says."""
+    if manifest is None:
+        return f"{MANIFEST} is {'broken' if (folder / MANIFEST).exists() else 'missing'}"
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {entry['size']:,}"
+        if digest(file) != entry.get("xxh3"):
+            return f"{name} has changed"
+    return ""
