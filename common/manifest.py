@@ -4,6 +4,7 @@ A folder is written under another name, sealed, and renamed. So a kill at any mo
 that name, and a file that changes later is noticed.
 """
 
+import json
 import os
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,17 +42,21 @@ def seal(folder: Path, **about: Any) -> None:
     for file in filter(Path.is_file, paths):
         flush(file)
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "xxh3": digest(file)}
-    write_json(folder / MANIFEST, about | {"files": files})
+    content = about | {"files": files}
+    write_json(folder / MANIFEST, content | {"xxh3": own_hash(content)})
     flush(folder / MANIFEST)
     for each in [*filter(Path.is_dir, paths), folder]:
         flush(each)
 
 
+def own_hash(content: dict[str, Any]) -> str:
+    return xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder; None if it is missing or broken."""
     found = read_json(folder / MANIFEST) or {}
-    files = found.get("files")
-    if not isinstance(files, dict):
+    if found.pop("xxh3", "") != own_hash(found) or not isinstance(files := found.get("files"), dict):
         return None
     sound = (isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values())
     return found if all(sound) and all(map(is_inside, files)) else None

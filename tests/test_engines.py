@@ -24,10 +24,10 @@ from common.errors import UserError
 from common.flags import parse_arguments
 from common.launch.engines import guard_compilation, start_engine
 from common.loading import load_model
+from common.manifest import damage, read_manifest
 from common.methods.full import Full
 from common.models.registry import SPECS, ModelFolder, open_model
 from common.models.weights import load_base
-from common.training.checkpoints import is_complete_checkpoint
 
 # The deepspeed.json of the official ChatGLM-6B repository: its settings, without those that we would say ourselves.
 OFFICIAL = {
@@ -148,7 +148,7 @@ def test_a_killed_process_ends_all_of_them(tmp_path):
         text=True,
     )
     try:
-        while not (output / "checkpoint-2" / "trainer_state.json").exists():
+        while not (output / "checkpoint-2").is_dir():
             assert job.poll() is None
             time.sleep(0.2)
         family = psutil.Process(job.pid).children(recursive=True)
@@ -161,7 +161,7 @@ def test_a_killed_process_ends_all_of_them(tmp_path):
     assert job.returncode == 1
     assert "was killed by SIGKILL" in said and "Traceback" not in said
     assert not [process for process in family if process.is_running()]
-    assert is_complete_checkpoint(output / "checkpoint-2")
+    assert damage(output / "checkpoint-2", read_manifest(output / "checkpoint-2")) == ""
 
 
 def parse(*flags: str, **variables: str) -> TrainingArguments:

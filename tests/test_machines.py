@@ -20,7 +20,7 @@ from engine_runs import command_of, losses, train_here
 from common.errors import UserError
 from common.launch.machines import Machines, Peers
 from common.locking import free_port
-from common.training.checkpoints import is_complete_checkpoint
+from common.manifest import damage, read_manifest
 
 GUARD = 300  # seconds after which a test that hangs fails; none that passes comes near
 
@@ -353,7 +353,7 @@ def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
         with said[rank].open("w") as output:
             runs.append(subprocess.Popen(command, env=os.environ | where | one, stdout=output, stderr=output))
     checkpoint = tmp_path / "two" / "checkpoint-4"
-    while not is_complete_checkpoint(checkpoint):
+    while not checkpoint.is_dir():
         assert [run.poll() for run in runs] == [None, None], [file.read_text() for file in said]
         time.sleep(0.1)
     ip(f"-n {hosts[1]} link set eth0 down")
@@ -364,4 +364,4 @@ def test_two_machines_train_as_one_until_the_cable_is_cut(hosts, tmp_path):
     assert [ip(f"netns pids {host}") for host in hosts] == ["", ""]
     alone = train_here("full", tmp_path / "one", "--lr_scheduler_type", "constant")
     assert losses(checkpoint) == pytest.approx(alone, abs=1e-4)
-    assert is_complete_checkpoint(checkpoint)
+    assert damage(checkpoint, read_manifest(checkpoint)) == ""

@@ -46,6 +46,9 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     # the Trainer
     "transformers.integrations.integration_utils.INTEGRATION_TO_CALLBACK": "trackers of --report_to are not known",
     f"{TRAINER}._save": "checkpoints hold the whole model",
+    f"{TRAINER}._save_checkpoint": "a kill leaves parts of checkpoints, and a wrong clock removes the newest",
+    f"{TRAINER}._save_scaler": "a training in float16 does not continue as it would have gone on",
+    f"{TRAINER}._save_rng_state": "a continued training draws other random numbers",
     f"{TRAINER}._track_num_input_tokens": "a GPU waits in every step while tokens are counted",
     f"{TRAINER}._save_optimizer_and_scheduler": "checkpoints of FSDP2 hold frozen weights twice",
     f"{TRAINER}._load_scaler": "what a device with float16 began, one with bfloat16 can't continue",

@@ -12,7 +12,7 @@ from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
-from common.errors import UserError, describe, differences, note, other_owner
+from common.errors import SaveError, UserError, describe, differences, disk_problem, note, other_owner
 from common.files import read_json, write_json
 from common.manifest import MANIFEST, damage, read_manifest
 from common.methods import Method
@@ -59,21 +59,21 @@ def check_same(place: Path, earlier: dict[str, Any], settings: dict[str, Any], r
 
 
 def check_writable(folder: Path) -> None:
-    """Raises UserError where the folder can't be made or written to."""
+    """Raises UserError where the folder can't be made or written to, SaveError where its disk has no room."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b" ")
     except OSError as error:
-        reason = f"{error.strerror}{other_owner(folder)}"
-        raise UserError(f"can't write to the output folder {folder}: {reason}.") from error
+        reason, kind = f"{error.strerror}{other_owner(folder)}", SaveError if disk_problem(error) else UserError
+        raise kind(f"can't write to the output folder {folder}: {reason}.") from error
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises UserError where less than ``needed`` bytes are free."""
+    """Raises SaveError where less than ``needed`` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        raise SaveError(
             f"the disk of {folder} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
             "make room or choose another --output_dir."
         )
