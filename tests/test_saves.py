@@ -199,20 +199,20 @@ def test_checkpoints_are_removed_by_their_steps_whatever_the_clock_says(prefix, 
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
 
 
-def test_the_best_checkpoint_is_kept_and_followed_when_the_folder_moves(rows, tmp_path):
-    best = (
-        "--do_eval --eval_strategy steps --eval_steps 1 --load_best_model_at_end --save_total_limit 1 "
-        f"--validation_file {rows}"
-    ).split()
-    finetune("ptuning", rows, tmp_path / "out", *best, "--learning_rate", "1000")
+def test_the_best_checkpoint_is_kept_and_found_where_the_folder_moved(rows, tmp_path):
+    worse = tmp_path / "other.json"  # answers that this training moves away from
+    questions = [json.loads(line)["content"] for line in rows.read_text().splitlines()]
+    worse.write_text("".join(json.dumps({"content": text, "summary": "类型裤" * 5}) + "\n" for text in questions))
+    best = "--do_eval --eval_strategy steps --eval_steps 1 --load_best_model_at_end --save_total_limit 1".split()
+    finetune("full", rows, tmp_path / "out", *best, "--validation_file", str(worse))
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert state["best_global_step"] < 3
-    kept = {f"checkpoint-{state['best_global_step']}", "checkpoint-3"}
-    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == kept
+    assert state["best_global_step"] == 1
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
     expected = weights(tmp_path / "out")
+    assert expected == weights(tmp_path / "out" / "checkpoint-1")
     without_result(tmp_path / "out")
     moved = (tmp_path / "out").rename(tmp_path / "moved")
-    finetune("ptuning", rows, moved, *best, "--learning_rate", "1000")
+    finetune("full", rows, moved, *best, "--validation_file", str(worse))
     assert weights(moved) == expected
 
 
