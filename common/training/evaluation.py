@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from common.data.dataset import Prepared
 from common.data.tables import MODEL_INPUTS
 from common.encoding import stop_ids
 from common.errors import note
+from common.files import written
+from common.manifest import flush
 from common.metrics import score
 from common.training.report import console, peak_memory, print_scores
 from common.training.steps import room_for, size_of
@@ -156,11 +159,21 @@ def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: D
         data, references = splits["test"], splits["test"].questions["reference"]
         answers = answer_rows(trainer, data, data_args, f"{name} model")
         if trainer.is_world_process_zero():
-            with open(Path(args.output_dir) / ANSWERS[name], "w", encoding="utf-8") as file:
-                for reference, answer in zip(references, answers, strict=True):
-                    row = {"labels": reference or "", "predict": answer}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = (
+                {"labels": given or "", "predict": answer} for given, answer in zip(references, answers, strict=True)
+            )
+            write_rows(Path(args.output_dir) / ANSWERS[name], rows)
     return Judgement(metrics, probe_loss(trainer, splits), answers)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Replaces a file of JSON lines in one step. Raises SaveError; then the file is as it was."""
+    partial = file.with_suffix(".partial")
+    with written(partial, "make room and give the same command again"):
+        with open(partial, "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        flush(partial)
+        os.replace(partial, file)
 
 
 def save_judgements(
