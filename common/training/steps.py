@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 
 from common.arguments import TrainingArguments
 from common.errors import UserError, first_sentences, memory_ran_out
-from common.training.checkpoints import complete_checkpoints
 
 REMEMBERED = 4096  # batches since the last log; a loss on a GPU takes 512 bytes
 NAMED = 20  # rows that a message names
@@ -38,7 +37,8 @@ class FiniteLoss(TrainerCallback):
     began. A nan or inf of any step since the last log stays in the logged mean.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_checkpoint: Callable[[], Path | None]):
+        self.last_checkpoint = last_checkpoint
         self.seen: deque[Seen] = deque(maxlen=REMEMBERED)
         self.files: Sequence[str] = ()
 
@@ -55,12 +55,11 @@ class FiniteLoss(TrainerCallback):
             return
         found = [first_not_finite(self.seen, self.files)]
         where = min(gather_object(found) if args.world_size > 1 else found)[1]
-        whole = complete_checkpoints(Path(args.output_dir))
         cause = "float16 overflows: use --precision bf16 or fp32, or " if args.fp16 else ""
         raise UserError(
             f"the loss is no longer finite (nan or inf) at step {state.global_step}: {cause}lower --learning_rate "
             f"(now {args.learning_rate:g}). {where}Last good checkpoint: "
-            f"{whole[-1] if whole else 'none was saved yet'}."
+            f"{self.last_checkpoint() or 'none was saved yet'}."
         )
 
 
