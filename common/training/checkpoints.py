@@ -12,7 +12,7 @@ from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
-from common.errors import UserError, describe, differences, note, other_owner
+from common.errors import SaveError, UserError, describe, differences, note, other_owner
 from common.files import read_json, write_json
 from common.manifest import MANIFEST, damage, read_manifest
 from common.methods import Method
@@ -70,10 +70,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises UserError where less than ``needed`` bytes are free."""
+    """Raises SaveError where less than ``needed`` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        raise SaveError(
             f"the disk of {folder} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
             "make room or choose another --output_dir."
         )
