@@ -29,7 +29,7 @@ from common.data.examples import Example, Reading, Split, check_reading, open_sp
 from common.data.held_out import HoldOut
 from common.data.sealed import SUMMARY, problem_of
 from common.data.shards import load_shards
-from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, write_table
+from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, sum_of, write_table
 from common.errors import UserError, differences, exit_on_user_error, note
 from common.files import clear, read_json, short_hash, write_json, written
 from common.flags import parse_dataclasses
@@ -82,13 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with guard("folder", folder, inside=True):
-        complete = read_json(folder / SUMMARY)
-        if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
+        problem = problem_of(folder)
+        complete = {} if problem.startswith(SUMMARY) else read_json(folder / SUMMARY) or {}
+        known = settings.keys() <= complete.keys() and not args.overwrite_cache
+        if known and (differing := differences(complete, settings)):
             raise UserError(
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
                 "--overwrite_cache to make it again."
             )
-        if args.overwrite_cache or problem_of(folder):
+        if args.overwrite_cache or problem:
             make_folder(folder, split, settings, own_args)
         else:
             count = len(list(folder.glob("shard-*-of-*.arrow")))
@@ -140,7 +142,7 @@ def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
     totals: dict[str, Any] = {name: sum(shard[name] for shard in shards.values()) for name in COUNTS}
     check_any(totals, job.split.args, job.split.source)
     totals["first_dropped"] = next(filter(None, (shard["first_dropped"] for shard in shards.values())), "")
-    totals["content"] = short_hash("".join(shard["content"] for shard in shards.values()).encode())
+    totals["content"] = sum_of(shard["content"] for shard in shards.values())
     totals["shards"] = [{"file": name, "rows": shard["rows"]} for name, shard in shards.items()]
     clear(folder / SUMMARY)
     with written(folder / MANIFEST, ROOM):
@@ -215,7 +217,7 @@ def make_shard(index: int) -> None:
     _job.position = end
     file = _job.files[index]
     with written(file, ROOM):
-        summary = write_table(_job.split, "rows", examples, file)
+        summary = write_table(_job.split, "rows", examples, file, begin // ROWS_PER_BATCH)
         write_json(file.with_suffix(".json"), summary | sealed(file) | {"settings": _job.key})
 
 

@@ -58,8 +58,12 @@ def break_passes(monkeypatch, first: int, most: int, where: str = "backward") ->
         too_many = len(rows) >= first and rows[-1] > most
         if too_many and where == "forward":
             fail()
-        layer = trainer.accelerator.unwrap_model(model).get_input_embeddings()
-        hook = layer.register_forward_hook(lambda layer, args, out: too_many and out.register_hook(fail) and None)
+
+        def prepare(layer, args, output) -> None:
+            if too_many:
+                output.register_hook(fail)
+
+        hook = trainer.accelerator.unwrap_model(model).get_input_embeddings().register_forward_hook(prepare)
         loss = step(trainer, model, inputs, *args, **kwargs)
         hook.remove()
         return loss
