@@ -38,6 +38,10 @@ class SaveError(UserError):
     exit_code = 3
 
 
+class OutOfMemory(UserError):
+    """Memory that ran out in a batch."""
+
+
 def say(text: str) -> None:
     """Prints text on stderr at once and on a line of its own: a progress bar makes way."""
     if "tqdm" in sys.modules:

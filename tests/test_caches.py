@@ -17,6 +17,7 @@ from test_preprocess import arguments, content, preprocess, write_rows
 from common.data.shards import load_shards, summary_of
 from common.errors import SaveError, UserError
 from common.manifest import damage, read_manifest
+from common.training.evaluation import write_rows as write_answers
 
 
 def flip(file: Path) -> None:
@@ -175,6 +176,15 @@ def test_a_full_disk_leaves_finished_shards(data, finished, tmp_path, capsys):
     assert not [name for name in names(folder) if name.endswith(".arrow") and name[:-5] + "json" not in names(folder)]
     preprocess(data, folder)
     assert content(folder) == content(finished)
+
+
+def test_a_full_disk_leaves_the_answers_of_before(tmp_path):
+    file = tmp_path / "generated_predictions.txt"
+    write_answers(file, [{"labels": "", "predict": "白色"}])
+    with pytest.raises(SaveError, match="generated_predictions.partial could not be written"), full_disk(1000):
+        write_answers(file, [{"labels": "", "predict": "白色"}] * 1000)
+    assert file.read_text() == '{"labels": "", "predict": "白色"}\n'
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])

@@ -93,14 +93,15 @@ def test_a_batch_that_was_chosen_is_halved_and_no_step_is_lost(data, tmp_path, m
 @pytest.mark.parametrize(("most", "size"), [(0, AUTO), (2, "--per_device_train_batch_size 4")], ids=["auto", "given"])
 def test_one_row_that_is_too_large_and_a_given_batch_are_a_sentence(most, size, data, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "largest_fitting", lambda *args: 2)
-    break_passes(monkeypatch, first=1, most=most, where="forward")
+    break_passes(monkeypatch, first=3, most=most, where="forward")
     with pytest.raises(UserError) as error:
-        train_full(data, tmp_path, size)
+        train_full(data, tmp_path / "out", f"{size} --save_strategy steps --save_steps 1")
     rows = 2 if size == AUTO else 4
     start = (
         rf"memory ran out in a batch of {rows} rows x \d+ tokens \(CUDA out of memory. Tried to allocate 2.00 GiB\): "
     )
     assert error.match(start + r"the plan for it is \d.\d GB, and \d+.\d GB were free: take --activation_checkpointing")
+    assert str(error.value).endswith(". What was saved before is complete.")
 
 
 def answer(data: Path, output_dir: Path, flags: str) -> list[str]:

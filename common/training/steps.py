@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from common.arguments import TrainingArguments
-from common.errors import UserError, first_sentences, memory_ran_out
+from common.errors import OutOfMemory, UserError, first_sentences, memory_ran_out
 
 REMEMBERED = 4096  # batches since the last log; a loss on a GPU takes 512 bytes
 NAMED = 20  # rows that a message names
@@ -108,7 +108,7 @@ def size_of(inputs: Mapping[str, Any]) -> str:
 
 @contextmanager
 def room_for(inputs: Mapping[str, Any], advice: Callable[[], str], goes_on: bool = False) -> Iterator[None]:
-    """Where memory runs out in a batch it raises UserError, unless the caller ``goes_on`` with less.
+    """Where memory runs out in a batch it raises OutOfMemory, unless the caller ``goes_on`` with less.
 
     ``advice`` says what would fit.
     """
@@ -119,7 +119,7 @@ def room_for(inputs: Mapping[str, Any], advice: Callable[[], str], goes_on: bool
             raise
         if not goes_on:
             reason = first_sentences(error) or type(error).__name__
-            raise UserError(f"memory ran out in a batch of {size_of(inputs)} ({reason}): {advice()}.") from error
+            raise OutOfMemory(f"memory ran out in a batch of {size_of(inputs)} ({reason}): {advice()}.") from error
 
 
 def may_halve(args: TrainingArguments) -> bool:
