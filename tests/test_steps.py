@@ -90,10 +90,13 @@ def test_a_batch_that_was_chosen_is_halved_and_no_step_is_lost(data, tmp_path, m
     assert notes[0].startswith("note: memory ran out at 4 rows x ")
 
 
-@pytest.mark.parametrize(("most", "size"), [(0, AUTO), (2, "--per_device_train_batch_size 4")], ids=["auto", "given"])
-def test_one_row_that_is_too_large_and_a_given_batch_are_a_sentence(most, size, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "first", "most"), [(AUTO, 5, 0), ("--per_device_train_batch_size 4", 3, 2)], ids=["auto", "given"]
+)
+def test_one_row_that_is_too_large_and_a_given_batch_are_a_sentence(size, first, most, data, tmp_path, monkeypatch):
+    """In the third step, when a checkpoint is whole."""
     monkeypatch.setattr(fit, "largest_fitting", lambda *args: 2)
-    break_passes(monkeypatch, first=3, most=most, where="forward")
+    break_passes(monkeypatch, first, most, where="forward")
     with pytest.raises(UserError) as error:
         train_full(data, tmp_path / "out", f"{size} --save_strategy steps --save_steps 1")
     rows = 2 if size == AUTO else 4
