@@ -17,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 
 import gpu_model
 import torch
+from accelerate.utils import release_memory
 from conftest import load_arrays, read_golden
 from gpu import CUDA, DEVICE, say, steps_in_time
 from gpu_model import (
@@ -304,6 +305,7 @@ def toggle(model: PreTrainedModel) -> None:
 
 def train_rows(model: Path, output_dir: Path, flags: str) -> list[float]:
     """The losses of three steps with LoRA in float32, of 32 rows of up to 512 tokens."""
+    release_memory()  # of the training before
     source, target = 256 // SHORTER, 256 // SHORTER
     given = f"""--do_train --model_name_or_path {model} --train_file {model}/rows.jsonl --output_dir {output_dir}
     --prompt_column content --response_column summary --max_source_length {source} --max_target_length {target}
