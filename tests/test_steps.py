@@ -107,6 +107,15 @@ def test_one_row_that_is_too_large_and_a_given_batch_are_a_sentence(size, first,
     assert str(error.value).endswith(". What was saved before is complete.")
 
 
+def test_memory_that_runs_out_in_the_optimizer_names_the_batch_too(data, tmp_path, monkeypatch):
+    def step(*args, **kwargs):
+        raise torch.OutOfMemoryError(REASON)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(UserError, match=r"memory ran out in a batch of 4 rows x \d+ tokens"):
+        train_full(data, tmp_path, "--per_device_train_batch_size 4")
+
+
 def answer(data: Path, output_dir: Path, flags: str) -> list[str]:
     given = f"{COMMON} --do_predict --test_file {data} --output_dir {output_dir} --max_new_tokens 8 {flags}".split()
     model_args, own, *others = parse_arguments(PrefixArguments, given)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def generate_answers(
             inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = None
-            with room_for(inputs, advice, may_halve and len(batch) > 1):
+            with room_for(partial(size_of, inputs), advice, may_halve and len(batch) > 1):
                 output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
             if output is None:
                 batch_size = len(batch) // 2
@@ -168,12 +169,12 @@ def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: D
 
 def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
     """Replaces a file of JSON lines in one step. Raises SaveError; then the file is as it was."""
-    partial = file.with_suffix(".partial")
-    with written(partial, "make room and give the same command again"):
-        with open(partial, "w", encoding="utf-8") as lines:
+    new = file.with_suffix(".partial")
+    with written(new, "make room and give the same command again"):
+        with open(new, "w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        flush(partial)
-        os.replace(partial, file)
+        flush(new)
+        os.replace(new, file)
 
 
 def save_judgements(

@@ -107,10 +107,10 @@ def size_of(inputs: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def room_for(inputs: Mapping[str, Any], advice: Callable[[], str], goes_on: bool = False) -> Iterator[None]:
+def room_for(size: Callable[[], str], advice: Callable[[], str], goes_on: bool = False) -> Iterator[None]:
     """Where memory runs out in a batch it raises OutOfMemory, unless the caller ``goes_on`` with less.
 
-    ``advice`` says what would fit.
+    ``size``: of the batch, as ``size_of`` says it; ``advice``: what would fit.
     """
     try:
         yield
@@ -119,7 +119,7 @@ def room_for(inputs: Mapping[str, Any], advice: Callable[[], str], goes_on: bool
             raise
         if not goes_on:
             reason = first_sentences(error) or type(error).__name__
-            raise OutOfMemory(f"memory ran out in a batch of {size_of(inputs)} ({reason}): {advice()}.") from error
+            raise OutOfMemory(f"memory ran out in a batch of {size()} ({reason}): {advice()}.") from error
 
 
 def may_halve(args: TrainingArguments) -> bool:

@@ -33,6 +33,7 @@ class FinetuneTrainer(Trainer):
     saves: Saves  # of a training
     sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
     forecast: Forecast | None = None
+    size = "the first rows"  # of the last batch
     parts = 1  # in which the rows of a batch go through, since memory ran out
     new_tokens = 0  # that this process has trained on since the last log
 
@@ -67,19 +68,26 @@ class FinetuneTrainer(Trainer):
         """What would fit, as the plan says, where memory ran out."""
         return what_would_fit(self.forecast, self.args, self.model.training)
 
+    def train(self, *args, **kwargs):
+        """Raises OutOfMemory, also where the optimizer finds no room."""
+        with room_for(lambda: self.size, self.advice):
+            return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Does one batch. Where memory runs out in a batch that was chosen here, it halves the rows that go through.
 
         Then it does all batches of this step of the optimizer again, because a part of their gradients is lost.
         """
         self.batches.append(inputs)
+        self.size = size_of(inputs)
         todo, loss = [inputs], None
         while loss is None:
-            with room_for(inputs, self.advice, may_halve(self.args) and self.parts < len(inputs["input_ids"])):
+            halves = may_halve(self.args) and self.parts < len(inputs["input_ids"])
+            with room_for(lambda: self.size, self.advice, goes_on=halves):
                 loss = [self.do_parts(model, each, num_items_in_batch) for each in todo][-1]
             if loss is None:  # outside, where the error is gone that held the tensors of the failed pass
                 self.parts, todo = 2 * self.parts, self.batches
-                note(f"note: memory ran out at {size_of(inputs)}: rows go through in {self.parts} parts from here on")
+                note(f"note: memory ran out at {self.size}: rows go through in {self.parts} parts from here on")
                 model.zero_grad()
                 release_memory()
         if self.accelerator.sync_gradients:
@@ -97,7 +105,7 @@ class FinetuneTrainer(Trainer):
         return loss
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        with room_for(inputs, self.advice):
+        with room_for(lambda: size_of(inputs), self.advice):
             return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
