@@ -74,7 +74,8 @@ def write_table(
     Returns the counts, the place of the first dropped one, and ``content``, a hash of the token ids: the sum of the
     hashes of all batches, each with its number in all of the data, so that the sum over shards is that of one file.
     """
-    examples, hashes = iter(examples), []
+    examples = iter(examples)
+    hashes: list[xxh3_64] = []
     counts: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
     schema = FEATURES[table].arrow_schema
     gc.disable()  # it would take half of the time, for many short lists that are in no cycle

@@ -84,7 +84,7 @@ def open_record(folder: Path, revision: str) -> tuple[Path, dict[str, dict]]:
     """The record of a folder, and its {path: {digest, stamp}} of verified files: all, all but the weights, or none."""
     record = cache_folder() / "models" / f"{short_hash(f'{revision} {folder}'.encode())}.json"
     files = (read_json(record) or {}).get("files")
-    return record, files if is_record(files) else {}  # without one all files are verified again
+    return record, files if files and is_record(files) else {}  # without one all files are verified again
 
 
 def is_record(files: object) -> bool:
