@@ -87,7 +87,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if args.do_train:
             size = 3 * sizes(model, args)[1] * 4  # of a checkpoint, with Adam's moments
             checkpoints.check_space(output_dir, size)
-            trainer.saves = Saves(output_dir, settings, args.save_total_limit, size)
+            trainer.saves = Saves(output_dir, settings, max(0, args.save_total_limit or 0), size)
             args.save_total_limit = None  # the Trainer would remove checkpoints by the times of their folders
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
@@ -271,7 +271,7 @@ def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState
         best = args.load_best_model_at_end and state.best_global_step
         result = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
         if args.should_save:
-            with trainer.saves.result(state.global_step) as folder:
+            with trainer.saves.result(state.global_step, state.best_global_step) as folder:
                 checkpoints.copy_trained(result, state, folder)
     if args.engine.name == "DDP":
         trainer.load_trained(result)

@@ -54,9 +54,10 @@ def put(source: Path, target: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Ends what a kill interrupted: a sealed result gets its place, and parts are removed."""
-    for name in (SAVING, REMOVED):
-        remove(folder / name)
+    for part in (folder / SAVING, folder / REMOVED, *folder.glob("*.partial")):
+        remove(part)
     publish(folder)
+    combine_results(folder)
 
 
 def publish(folder: Path) -> None:
@@ -77,7 +78,6 @@ def publish(folder: Path) -> None:
     os.replace(new / MANIFEST, folder / MANIFEST)
     flush(folder)
     remove(new)
-    combine_results(folder)
 
 
 def remove_training(folder: Path, files: Iterable[str]) -> None:
@@ -95,9 +95,10 @@ def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
 
 
 def combine_results(folder: Path) -> None:
-    """Writes all_results.json, the metrics of training, evaluation and prediction."""
+    """Writes all_results.json, the metrics of training, evaluation and prediction, as far as there are any."""
     parts = [read_json(folder / f"{split}_results.json") or {} for split in ("train", "eval", "predict")]
-    write_json(folder / "all_results.json", dict(sorted((parts[0] | parts[1] | parts[2]).items())))
+    if metrics := parts[0] | parts[1] | parts[2]:
+        write_json(folder / "all_results.json", dict(sorted(metrics.items())))
 
 
 class Saves:
@@ -106,8 +107,8 @@ class Saves:
     A thread seals a checkpoint while the training goes on, because hashing and flushing take as long as writing.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], limit: int | None, size: int):
-        """``limit``: checkpoints to keep; ``size``: the bytes of one, as far as they are known before the first."""
+    def __init__(self, folder: Path, settings: dict[str, Any], limit: int, size: int):
+        """``limit``: checkpoints to keep, 0 for all; ``size``: bytes of one, as far as is known before the first."""
         self.folder, self.settings, self.limit, self.size = folder, settings, limit, size
         self.partial = folder / SAVING
         self.thread = ThreadPoolExecutor(1)
@@ -141,11 +142,13 @@ class Saves:
         seal(self.partial, step=step, settings=self.settings)
         put(self.partial, self.folder / f"checkpoint-{step}")
         self.size = sum(file.stat().st_size for file in self.folder.glob(f"checkpoint-{step}/**/*") if file.is_file())
-        if self.limit and self.limit > 0:
-            older = checkpoint_folders(self.folder)[: -self.limit]
-            for checkpoint in older:
-                if checkpoint.name not in (f"checkpoint-{step}", f"checkpoint-{best}"):
-                    remove(checkpoint)
+        self.rotate(best)
+
+    def rotate(self, best: int | None) -> None:
+        """Removes all but the newest checkpoints, by their steps, and the ``best``."""
+        for checkpoint in checkpoint_folders(self.folder)[: -self.limit if self.limit else 0]:
+            if checkpoint.name != f"checkpoint-{best}":
+                remove(checkpoint)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is sealed."""
@@ -160,7 +163,7 @@ class Saves:
             self.give_up(step, problem)
 
     @contextmanager
-    def result(self, step: int) -> Iterator[Path]:
+    def result(self, step: int, best: int | None) -> Iterator[Path]:
         """A folder for the files of the result, which then takes the place of the result before it.
 
         Raises SaveError where there is no room for it; then the result before it is as it was.
@@ -172,6 +175,8 @@ class Saves:
             seal(self.partial, step=step, settings=self.settings)
             put(self.partial, self.folder / RESULT)
             publish(self.folder)
+            combine_results(self.folder)
+            self.rotate(best)
         except Exception as error:
             if (problem := disk_problem(error)) is None:
                 raise

@@ -198,8 +198,8 @@ class FinetuneTrainer(Trainer):
 
     def save_result(self, metrics: dict[str, float]) -> None:
         """Puts the trained parameters into the output folder, with ``metrics``. Raises SaveError."""
-        step = self.state.global_step
-        with self.saves.result(step) if self.args.should_save else nullcontext(self.saves.partial) as folder:
+        step, best = self.state.global_step, self.state.best_global_step
+        with self.saves.result(step, best) if self.args.should_save else nullcontext(self.saves.partial) as folder:
             self.save_model(str(folder), _internal_call=True)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
