@@ -123,5 +123,8 @@ def room_for(size: Callable[[], str], advice: Callable[[], str], goes_on: bool =
 
 
 def may_halve(args: TrainingArguments) -> bool:
-    """Whether a batch was chosen here and may go through in parts; one of several processes can't leave the others."""
-    return bool(args.batch_sizes) and args.world_size == 1 and args.engine.name == "DDP"
+    """Whether a batch was chosen here and may go through in parts.
+
+    One of several processes can't leave the others, and DDP, ZeRO and FSDP2 don't forget a backward pass that failed.
+    """
+    return bool(args.batch_sizes) and args.parallel_mode.value == "not_parallel"
