@@ -15,9 +15,11 @@ from typing import Any
 
 NO_ACCESS = (errno.EACCES, errno.EPERM)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # also of a disk that is read-only or fails
+# Parts of what torch, cuBLAS, bitsandbytes and C++ say when memory of a device or of this machine runs out.
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 # Errors of torch and DeepSpeed: (type, part of the text, sentence). The type is a name: importing torch takes seconds.
 LIBRARY_ERRORS = (
-    ("OutOfMemoryError", "", "{first}: smaller batches, shorter lengths or --quantization_bit 4"),
+    ("RuntimeError", "DataLoader worker", "{first}: fewer --dataloader_num_workers, or more memory"),
     ("DistError", "", "another process of this training can't be reached ({last})"),
     ("RuntimeError", "gloo/", "another process of this training can't be reached ({last})"),
     ("Exception", "loss scale already", "fp16 overflows in every step: use --bf16 or a lower --learning_rate"),
@@ -34,6 +36,10 @@ class SaveError(UserError):
     """A file that could not be written, for want of room or because the disk fails or is read-only."""
 
     exit_code = 3
+
+
+class OutOfMemory(UserError):
+    """Memory that ran out in a batch."""
 
 
 def say(text: str) -> None:
@@ -66,6 +72,19 @@ def disk_problem(error: Exception) -> str | None:
     return found or ("the disk refused to write" if of_torch else None)
 
 
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether the memory of a device, or of this machine, ran out."""
+    kinds, text = [kind.__name__ for kind in type(error).__mro__], str(error).lower()
+    if "MemoryError" in kinds or "OutOfMemoryError" in kinds:
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(part in text for part in NO_MEMORY)
+
+
+def first_sentences(error: BaseException) -> str:
+    """The first two sentences of an error's text, without a full stop."""
+    return ". ".join(str(error).split(". ")[:2]).strip().removesuffix(".")
+
+
 def describe(error: Exception) -> str | None:
     """The sentence for an error that a user can mend; None for any other error."""
     text, types = str(error), [kind.__name__ for kind in type(error).__mro__]
@@ -77,11 +96,13 @@ def describe(error: Exception) -> str | None:
     if problem := disk_problem(error):
         name = error.filename if isinstance(error, OSError) else None
         return f"{name or 'a file could not be written'}: {problem}."
+    if memory_ran_out(error):
+        reason = first_sentences(error) or "this machine's memory ran out"
+        return f"{reason}: smaller batches, shorter lengths or --quantization_bit 4."
     for name, part, sentence in LIBRARY_ERRORS:
         if name in types and part in text:
-            first = ". ".join(text.split(". ")[:2])  # two sentences
             last = text.strip().rpartition("\n")[2].rpartition("] ")[2]  # last line, without its place in the source
-            return f"{sentence.format(first=first, last=last)}."
+            return f"{sentence.format(first=first_sentences(error), last=last)}."
     return None
 
 

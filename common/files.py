@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common.errors import UserError
+from common.errors import SaveError, UserError, disk_problem
 
 TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that no text holds
@@ -116,3 +119,23 @@ def write_json(file: Path, content: dict) -> None:
 def gb(size: float) -> str:
     """A number of bytes as text for people, in GB."""
     return f"{size / 1e9:,.1f} GB"
+
+
+def clear(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it; does nothing if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path, remedy: str) -> Iterator[None]:
+    """Where ``path`` can't be written whole it is deleted. Raises SaveError if the disk is full, read-only or fails."""
+    try:
+        yield
+    except BaseException as error:
+        clear(path)
+        if isinstance(error, Exception) and (problem := disk_problem(error)):
+            raise SaveError(f"{path} could not be written ({problem}): {remedy}.") from error
+        raise

@@ -83,7 +83,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if args.process_index == 0:
             report.print_settings(folder, model, memory, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
-        trainer.predicted_memory = memory.plan.total
+        trainer.forecast = memory
         if args.do_train:
             size = 3 * sizes(model, args)[1] * 4  # of a checkpoint, with Adam's moments
             checkpoints.check_space(output_dir, size)
@@ -186,12 +186,13 @@ def build_trainer(
     args: TrainingArguments,
 ) -> FinetuneTrainer:
     validation, train = data.get("validation"), data.get("train")
+    args.remove_unused_columns = False  # the origin of a row travels with it
     args.prediction_loss_only = True  # training/evaluation.py generates answers, the Trainer computes the loss
     trainer = FinetuneTrainer(
         method=method,
         model=model,
         args=args,
-        train_dataset=train.rows.select_columns(MODEL_INPUTS) if train else None,
+        train_dataset=train.rows.select_columns([*MODEL_INPUTS, "file", "line"]) if train else None,
         eval_dataset=validation.rows.select_columns(MODEL_INPUTS) if validation else None,
         data_collator=partial(
             train_batch,
@@ -201,7 +202,9 @@ def build_trainer(
         ),
         processing_class=tokenizer,
     )
-    trainer.sampler = train.sampler if train else None
+    if train:
+        trainer.sampler = train.sampler
+        trainer.finite_loss.files = [str(file["file"]) for file in train.summary["findings"]]
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])
         trainer.score_answers = lambda: score(answer_rows(trainer, validation, data_args), references)

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,9 +15,11 @@ import torch
 
 from common.encoding import encode_chat
 from common.errors import UserError, exit_on_user_error
+from common.files import clear, written
 from common.loading import find_trained, load_model, load_tokenizer
+from common.manifest import flush
 from common.methods.lora import adapter_config
-from common.models.registry import fetch_weights, open_model
+from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.trained import find_training
 from common.training.checkpoints import check_space, check_writable
 
@@ -46,9 +49,24 @@ def main() -> None:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty: choose another --output_dir.")
     partial = output_dir.with_name(f"{output_dir.name}.partial")  # until everything is written
-    check_writable(partial)
-    check_space(partial, sum(file.stat().st_size for file in folder.weights) * (2 if args.dtype == "float32" else 1))
+    with written(partial, "make room, or choose another --output_dir"):
+        clear(partial)  # of a merge that was killed
+        check_writable(partial)
+        size = sum(file.stat().st_size for file in folder.weights)
+        check_space(partial, size * (2 if args.dtype == "float32" else 1))
+        difference = merge(folder, adapter, DTYPES[args.dtype], args.max_shard_size, partial)
+        for file in partial.iterdir():
+            flush(file)
+        os.replace(partial, output_dir)
+    flush(output_dir.parent)
+    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
 
+
+def merge(folder: ModelFolder, adapter: dict[str, Any], dtype: torch.dtype, shard_size: str, output_dir: Path) -> float:
+    """Writes the merged model and its tokenizer. Returns the largest difference between both models' logits.
+
+    Raises UserError if that is too large.
+    """
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, torch.float32, **adapter)
     sample = torch.tensor([encode_chat(tokenizer, SAMPLE)])
@@ -58,13 +76,11 @@ def main() -> None:
         difference = (model(sample).logits - adapted).abs().max().item()
     if difference > TOLERANCE:
         raise UserError(f"the merged model's logits differ from the adapter's by {difference:.2g}: nothing was saved.")
-    dtype = DTYPES[args.dtype]
     # With the names, the buffers and the float32 norms of the original checkpoints.
     original = model.original_state_dict(dtype) if model.config.model_type == "chatglm" else None
-    model.to(dtype).save_pretrained(partial, state_dict=original, max_shard_size=args.max_shard_size)
-    tokenizer.save_pretrained(str(partial))
-    os.replace(partial, output_dir)
-    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
+    model.to(dtype).save_pretrained(output_dir, state_dict=original, max_shard_size=shard_size)
+    tokenizer.save_pretrained(str(output_dir))
+    return difference
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ The same command continues a run that was interrupted: finished shards are kept.
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -28,17 +27,21 @@ from common.arguments import DataArguments, ModelArguments, flag
 from common.data import dataset
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut
-from common.data.shards import MANIFEST, load_shards
-from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, write_table
-from common.errors import UserError, differences, exit_on_user_error
-from common.files import read_json, short_hash, write_json
+from common.data.sealed import SUMMARY, problem_of
+from common.data.shards import load_shards
+from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, sum_of, write_table
+from common.errors import UserError, differences, exit_on_user_error, note
+from common.files import clear, read_json, short_hash, write_json, written
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
 from common.locking import guard
+from common.manifest import MANIFEST, digest, flush
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.choices import choose_text
 from common.training.report import print_prepared
+
+ROOM = "make room and start again, which keeps the finished shards, or choose another --output_dir"
 
 
 @dataclass
@@ -79,37 +82,82 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(own_args.output_dir)
     check_writable(folder)
     with guard("folder", folder, inside=True):
-        complete = read_json(folder / MANIFEST)
-        if complete and not args.overwrite_cache and (differing := differences(complete, settings)):
+        problem = problem_of(folder)
+        complete = {} if problem.startswith(SUMMARY) else read_json(folder / SUMMARY) or {}
+        known = settings.keys() <= complete.keys() and not args.overwrite_cache
+        if known and (differing := differences(complete, settings)):
             raise UserError(
                 f"{folder} was made with other settings ({differing}): choose another --output_dir, or "
                 "--overwrite_cache to make it again."
             )
-        reading, hold_out = Reading(), HoldOut(args.validation_split, bool(args.mix))
-        bounds = shard_bounds(sum(1 for _ in hold_out.watch(read_examples(split, reading))), own_args.num_shards)
-        check_reading(reading.summary(), args)
-        shutil.rmtree(folder / "held_out", ignore_errors=True)
-        findings = reading.summary() | {"held_out": dataset.choose_held_out(split, hold_out, folder)}
-        count = len(bounds) - 1
-        files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
-        job = Job(split, read_examples(split, Reading()), bounds, files, short_hash(json.dumps(settings).encode()))
-        for file in folder.glob("shard-*-of-*.arrow"):  # shards of other settings, and incomplete ones
-            if args.overwrite_cache or read_summary(file, job.key) is None:
-                file.unlink()
-        make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
-        write_manifest(folder, job, settings | findings)
+        if args.overwrite_cache or problem:
+            make_folder(folder, split, settings, own_args)
+        else:
+            count = len(list(folder.glob("shard-*-of-*.arrow")))
+            print(f"{folder}: {count} of {count} shards were finished before", flush=True)
         print_prepared("train", load_shards(args, folder, tokenizer))
 
 
+def make_folder(folder: Path, split: Split, settings: dict[str, Any], own_args: PreprocessArguments) -> None:
+    """Makes what is missing or damaged. Raises UserError for bad rows, and SaveError; finished shards are kept then."""
+    args = split.args
+    reading, hold_out = Reading(), HoldOut(args.validation_split, bool(args.mix))
+    bounds = shard_bounds(sum(1 for _ in hold_out.watch(read_examples(split, reading))), own_args.num_shards)
+    check_reading(reading.summary(), args)
+    clear(folder / MANIFEST)
+    clear(folder / "held_out")
+    with written(folder / "held_out", ROOM):
+        findings = reading.summary() | {"held_out": dataset.choose_held_out(split, hold_out, folder)}
+    count = len(bounds) - 1
+    files = [folder / f"shard-{index:05}-of-{count:05}.arrow" for index in range(count)]
+    job = Job(split, read_examples(split, Reading()), bounds, files, short_hash(json.dumps(settings).encode()))
+    drop_shards(folder, "" if args.overwrite_cache else job.key)
+    try:
+        make_missing(job, own_args.num_workers or len(os.sched_getaffinity(0)))
+    except BaseException:
+        for file in files:  # those that the workers did not finish
+            if not file.with_suffix(".json").exists():
+                clear(file)
+        raise
+    write_manifest(folder, job, settings | findings)
+
+
+def drop_shards(folder: Path, key: str) -> None:
+    """Deletes the shards of other settings than ``key``, and incomplete or damaged ones."""
+    for file in folder.glob("shard-*-of-*.arrow"):
+        summary = read_json(file.with_suffix(".json")) or {}
+        same = summary.get("settings", key) == key
+        known = {"settings", "content", "first_dropped", *COUNTS} <= summary.keys()
+        if same and known and file.is_file() and sealed(file).items() <= summary.items():
+            continue
+        if same and file.with_suffix(".json").exists():
+            note(f"note: {file} has changed: it is made again")
+        clear(file)
+        clear(file.with_suffix(".json"))
+
+
 def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
-    """Writes the manifest of finished shards. Raises UserError if they hold no row."""
-    summaries = {file.name: read_summary(file, job.key) or {} for file in job.files}
-    totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries.values()) for name in COUNTS}
+    """Writes summary and manifest of finished shards. Raises UserError if they hold no row, and SaveError."""
+    shards = {file.name: read_json(file.with_suffix(".json")) or {} for file in job.files}
+    totals: dict[str, Any] = {name: sum(shard[name] for shard in shards.values()) for name in COUNTS}
     check_any(totals, job.split.args, job.split.source)
-    totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
-    totals["content"] = short_hash("".join(summary["content"] for summary in summaries.values()).encode())
-    files = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
-    write_json(folder / MANIFEST, content | totals | {"shards": files})
+    totals["first_dropped"] = next(filter(None, (shard["first_dropped"] for shard in shards.values())), "")
+    totals["content"] = sum_of(shard["content"] for shard in shards.values())
+    totals["shards"] = [{"file": name, "rows": shard["rows"]} for name, shard in shards.items()]
+    clear(folder / SUMMARY)
+    with written(folder / MANIFEST, ROOM):
+        write_json(folder / SUMMARY, content | totals)
+        others = [folder / SUMMARY, *(folder / "held_out").glob("*")]
+        files = {name: {"size": shard["size"], "xxh3": shard["xxh3"]} for name, shard in shards.items()}
+        files |= {file.relative_to(folder).as_posix(): sealed(file) for file in others}
+        write_json(folder / MANIFEST, {"files": files})
+        flush(folder)
+
+
+def sealed(file: Path) -> dict[str, Any]:
+    """The entry of a file in a manifest, when the disk holds the file."""
+    flush(file)
+    return {"size": file.stat().st_size, "xxh3": digest(file)}
 
 
 def shard_bounds(examples: int, count: int) -> list[int]:
@@ -117,13 +165,6 @@ def shard_bounds(examples: int, count: int) -> list[int]:
     batches = -(-examples // ROWS_PER_BATCH)
     count = max(1, min(count, batches))
     return [min(examples, batches * index // count * ROWS_PER_BATCH) for index in range(count + 1)]
-
-
-def read_summary(file: Path, key: str) -> dict[str, Any] | None:
-    """The summary of a shard that exists; None if the shard is not complete, or made with other settings."""
-    summary = read_json(file.with_suffix(".json")) or {}
-    whole = summary.get("settings") == key and summary["size"] == file.stat().st_size
-    return summary if whole else None
 
 
 def make_missing(job: Job, workers: int) -> None:
@@ -134,7 +175,6 @@ def make_missing(job: Job, workers: int) -> None:
         print(f"{job.files[0].parent}: {finished} of {len(job.files)} shards were finished before", flush=True)
     if not missing:
         return
-    job.files[0].with_name(MANIFEST).unlink(missing_ok=True)
     fork = multiprocessing.get_context("fork")  # other ways import everything again, seconds for each worker
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)
@@ -171,13 +211,14 @@ def end_with_parent() -> None:
 
 
 def make_shard(index: int) -> None:
-    """Writes a shard, its summary last. Raises UserError for a bad row."""
+    """Writes a shard, its summary last. Raises UserError for a bad row, and SaveError."""
     begin, end = _job.bounds[index : index + 2]
     examples = islice(_job.examples, begin - _job.position, end - _job.position)
     _job.position = end
     file = _job.files[index]
-    summary = write_table(_job.split, "rows", examples, file)
-    write_json(file.with_suffix(".json"), summary | {"size": file.stat().st_size, "settings": _job.key})
+    with written(file, ROOM):
+        summary = write_table(_job.split, "rows", examples, file, begin // ROWS_PER_BATCH)
+        write_json(file.with_suffix(".json"), summary | sealed(file) | {"settings": _job.key})
 
 
 if __name__ == "__main__":

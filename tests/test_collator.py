@@ -13,7 +13,7 @@ ROWS = [
 
 def test_training_batch_is_padded_on_the_right():
     batch = train_batch(ROWS, pad_token_id=3)
-    assert batch.pop("tokens") == 10
+    assert (batch.pop("tokens"), batch.pop("origins")) == (10, [])
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 1, 2, 7, 9], [5, 1, 2, 9, 3, 3]],
         "labels": [[-100, -100, -100, 2, 7, 9], [-100, -100, 2, 9, -100, -100]],

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 import common.hub.download
 from common.errors import UserError
 from common.hub.download import download, find_complete
+from common.locking import cache_folder
 
 NAME = "THUDM/chatglm3-6b"
 # For every line of input a child process that downloads and has to import nothing; prints its id and exit code.
@@ -356,6 +357,28 @@ def test_what_hugging_faces_cache_has_is_verified_and_not_downloaded_again(hub, 
     shutil.rmtree(tmp_path / "cache")
     with unreachable():
         assert download(NAME) == folder  # downloaded by another user, whose records we do not have
+
+
+def test_a_broken_record_and_a_folder_in_place_of_a_file_are_mended(hub):
+    folder = download(NAME)
+    (record,) = (cache_folder() / "models").iterdir()
+    whole = record.read_text()
+    entry = '{"files": {"config.json": %s}}'
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"files": 7}',
+        *(entry % value for value in ("7", "{}", '{"digest": 7, "stamp": 1}')),
+    ):
+        record.write_text(text)
+        hub.forget()
+        assert download(NAME) == folder and hub.asked() == []
+        assert record.read_text() == whole
+    (folder / "config.json").unlink()
+    (folder / "config.json" / "other").mkdir(parents=True)
+    assert download(NAME) == folder and hub.asked() == ["config.json"]
+    check_folder(folder, hub.repositories[NAME])
 
 
 def test_what_the_hub_refuses_is_said(hub):

@@ -5,11 +5,13 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_caches import full_disk
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -448,6 +450,20 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(checkpoint, adapter, tm
     assert load_tokenizer(merged).encode(text) == load_tokenizer(checkpoint).encode(text)
     assert merge(monkeypatch, *flags) == 2  # a second time
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_merge_that_fails_leaves_nothing_and_what_a_kill_left_is_cleared(checkpoint, adapter, tmp_path, monkeypatch):
+    flags, partial = ("--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged"), tmp_path / "merged.partial"
+    partial.mkdir()
+    (partial / "model-00002-of-00002.safetensors").write_bytes(b"of a merge that was killed")
+    with full_disk(20_000):
+        assert merge(monkeypatch, *flags) == 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert merge(monkeypatch, *flags) == 3
+    assert not partial.exists() and not (tmp_path / "merged").exists()
+    monkeypatch.undo()
+    assert merge(monkeypatch, *flags) == 0
+    assert not list((tmp_path / "merged").glob("*-of-*"))
 
 
 def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, tmp_path, monkeypatch):

@@ -17,12 +17,13 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", length: 
 
 
 def train_batch(
-    rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, label_pad_token_id: int = -100, length: int = 0
+    rows: Sequence[Mapping[str, Any]], pad_token_id: int, label_pad_token_id: int = -100, length: int = 0
 ) -> dict[str, Any]:
     """``input_ids`` and ``labels`` as ``pad`` returns them, padded on the right, which needs no attention mask.
 
     ``label_positions`` [n], int64: the positions in the flattened batch whose next token has a label. ``tokens``: the
-    number of tokens without pads. Both are found here, because a GPU would have to stop for the answer.
+    number of tokens without pads. Both are found here, because a GPU would have to stop for the answer. ``origins``:
+    (file, line) of the rows that have them.
     """
     labels = pad([row["labels"] for row in rows], label_pad_token_id, length=length)
     labelled = np.pad(labels.numpy()[:, 1:] != -100, ((0, 0), (0, 1)))
@@ -31,6 +32,7 @@ def train_batch(
         "labels": labels,
         "label_positions": torch.from_numpy(np.flatnonzero(labelled)),
         "tokens": sum(len(row["input_ids"]) for row in rows),
+        "origins": [(row["file"], row["line"]) for row in rows if "file" in row],
     }
 
 

@@ -3,11 +3,11 @@
 CACHE/datasets/HASH/            one split, written by the first job that needs it; HASH is that of its ``fingerprint``
   rows.arrow, questions.arrow   rows for the loss, questions for answers; a split has one of them or both
   held_out/                     the rows that a training left for its validation, as JSON lines
-  summary.json                  counts and findings, written last: a folder with a summary is complete
+  summary.json                  counts and findings
+  manifest.json                 size and hash of each file, written last: a folder with it is complete
 """
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ from common.arguments import DataArguments
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut, write_held_out
 from common.data.mix import MixSampler
+from common.data.sealed import SUMMARY, problem_of, read_summary
 from common.data.survey import columns_of
 from common.data.tables import FEATURES, check_any, write_table
-from common.files import read_json, short_hash, write_json
+from common.errors import note
+from common.files import clear, short_hash, write_json, written
 from common.locking import cache_folder, guard
+from common.manifest import seal
 from common.trained import COLUMNS
 
 ENCODING_VERSION = 5  # part of the fingerprint: increase it when the encoding or a table changes
@@ -92,16 +95,20 @@ def prepare_dataset(
 ) -> Prepared:
     """The tokenized rows of a split (train, validation, test or probe), from the cache or written to it.
 
-    One job tokenizes, and all others wait. Raises UserError for bad files and rows.
+    One job tokenizes, and all others wait; what is damaged is written anew. Raises UserError for bad files and rows,
+    and SaveError if the cache can't be written.
     """
     split = open_split(args, patterns, tokenizer, name)
     tables = ("rows",) if args.text_column else TABLES[name]  # text asks nothing
     folder = cache_folder() / "datasets" / short_hash(json.dumps(fingerprint(split)).encode())
     with guard("data set", folder):
-        summary = None if args.overwrite_cache else read_json(folder / "summary.json")
-        cached = summary is not None
-        if summary is None:
-            summary = write_tables(split, tables, folder)
+        problem = problem_of(folder)
+        cached = not (problem or args.overwrite_cache)
+        if problem and folder.exists():
+            note(f"note: {folder}: {problem}: the rows are tokenized again")
+        if not cached:
+            write_tables(split, tables, folder)
+        summary = read_summary(folder)
         found = {table: Dataset.from_file(str(folder / f"{table}.arrow")) for table in tables}
     check_reading(summary, args)
     rows, questions = (found.get(table, Dataset.from_dict({})) for table in FEATURES)
@@ -118,12 +125,12 @@ def prepared(
     return Prepared(rows.select(np.flatnonzero(kept)), questions, files, cached, summary, str(folder / "held_out"))
 
 
-def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str, Any]:
-    """Writes a new folder of the cache; after an error there is none. Needs a lock. Returns the summary."""
-    shutil.rmtree(folder, ignore_errors=True)  # a killed job may have left a part
-    folder.mkdir(parents=True)
+def write_tables(split: Split, tables: Iterable[str], folder: Path) -> None:
+    """Writes a new folder of the cache; after an error there is none. Needs a lock. Raises SaveError."""
     summary: dict[str, Any] = {}
-    try:
+    with written(folder, "make room, or set CHATGLM_CACHE to a folder on another disk"):
+        clear(folder)  # a killed job may have left a part
+        folder.mkdir(parents=True)
         for table in tables:
             reading, hold_out = Reading(), HoldOut(split.args.validation_split, bool(split.args.mix))
             examples = read_examples(split, reading)
@@ -135,11 +142,8 @@ def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str,
             first = {"content": summary.get("content", found["content"])}
             unlabelled = found["unlabelled"] + summary.get("unlabelled", 0)
             summary = found | first | {"unlabelled": unlabelled, "held_out": chosen}
-        write_json(folder / "summary.json", summary)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-    return summary
+        write_json(folder / SUMMARY, summary)
+        seal(folder)
 
 
 def choose_held_out(split: Split, hold_out: HoldOut, folder: Path) -> list[int]:

@@ -2,9 +2,10 @@
 
 train_datasets/
   shard-00000-of-00008.arrow    the rows in their order
-  shard-00000-of-00008.json     the counts of that shard, written after it
+  shard-00000-of-00008.json     the counts and the hash of that shard, written after it
   held_out/                     the rows that trainings leave for their validation, as JSON lines
-  manifest.json                 fingerprint, counts, findings and shards; written last: a folder with it is complete
+  summary.json                  fingerprint, counts, findings and shards
+  manifest.json                 size and hash of each file, written last: a folder with it is complete
 """
 
 from pathlib import Path
@@ -16,25 +17,20 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, encoding_settings, prepared
 from common.data.examples import check_reading
+from common.data.sealed import problem_of, read_summary
 from common.errors import UserError, differences
-from common.files import read_json
-
-MANIFEST = "manifest.json"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete folder. Raises UserError if the manifest or a shard is missing or truncated."""
-    again = "run common/preprocess.sh again with the same settings, which makes only what is missing"
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The summary of a complete folder. Raises UserError if a file is missing, truncated or changed."""
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: common/preprocess.sh makes it.")
-    manifest = read_json(folder / MANIFEST)
-    if manifest is None or "shards" not in manifest:
-        raise UserError(f"{folder} is not complete: {MANIFEST}, which is written last, is not there: {again}.")
-    for shard in manifest["shards"]:
-        file = folder / shard["file"]
-        if not file.is_file() or file.stat().st_size != shard["size"]:
-            raise UserError(f"{file} is missing, truncated or changed (see {MANIFEST}): copy it again, or {again}.")
-    return manifest
+    if problem := problem_of(folder):
+        raise UserError(
+            f"{folder}: {problem}: copy it again, or run common/preprocess.sh again with the same settings, "
+            "which makes only what is missing or damaged."
+        )
+    return read_summary(folder)
 
 
 def load_shards(args: DataArguments, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Prepared:
@@ -43,15 +39,15 @@ def load_shards(args: DataArguments, folder: Path, tokenizer: PreTrainedTokenize
     Raises UserError for an incomplete folder, and for one that was made with another tokenizer or other lengths.
     Files and columns are not compared, because the rows are not read again.
     """
-    manifest = read_manifest(folder)
-    unused = ("max_target_length", "ignore_pad_token_for_loss") if manifest["text_column"] else ()
+    summary = summary_of(folder)
+    unused = ("max_target_length", "ignore_pad_token_for_loss") if summary["text_column"] else ()
     settings = encoding_settings(args, tokenizer, "train")
-    if differing := differences(manifest, {name: settings[name] for name in settings if name not in unused}):
+    if differing := differences(summary, {name: settings[name] for name in settings if name not in unused}):
         raise UserError(
             f"{folder} was made with other settings ({differing}): train with those, or make another folder with "
             "common/preprocess.sh."
         )
-    check_reading(manifest, args)
-    rows = concatenate_datasets([Dataset.from_file(str(folder / shard["file"])) for shard in manifest["shards"]])
-    held_out = manifest["held_out"] if args.held_out else []
-    return prepared(rows, Dataset.from_dict({}), [str(folder)], True, manifest | {"held_out": held_out}, folder)
+    check_reading(summary, args)
+    rows = concatenate_datasets([Dataset.from_file(str(folder / shard["file"])) for shard in summary["shards"]])
+    held_out = summary["held_out"] if args.held_out else []
+    return prepared(rows, Dataset.from_dict({}), [str(folder)], True, summary | {"held_out": held_out}, folder)

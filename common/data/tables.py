@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
-from xxhash import xxh3_128
+from xxhash import xxh3_64
 
 from common.arguments import DataArguments
 from common.data.examples import Example, Split, questions_of
@@ -66,12 +66,16 @@ def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: lis
     ]
 
 
-def write_table(split: Split, table: str, examples: Iterable[Example], file: Path) -> dict[str, Any]:
+def write_table(
+    split: Split, table: str, examples: Iterable[Example], file: Path, first_batch: int = 0
+) -> dict[str, Any]:
     """Tokenizes examples into an Arrow file, in batches.
 
-    Returns the counts, the place of the first dropped one, and ``content``, a hash of what was tokenized.
+    Returns the counts, the place of the first dropped one, and ``content``, a hash of the token ids: the sum of the
+    hashes of all batches, each with its number in all of the data, so that the sum over shards is that of one file.
     """
-    examples, content = iter(examples), xxh3_128()
+    examples = iter(examples)
+    hashes: list[xxh3_64] = []
     counts: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
     schema = FEATURES[table].arrow_schema
     gc.disable()  # it would take half of the time, for many short lists that are in no cycle
@@ -100,12 +104,18 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                 values = zip(*cells, strict=True) if cells else [()] * len(schema)
                 columns = [to_arrow(column, field.type) for column, field in zip(values, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+                hashes.append(xxh3_64(seed=first_batch + len(hashes)))
                 for ids in (column for column in columns if pyarrow.types.is_list(column.type)):
-                    content.update(ids.offsets.to_numpy())
-                    content.update(ids.values.to_numpy())
+                    hashes[-1].update(ids.offsets.to_numpy())
+                    hashes[-1].update(ids.values.to_numpy())
     finally:
         gc.enable()
-    return counts | {"content": content.hexdigest()}
+    return counts | {"content": sum_of(found.intdigest() for found in hashes)}
+
+
+def sum_of(hashes: Iterable[int | str]) -> str:
+    """16 hex digits; the hashes are numbers, or sums before them."""
+    return f"{sum(found if isinstance(found, int) else int(found, 16) for found in hashes) % 2**64:016x}"
 
 
 def to_arrow(column: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:

@@ -23,7 +23,7 @@ from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, tqdm
 
 from common.errors import UserError, describe, exit_on_user_error, note
-from common.files import is_complete, read_json, short_hash, weight_files, write_json
+from common.files import clear, is_complete, read_json, short_hash, weight_files, write_json
 from common.hub import hubs
 from common.locking import cache_folder, guard
 
@@ -83,7 +83,14 @@ def wrong_files(folder: Path, digests: dict[str, str], known: dict[str, dict]) -
 def open_record(folder: Path, revision: str) -> tuple[Path, dict[str, dict]]:
     """The record of a folder, and its {path: {digest, stamp}} of verified files: all, all but the weights, or none."""
     record = cache_folder() / "models" / f"{short_hash(f'{revision} {folder}'.encode())}.json"
-    return record, (read_json(record) or {"files": {}})["files"]
+    files = (read_json(record) or {}).get("files")
+    return record, files if files and is_record(files) else {}  # without one all files are verified again
+
+
+def is_record(files: object) -> bool:
+    entries = list(files.values()) if isinstance(files, dict) else [None]
+    known = (entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("digest"), str))
+    return sum("stamp" in entry for entry in known) == len(entries)
 
 
 def write_record(record: Path, folder: Path, digests: dict[str, str], known: dict[str, dict]) -> None:
@@ -167,11 +174,11 @@ def fetch_wrong(repository: str, files: list[hubs.HubFile], folder: Path, known:
     Raises UserError for a wrong file that is neither ``known`` nor ``ours``, and if the disk is too small.
     """
     wrong = wrong_files(folder, {file.path: file.digest for file in files}, known)
-    for target in sorted(folder / path for path in wrong if (folder / path).is_file()):
+    for target in sorted(folder / path for path in wrong if (folder / path).exists()):
         if not ours and target.name not in known:
             raise UserError(f"{target} differs from the hub's file: move it away, or give an empty folder.")
         note(f"{target} differs from the hub's file: downloading it again")
-        target.unlink()
+        clear(target)
     missing = [file for file in files if file.path in wrong]
     if not missing:
         return

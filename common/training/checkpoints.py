@@ -12,7 +12,7 @@ from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
-from common.errors import SaveError, UserError, describe, differences, disk_problem, note, other_owner
+from common.errors import OutOfMemory, SaveError, UserError, describe, differences, disk_problem, note, other_owner
 from common.files import read_json, write_json
 from common.manifest import MANIFEST, damage, read_manifest
 from common.methods import Method
@@ -85,7 +85,8 @@ def kept(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = None if isinstance(error, UserError) else describe(error)
+        ours = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
+        sentence = None if ours else describe(error)
         if sentence is None or not checkpoint_folders(folder):
             raise
         raise UserError(f"{sentence} What was saved before is complete.") from error

@@ -9,7 +9,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
 from common.data.mix import parse_mix
-from common.data.shards import read_manifest
+from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.devices import check_bits, note_cpu
 from common.errors import UserError, note
@@ -105,7 +105,7 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UserError("nothing to do: give --do_train, --do_eval or --do_predict.")
     shards = data_args.train_datasets if args.do_train else None
-    count = len(read_manifest(Path(shards))["findings"]) if shards else 0
+    count = len(summary_of(Path(shards))["findings"]) if shards else 0
     for split, file_flag, _ in SPLITS:
         if not needs(split, data_args, args) or split == "train" and shards:
             continue

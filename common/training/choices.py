@@ -8,7 +8,7 @@ from common.arguments import DataArguments, TrainingArguments
 from common.data.examples import columns_of
 from common.data.formats import is_text
 from common.data.rows import read_rows
-from common.data.shards import read_manifest
+from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.errors import UserError, note
 
@@ -19,7 +19,7 @@ EPOCHS = 3.0
 def training_files(data_args: DataArguments) -> list[Path]:
     """The files of the training rows, also of rows that were tokenized ahead. Raises UserError for a missing one."""
     if data_args.train_datasets:
-        return [Path(file["file"]) for file in read_manifest(Path(data_args.train_datasets))["findings"]]
+        return [Path(file["file"]) for file in summary_of(Path(data_args.train_datasets))["findings"]]
     return find_files(data_args.train_file or "")
 
 
@@ -31,7 +31,7 @@ def is_shipped(files: list[Path]) -> bool:
 def choose_text(data_args: DataArguments) -> None:
     """Trains rows of plain text as text, without a flag. Raises UserError for a file that can't be read."""
     if data_args.train_datasets:
-        data_args.text_column = read_manifest(Path(data_args.train_datasets))["text_column"]
+        data_args.text_column = summary_of(Path(data_args.train_datasets))["text_column"]
         return
     for file in find_files(data_args.train_file or "")[:1]:
         first = next((row for row in read_rows(file, data_args.text_unit) if not row.problem), None)

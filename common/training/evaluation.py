@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +21,12 @@ from common.data.collator import left_pad
 from common.data.dataset import Prepared
 from common.data.tables import MODEL_INPUTS
 from common.encoding import stop_ids
+from common.errors import note
+from common.files import written
+from common.manifest import flush
 from common.metrics import score
 from common.training.report import console, peak_memory, print_scores
+from common.training.steps import room_for, size_of
 from common.training.trainer import FinetuneTrainer
 
 ANSWERS = {"base": "base_predictions.txt", "tuned": "generated_predictions.txt"}
@@ -54,30 +60,42 @@ def generate_answers(
     batch_size: int,
     description: str = "generating",
     in_step: bool = False,
+    may_halve: bool = False,
+    advice: Callable[[], str] = lambda: "take smaller batches",
     **generation,
 ) -> list[str]:
     """The answer to each prompt (token ids), in their order, on every process.
 
     Prompts of similar length share a batch, so that little is padded, and the processes divide the batches among
     themselves. ``in_step``: whether they also divide the weights, so that all must generate as long as one does.
-    ``generation`` goes to ``model.generate``.
+    ``generation`` goes to ``model.generate``. Where memory runs out, it halves the batches if it ``may_halve`` them;
+    else it raises UserError, with the ``advice``.
     """
     state = PartialState()
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     model.eval()  # the Trainer calls train() before every step
     answers: list[tuple[int, str]] = []
     bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
     with bar, packed_head(model, batch_size):
-        for start in range(0, len(batches), state.num_processes):
+        done = 0  # prompts, of all processes
+        while done < len(by_length):
             # Processes that share the weights must generate equally often: the last batch is done again by some.
-            batch = batches[min(start + state.process_index, len(batches) - 1)]
+            start = done + batch_size * state.process_index
+            batch = by_length[start : start + batch_size] or by_length[-batch_size:]
             inputs = left_pad([prompts[i] for i in batch], tokenizer.pad_token_id)
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
+            output = None
+            with room_for(partial(size_of, inputs), advice, may_halve and len(batch) > 1):
+                output = model.generate(**inputs, use_cache=True, synced_gpus=in_step, **generation)
+            if output is None:
+                batch_size = len(batch) // 2
+                note(f"note: memory ran out at {size_of(inputs)}: answering {batch_size} at once from here on")
+                release_memory()
+                continue
             texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            if start + state.process_index < len(batches):
+            if start < len(by_length):
                 answers += zip(batch, (text.strip() for text in texts), strict=True)
+            done += batch_size * state.num_processes
             bar.update(len(batch) * state.num_processes)
     return [text for _, text in sorted(gather_object(answers))]
 
@@ -115,6 +133,7 @@ def answer_rows(
     else:
         generation["max_new_tokens"] = data_args.max_new_tokens or data_args.val_max_target_length
     prompts, rows = list(data.questions["prompt_ids"]), args.answer_batch_size
+    generation |= {"may_halve": args.auto_answers and args.world_size == 1, "advice": trainer.advice}
     return generate_answers(trainer.model, tokenizer, prompts, rows, description, args.engine.sharded, **generation)
 
 
@@ -141,11 +160,21 @@ def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: D
         data, references = splits["test"], splits["test"].questions["reference"]
         answers = answer_rows(trainer, data, data_args, f"{name} model")
         if trainer.is_world_process_zero():
-            with open(Path(args.output_dir) / ANSWERS[name], "w", encoding="utf-8") as file:
-                for reference, answer in zip(references, answers, strict=True):
-                    row = {"labels": reference or "", "predict": answer}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            rows = (
+                {"labels": given or "", "predict": answer} for given, answer in zip(references, answers, strict=True)
+            )
+            write_rows(Path(args.output_dir) / ANSWERS[name], rows)
     return Judgement(metrics, probe_loss(trainer, splits), answers)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Replaces a file of JSON lines in one step. Raises SaveError; then the file is as it was."""
+    new = file.with_suffix(".partial")
+    with written(new, "make room and give the same command again"):
+        with open(new, "w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        flush(new)
+        os.replace(new, file)
 
 
 def save_judgements(

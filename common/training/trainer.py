@@ -1,52 +1,25 @@
 """The Trainer of transformers: it saves only the trained parameters, and scores generated answers."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs, gather_object, release_memory
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from common.errors import SaveError, UserError, disk_problem
+from common.errors import SaveError, disk_problem, note
+from common.memory.fit import Forecast, what_would_fit
 from common.methods import Method
 from common.training.saves import Saves, checkpoint_folders, write_results
-
-
-class FiniteLoss(TrainerCallback):
-    """Ends a training whose loss or gradients are no longer finite before that is saved or evaluated.
-
-    It reads the logs, which the Trainer has gathered from all processes; a look at each step would wait for
-    the GPU. A nan or inf of any step since the last log stays in the logged mean.
-    """
-
-    def __init__(self, trainer: "FinetuneTrainer"):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
-
-    on_epoch_end = on_step_end  # the Trainer logs, then evaluates, then saves
-
-    def on_log(self, args, state, control, logs, **kwargs) -> None:
-        """Raises UserError. In fp16, gradients that overflow are part of training: they are left out."""
-        grad_norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
-        if math.isfinite(logs.get("loss", 0.0)) and math.isfinite(grad_norm):
-            return
-        self.trainer.saves.wait()
-        whole = checkpoint_folders(Path(args.output_dir))
-        cause = "float16 overflows: use --precision bf16 or fp32, or " if args.fp16 else ""
-        raise UserError(
-            f"the loss is no longer finite (nan or inf) at step {state.global_step}: {cause}lower --learning_rate "
-            f"(now {args.learning_rate:g}). Last good checkpoint: {whole[-1] if whole else 'none was saved yet'}."
-        )
+from common.training.steps import FiniteLoss, Seen, may_halve, parts_of, room_for, size_of
 
 
 class FinetuneTrainer(Trainer):
@@ -59,12 +32,15 @@ class FinetuneTrainer(Trainer):
     score_answers: Callable[[], dict[str, float]] | None = None
     saves: Saves  # of a training
     sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
-    predicted_memory = 0  # bytes
+    forecast: Forecast | None = None
+    size = "the first rows"  # of the last batch
+    parts = 1  # in which the rows of a batch go through, since memory ran out
     new_tokens = 0  # that this process has trained on since the last log
 
     def __init__(self, method: Method, **kwargs):
-        self.method = method
-        super().__init__(callbacks=[FiniteLoss(self)], **kwargs)
+        self.method, self.finite_loss = method, FiniteLoss(self.last_checkpoint)
+        self.batches: list[dict[str, Any]] = []  # of this step of the optimizer
+        super().__init__(callbacks=[self.finite_loss], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -78,8 +54,62 @@ class FinetuneTrainer(Trainer):
             self.optimizer = self.method.optimizer(self.model, self.args)
         return super().create_optimizer(*args, **kwargs)
 
+    @property
+    def predicted_memory(self) -> int:
+        """Bytes."""
+        return self.forecast.plan.total if self.forecast else 0
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest one, when it is whole."""
+        self.saves.wait()
+        return next(reversed(checkpoint_folders(Path(self.args.output_dir))), None)
+
+    def advice(self) -> str:
+        """What would fit, as the plan says, where memory ran out."""
+        return what_would_fit(self.forecast, self.args, self.model.training)
+
+    def train(self, *args, **kwargs):
+        """Raises OutOfMemory, also where the optimizer finds no room."""
+        with room_for(lambda: self.size, self.advice):
+            return super().train(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Does one batch. Where memory runs out in a batch that was chosen here, it halves the rows that go through.
+
+        Then it does all batches of this step of the optimizer again, because a part of their gradients is lost.
+        """
+        self.batches.append(inputs)
+        self.size = size_of(inputs)
+        todo, loss = [inputs], None
+        while loss is None:
+            halves = may_halve(self.args) and self.parts < len(inputs["input_ids"])
+            with room_for(lambda: self.size, self.advice, goes_on=halves):
+                loss = [self.do_parts(model, each, num_items_in_batch) for each in todo][-1]
+            if loss is None:  # outside, where the error is gone that held the tensors of the failed pass
+                self.parts, todo = 2 * self.parts, self.batches
+                note(f"note: memory ran out at {self.size}: rows go through in {self.parts} parts from here on")
+                model.zero_grad()
+                release_memory()
+        if self.accelerator.sync_gradients:
+            self.batches = []
+        self.finite_loss.seen.append(Seen(self.state.global_step, loss, inputs["origins"]))
+        return loss
+
+    def do_parts(self, model, inputs, num_items_in_batch) -> Tensor:
+        """The loss of a batch, whose labels share ``num_items_in_batch``: the sum over its parts."""
+        if self.parts == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        for part in parts_of(inputs, self.parts):
+            loss += super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with room_for(lambda: size_of(inputs), self.advice):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs = {name: value for name, value in inputs.items() if name != "tokens"}
+        inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         return super().compute_loss(model, inputs | self.args.engine.loss_flags, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs) -> None:

@@ -100,6 +100,7 @@ STAGES = [
         ),
         Item("chat", [sys.executable, str(ROOT / "common/inference_hf.py"), "demo3", *CHAT], 60),
     ],
+    [own("out-of-memory", 80)],
     [own("measure {} {}".format(*LAST), 80)],
 ]
 NEED_A_CARD = {"cudnn", "fsdp2"}
@@ -257,6 +258,7 @@ def print_tables(lines: list[dict[str, Any]]) -> None:
     print_table("beside the original code", rows_of("largest_logit_error"))
     print_table("memory and speed; MFU = 4 x parameters x tokens/s / peak", settings_table(lines))
     print_table("with and without", rows_of("toggle"))
+    print_table("memory that runs out", [*rows_of("halved"), *rows_of("sentence")])
     print_table("items", rows_of("ended"))
     print_table("left out", rows_of("left_out"))
     print_table("goals" + ", which are about 6B shapes on a GPU" * TINY, goals(lines))

@@ -1,9 +1,10 @@
 """The items of a GPU's day that start with a model of ours, one process each: see gpu.sh.
 
-gpu_items.py kernels | cudnn | parity DEMO | goldens | plan KIND BITS | measure KIND BITS
+gpu_items.py kernels | cudnn | parity DEMO | goldens | out-of-memory | plan KIND BITS | measure KIND BITS
 """
 
 import collections
+import json
 import random
 import sys
 import tempfile
@@ -16,6 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (1, 2)
 
 import gpu_model
 import torch
+from accelerate.utils import release_memory
 from conftest import load_arrays, read_golden
 from gpu import CUDA, DEVICE, say, steps_in_time
 from gpu_model import (
@@ -29,6 +31,7 @@ from gpu_model import (
     optimizer_of,
     train_step,
 )
+from memory import make_model as write_model
 from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -37,11 +40,15 @@ from transformers import PreTrainedModel
 from common.arguments import DataArguments, LoraArguments, PrefixArguments
 from common.data.collator import left_pad, train_batch
 from common.data.dataset import prepare_dataset
+from common.errors import UserError
+from common.finetune import run
+from common.flags import parse_arguments
 from common.loading import load_tokenizer
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning, load_prefix
 from common.models.registry import open_model
 from common.models.weights import load_base
+from common.training.trainer import FinetuneTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -296,6 +303,62 @@ def toggle(model: PreTrainedModel) -> None:
         work()
 
 
+def train_rows(model: Path, output_dir: Path, flags: str) -> list[float]:
+    """The losses of three steps with LoRA in float32, of 32 rows of up to 512 tokens."""
+    release_memory()  # of the training before
+    source, target = 256 // SHORTER, 256 // SHORTER
+    given = f"""--do_train --model_name_or_path {model} --train_file {model}/rows.jsonl --output_dir {output_dir}
+    --prompt_column content --response_column summary --max_source_length {source} --max_target_length {target}
+    --max_steps 3 --logging_steps 1 --learning_rate 1e-3 --precision fp32 --lora_dropout 0 --report_to none
+    --save_strategy no --disable_tqdm true --activation_checkpointing false {flags}"""
+    model_args, lora_args, *others = parse_arguments(LoraArguments, given.split())
+    run(Lora(lora_args), model_args, *others)
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    return [round(entry["loss"], 6) for entry in history if "loss" in entry]
+
+
+def limit_memory(peak: int) -> None:
+    """Leaves room for a few rows; the plan looks at all of the card. A CPU only seems to run out."""
+    if CUDA:
+        torch.cuda.set_per_process_memory_fraction(2.5 * peak / torch.cuda.mem_get_info()[1])
+        return
+    loss = FinetuneTrainer.compute_loss
+
+    def compute_loss(trainer: FinetuneTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 4:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return loss(trainer, model, inputs, *args, **kwargs)
+
+    FinetuneTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+
+
+def out_of_memory() -> None:
+    """Memory runs out in a batch that was chosen: the losses must be those of small batches. A given one is refused."""
+    shape = (64, 2, 2, 256, 3584) if gpu_model.TINY else (1024, 16, 8, 4096, 3584)  # 0.25 billion parameters
+    rows = [
+        {"content": f"类型#裙*数量#{i}*颜色#红色" * (8 + i % 40), "summary": f"第{i}条红色的裙子，" * (20 + i % 40)}
+        for i in range(96)
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = write_model("chatglm3", folder / "chatglm3", shape, DEVICE)
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        (model / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        small = train_rows(model, folder / "1", "--per_device_train_batch_size 1 --gradient_accumulation_steps 32")
+        peak = torch.cuda.max_memory_reserved() if CUDA else 0
+        limit_memory(peak)
+        halved = train_rows(model, folder / "2", "--rows_per_step 32")
+        off = max(abs(mine / loss - 1) for mine, loss in zip(halved, small, strict=True))
+        peak_halved = torch.cuda.max_memory_reserved() if CUDA else 0
+        say(small=small, halved=halved, largest_difference=rounded(off), peak_small=peak, peak_halved=peak_halved)
+        try:
+            train_rows(model, folder / "3", "--per_device_train_batch_size 32")
+            say(sentence="", failed="a batch of 32 rows went through")
+        except UserError as error:
+            say(sentence=str(error))
+    assert off < 1e-4, "the losses differ"
+
+
 def main() -> None:
     what, *words = sys.argv[1:]
     random.seed(0)
@@ -305,7 +368,8 @@ def main() -> None:
         if (what, kind, bits) == ("measure", "chatglm3", 16):
             toggle(made)
     else:
-        {"kernels": kernels, "cudnn": cudnn, "parity": parity, "goldens": goldens}[what](*words)
+        items = {"kernels": kernels, "cudnn": cudnn, "parity": parity, "goldens": goldens}
+        (items | {"out-of-memory": out_of_memory})[what](*words)
 
 
 if __name__ == "__main__":
