@@ -18,6 +18,7 @@ from common.memory import fit
 from common.methods.full import Full
 from common.methods.prefix import PTuning
 from common.models.base import GLMForConditionalGeneration
+from common.training.steps import places
 from common.training.trainer import FinetuneTrainer
 
 COMMON = """--model_name_or_path demo --prompt_column content --response_column summary --max_source_length 24
@@ -157,6 +158,13 @@ def test_answers_are_halved_too_and_a_given_number_is_a_sentence(data, tmp_path,
 def test_memory_runs_out_in_many_words(error, ran_out):
     assert memory_ran_out(error) == ran_out
     assert bool(describe(error)) == ran_out
+
+
+def test_places_name_a_few_rows():
+    assert places([[1, 7], [0, 12], [0, 3], [0, 3]], ["a.json", "b.json"]) == (
+        "a.json, line or row 3, 12; b.json, line or row 7"
+    )
+    assert places([(0, line) for line in range(1, 31)], ["a.json"]).endswith(", 19, 20 and 10 more")
 
 
 def train_prefix(data: Path, output_dir: Path, flags: str) -> list[float]:

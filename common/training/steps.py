@@ -87,10 +87,11 @@ def first_not_finite(seen: Sequence[Seen], files: Sequence[str]) -> tuple[float,
 def places(origins: Sequence[tuple[int, int]], files: Sequence[str]) -> str:
     """Rows as in "train.json, line or row 3, 17"; at most NAMED of them."""
     lines: dict[int, list[str]] = {}
-    for file, line in sorted(set(origins))[:NAMED]:
+    rows = sorted({(file, line) for file, line in origins})  # pinned memory makes lists of tuples
+    for file, line in rows[:NAMED]:
         lines.setdefault(file, []).append(str(line))
     named = "; ".join(f"{files[file]}, line or row {', '.join(found)}" for file, found in lines.items())
-    left = len(set(origins)) - NAMED
+    left = len(rows) - NAMED
     return named + (f" and {left:,} more" if left > 0 else "")
 
 
