@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from common.errors import UserError
 from common.methods import Method
 from common.training.checkpoints import complete_checkpoints
+
+
+class Abandoned(Exception):
+    """An evaluation that ends early, because the training must."""
 
 
 class FiniteLoss(TrainerCallback):
@@ -91,8 +96,9 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), suppress(Abandoned):
             return super().evaluate(*args, **kwargs)
+        return {}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
