@@ -148,8 +148,8 @@ def run(program: list[str], environments: list[dict[str, str]], stopped: Callabl
         if code and -code in _told:
             end(-code)
         if code and code < 0:
-            name, rank = signal.Signals(-code).name, environment.get("RANK")
-            who, others = (f"process {rank}", "; the others ended") if rank else ("the program", "")
+            name, several = signal.Signals(-code).name, "LOCAL_RANK" in environment
+            who, others = (f"process {environment['RANK']}", "; the others ended") if several else ("the program", "")
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
             note(f"error: {who} was killed by {name}{hint}{others}. Saved checkpoints are complete.")
             return 1
