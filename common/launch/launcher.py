@@ -136,7 +136,7 @@ def run(program: list[str], environments: list[dict[str, str]], stopped: Callabl
             while None in (codes := [process.poll() for process in running]) and {*codes} <= {None, 0, PREEMPTED}:
                 news = signal.sigwaitinfo({*ENDINGS, signal.SIGCHLD})
                 if stopped():
-                    break
+                    return 1
                 if news.si_signo == signal.SIGCHLD:
                     continue
                 _told.add(news.si_signo)
