@@ -7,4 +7,4 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-"$PYTHON" "$ROOT/common/hub/download.py" "$@"
+exec "$PYTHON" "$ROOT/common/hub/download.py" "$@"

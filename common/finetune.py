@@ -37,6 +37,7 @@ from common.training.checks import SPLITS, check, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import Judgement, answer_rows, base_model, judge, save_judgements
+from common.training.preemption import saved_at_signals
 from common.training.saves import Saves, tidy
 from common.training.trainer import FinetuneTrainer
 
@@ -93,7 +94,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
                 start_over = args.overwrite_output_dir and checkpoint is None
                 passes = {name: vars(args)[name] for name in PASSES}
                 checkpoints.start_run(output_dir, settings | passes, data_args, method.files, start_over)
-            with checkpoints.kept(output_dir):
+            with checkpoints.kept(output_dir), saved_at_signals(trainer):
                 train(trainer, data["train"], checkpoint)
         if args.do_eval or args.do_predict:
             report.reset_peak_memory()

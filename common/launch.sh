@@ -9,10 +9,19 @@ PYTHON=$(python3 "$ROOT/common/launch/environment.py" requirements.txt ${EXTRA_R
 
 # launch PROGRAM FLAGS...: starts one process per GPU, NUM_GPUS of them (default: all that are visible); on CPUs
 # NUM_PROCESSES (default: one). Several machines: NUM_MACHINES, MACHINE_RANK, MAIN_IP, MAIN_PORT, RDZV_TIMEOUT,
-# PEER_TIMEOUT; see launch/launcher.py.
+# PEER_TIMEOUT; see launch/launcher.py. It takes the place of this shell, so that its signals and exit code are the
+# script's. Last flags --then COMMAND...: what follows if the program has ended well, and not because of a signal.
 launch() {
-    "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
+    exec "$PYTHON" "$ROOT/common/launch/launcher.py" "$@"
 }
+
+# RESUME_COMMAND: this command with the variables that it was given, which a training prints when it was told to end.
+RESUME_COMMAND="cd $(printf %q "$(pwd)") &&"
+for name in $(comm -12 <(compgen -e | sort) <(grep -ohsE '[A-Z][A-Z_]+' "$0" "${BASH_SOURCE[0]}" | sort -u)); do
+    RESUME_COMMAND+=" $name=$(printf %q "${!name}")"
+done
+RESUME_COMMAND+=" bash $(printf '%q ' "$0" "$@")"
+export RESUME_COMMAND
 
 FLAGS=()
 # add_flags NAME...: adds --name VALUE to FLAGS for each variable that is not empty.

@@ -19,7 +19,7 @@ if [ -n "${TEXT_COLUMN:-}" ] || [[ $TRAIN_FILE == *.txt ]]; then QUESTION=$BLOCK
 add_flags TRAIN_FILE PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT \
     VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA
 
-"$PYTHON" "$ROOT/common/preprocess.py" \
+exec "$PYTHON" "$ROOT/common/preprocess.py" \
     --model_name_or_path "${MODEL:-demo}" \
     "${FLAGS[@]}" \
     --max_source_length "${MAX_SOURCE_LENGTH:-$QUESTION}" \

@@ -56,6 +56,13 @@ case " $* " in
     *" --plan "* | *" --dry_run "* | *" --help "*) EVALUATE=false ;;
 esac
 
+# What follows the training: the saved model is scored; of several machines only the first does that.
+THEN=()
+if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
+    THEN=(--then env CHECKPOINT="$OUTPUT_DIR" NUM_MACHINES=1 EVAL_BATCH_SIZE="${EVAL_BATCH_SIZE:-auto}"
+        bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base)
+fi
+
 # Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
 launch "$ROOT/full/main.py" \
     --do_train \
@@ -85,10 +92,4 @@ launch "$ROOT/full/main.py" \
     ${QUANTIZATION_BIT:+--quantization_bit "$QUANTIZATION_BIT"} \
     ${PROBE_FILE:+--probe_file "$PROBE_FILE"} \
     ${CHECK_MEMORY:+--check_memory "$CHECK_MEMORY"} \
-    "$@"
-
-# Scores the saved model; of several machines only the first does.
-if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then
-    CHECKPOINT=$OUTPUT_DIR NUM_MACHINES=1 EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-auto} \
-        bash "$ROOT/full/evaluate_finetune.sh" --evaluate_base
-fi
+    "$@" "${THEN[@]}"

@@ -2,11 +2,12 @@
 
 Dropout differs from process to process, so that two processes could not be compared with one. Accelerate knows FSDP on
 accelerators only, and would run plain DDP on a CPU. Beside what is saved at the end, the logits of the live model for
-SAMPLE are written, to be compared with those of what was saved.
+SAMPLE are written, to be compared with those of what was saved. TOLD_AT: the rank and the step at which SIGTERM comes.
 """
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import nn
 import common.finetune
 import common.models.loss
 import common.models.weights
+import common.training.preemption
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.training.trainer import FinetuneTrainer
@@ -29,6 +31,11 @@ SAMPLE = torch.arange(300, 316).reshape(1, 16)
 
 
 class LogitsTrainer(FinetuneTrainer):
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        if os.environ.get("TOLD_AT") == f"{os.environ.get('RANK')} {self.state.global_step}":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         self.model_wrapped.eval()
@@ -54,5 +61,6 @@ def run_program(command: list[str], environment: dict[str, str], log: Path) -> N
     # As where processes have different numbers of labels: one computes its loss in parts and the other at once.
     common.models.loss.LARGEST_PART = 2**25 if os.environ.get("RANK") == "1" else 2**17
     common.finetune.FinetuneTrainer = LogitsTrainer
+    common.training.preemption.LOOK_EVERY = 0.0
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

@@ -46,13 +46,14 @@ def command_of(method: str, engine: str, folder: Path, *flags: str, processes: i
     return [*command, "--disable_tqdm", "true", "--learning_rate", "1e-3", *own, *ENGINES[engine], *flags]
 
 
-def run(method: str, engine: str, folder: Path, *flags: str, processes: int = 2) -> tuple[int, str]:
+def run(method: str, engine: str, folder: Path, *flags: str, processes: int = 2, **variables: str) -> tuple[int, str]:
     """(exit code, what was printed) of a training in new processes, forked from one that has imported everything."""
     command, log = command_of(method, engine, folder, *flags, processes=processes), folder.with_suffix(".log")
     log.unlink(missing_ok=True)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     alone = processes == 1
     ranks = [{} if alone else shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+    ranks = [rank | variables for rank in ranks]
     with pytest.MonkeyPatch.context() as patch:  # for the process that they are forked from, which starts now
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))
         patch.setenv("OMP_NUM_THREADS", "1")

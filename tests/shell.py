@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = """#!/bin/sh
 case "$1" in
     *environment.py) echo "$0" ;;
-    *) printf '%s\\0' "$@" END ;;
+    *) while [ $# -gt 0 ] && [ "$1" != --then ]; do printf '%s\\0' "$1"; shift; done; printf 'END\\0' ;;
 esac
+if [ "$1" = --then ]; then shift; exec "$@"; fi
 """
 
 

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -42,13 +42,16 @@ def checkout(tmp_path_factory) -> Path:
     return make_checkout(tmp_path_factory.mktemp("checkout"))
 
 
-def start(checkout: Path, *requirements: str, **variables: str) -> subprocess.Popen:
+def start(checkout: Path, *requirements: str, shell: bool = False, **variables: str) -> subprocess.Popen:
+    """``shell``: as the scripts start it, from a shell that waits for the path."""
     (checkout / "requirements.txt").write_text("".join(f"{name}==1.0\n" for name in requirements))
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_DEFAULT_ENV")}
     clean |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(checkout)}
     command = [sys.executable, str(checkout / PROGRAM), "requirements.txt"]
+    if shell:
+        command = ["bash", "-c", 'PYTHON=$("$@") && echo "$PYTHON"', "bash", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=clean | variables, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=clean | variables, text=True, **pipes)
 
 
 def has(checkout: Path, name: str) -> bool:
@@ -66,12 +69,12 @@ def test_an_active_environment_is_used_or_refused_but_never_changed(checkout):
 
 
 def test_after_a_killed_build_one_of_eight_jobs_builds_and_all_go_on(checkout):
-    killed = start(checkout, "first")
+    killed = start(checkout, "first", shell=True)
     while not (checkout / ".venv").exists():
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    killed.kill()  # the shell alone
+    killed.communicate()  # nobody holds its output any more
     assert not (checkout / ".venv" / "requirements.txt").exists()
 
     with open(checkout / ".venv.lock", "w") as held:  # until all jobs have arrived
@@ -86,6 +89,29 @@ def test_after_a_killed_build_one_of_eight_jobs_builds_and_all_go_on(checkout):
     assert {out.strip() for out, _ in said} == {str(checkout / ".venv" / "bin" / "python")}
     assert sum("creating" in err for _, err in said) == 1
     assert has(checkout, "first")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("bin/python", "its Python does not start"),
+        ("lib/*/site-packages/first-1.0.dist-info", "first/METADATA is missing"),
+        ("requirements.txt", ""),
+        ("contents", ""),
+    ],
+)
+def test_a_damaged_environment_is_built_again(checkout, what, says):
+    """A part is replaced by something else; the records alone are written again."""
+    start(checkout, "first").communicate()
+    (path,) = (checkout / ".venv").glob(what)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_bytes(b"\xff\x00garbage")
+    said, error = start(checkout, "first").communicate()
+    assert said.strip() == str(checkout / ".venv" / "bin" / "python"), error
+    lines = [f"{checkout / '.venv'} is damaged ({says}): it is built again"] if says else []
+    assert [line for line in error.splitlines() if "installing" not in line and "creating" not in line] == lines
+    assert has(checkout, "first")
+    assert start(checkout, "first").communicate()[1] == ""
 
 
 def test_a_failing_build_is_one_sentence(checkout):

@@ -25,6 +25,8 @@ from common.locking import free_port
 GUARD = 300  # seconds after which a test that hangs fails; none that passes comes near
 LAUNCHER = ROOT / "common" / "launch" / "launcher.py"
 MARK = "CHATGLM_TEST_RUN"
+SCRIPTS = [file for folder in ("common", "full", "lora", "ptuning") for file in sorted((ROOT / folder).glob("*.sh"))]
+SCRIPTS.remove(ROOT / "common" / "launch.sh")
 # A program that only prints what it was told: the first process waits to be ended, the second does as the test wants.
 PROGRAM = r"""
 import os, signal, sys, time
@@ -78,8 +80,8 @@ def launch(mark) -> Iterator[Callable[..., subprocess.Popen]]:
     """Starts the launcher; it is ended after the test, and with it all that it started."""
     started: list[subprocess.Popen] = []
 
-    def launch_program(program: Path, **variables: str) -> subprocess.Popen:
-        command = [sys.executable, str(LAUNCHER), str(program), "--flag"]
+    def launch_program(program: Path, *then: str, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, str(LAUNCHER), str(program), "--flag", *then]
         environment = os.environ | {MARK: mark, "OMP_NUM_THREADS": "3"} | variables
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=environment, text=True, **pipes))
@@ -175,12 +177,101 @@ def test_one_process_that_fails_ends_all(write, mark, capfd, second, code, says)
     assert errors.startswith(says) and len(errors.splitlines()) == 1
 
 
-def test_sigterm_to_the_launcher_ends_all_processes(launch, write):
-    run = launch(write("time.sleep(600)"), NUM_PROCESSES="2")
-    assert {run.stdout.readline().split()[1] for _ in range(2)} == {"0", "1"}
+# The program of a training as far as signals are concerned, and one that starts what never ends by itself.
+SAVES = """
+def save(code, _):
+    print("saves at", signal.Signals(code).name)
+    time.sleep(0.3 * int(rank))  # the others must be waited for
+    sys.exit(int(os.environ["EXIT_WHEN_PREEMPTED"]))
+for end in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(end, save)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+print("ready")
+time.sleep(600)
+"""
+STARTS = """
+import subprocess
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("ready")
+time.sleep(600)
+"""
+
+
+def until_ready(run: subprocess.Popen, count: int = 1) -> None:
+    while count:
+        line = run.stdout.readline()
+        assert line, run.communicate()
+        count -= line == "ready\n"
+
+
+@pytest.mark.parametrize(("number", "code", "processes"), [("SIGTERM", 0, 2), ("SIGUSR1", 0, 1), ("SIGINT", 130, 1)])
+def test_a_signal_reaches_all_processes_and_then_nothing_follows(launch, write, number, code, processes):
+    program, then = write(SAVES, SAVES.replace("\n", "\n    ")), ["--then", "echo", "what follows"]
+    run = launch(program, *then, RANK="0", NUM_PROCESSES=str(processes))
+    until_ready(run, processes)
+    run.send_signal(signal.Signals[number])
+    said, errors = run.communicate(timeout=GUARD)
+    assert (run.returncode, errors) == (code, "")
+    assert said.splitlines() == [f"saves at {number}"] * processes
+
+
+@pytest.mark.parametrize(("ending", "code"), [("pass", 0), ("sys.exit(3)", 3), ("os.abort()", 1)])
+def test_what_follows_a_program_takes_the_place_of_the_launcher(launch, write, ending, code):
+    then = ["--then", sys.executable, "-c", "import os; print('what follows', os.getpid())"]
+    run = launch(write(first=ending), *then, RANK="0", NUM_PROCESSES="1")
+    said, errors = run.communicate(timeout=GUARD)
+    assert said.splitlines()[1:] == ([] if code else [f"what follows {run.pid}"])
+    assert run.returncode == code
+    assert errors.startswith("error: the program was killed by SIGABRT" if code == 1 else "")
+
+
+def test_sigusr1_kills_no_program_that_does_not_listen_to_it(launch, write, tmp_path):
+    program = write("first_is_there.touch()\nprint('ready')\nwhile first_is_there.exists(): time.sleep(0.02)")
+    run = launch(program, RANK="2", NUM_PROCESSES="1")
+    until_ready(run)
+    run.send_signal(signal.SIGUSR1)
+    (tmp_path / "program.there").unlink()
+    assert run.communicate(timeout=GUARD) == ("", "") and run.returncode == 0
+
+
+@pytest.mark.parametrize("where", ["check", "first"])
+def test_sigterm_ends_a_program_that_does_not_listen_to_it(launch, write, where):
+    run = launch(write(**{where: "print('ready'); time.sleep(600)"}), NUM_PROCESSES="2")
+    until_ready(run)
     run.terminate()
     errors = run.communicate(timeout=GUARD)[1]
-    assert (run.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert (run.returncode, errors) == (128 + signal.SIGTERM, "ended by SIGTERM: there was nothing to save yet.\n")
+
+
+@pytest.mark.parametrize("where", ["check", "first"])
+def test_a_killed_launcher_takes_all_processes_with_it(launch, write, where):
+    run = launch(write(**{where: "print('ready'); time.sleep(600)"}), NUM_PROCESSES="2")
+    until_ready(run)
+    run.kill()
+    run.communicate(timeout=GUARD)  # nobody holds its output any more
+
+
+def test_a_killed_process_takes_the_others_and_its_own_children_with_it(launch, write):
+    run = launch(write(STARTS), NUM_PROCESSES="2")
+    until_ready(run)
+    next(each for each in psutil.Process(run.pid).children() if each.environ()["RANK"] == "1").kill()
+    errors = run.communicate(timeout=GUARD)[1]
+    assert run.returncode == 1 and errors.startswith("error: process 1 was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("script", [str(file.relative_to(ROOT)) for file in SCRIPTS])
+def test_a_script_becomes_what_it_starts(script, tmp_path):
+    """So a signal to the script, and its exit code, are those of the launcher."""
+    stand_in = tmp_path / "python3"
+    stand_in.write_text('#!/bin/sh\ncase "$1" in\n    *environment.py) echo "$0" ;;\n    *) echo $$ ;;\nesac\n')
+    stand_in.chmod(0o755)
+    run = subprocess.Popen(
+        ["bash", str(ROOT / script)],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.communicate(timeout=GUARD)[0] == f"{run.pid}\n"
 
 
 def test_two_machines_finish_together_or_fail_together(launch, write):
@@ -202,7 +293,7 @@ def test_two_machines_finish_together_or_fail_together(launch, write):
     runs[1].send_signal(signal.SIGINT)
     said = [run.communicate(timeout=GUARD) for run in runs]
     assert [run.returncode for run in runs] == [2, 128 + signal.SIGINT], said
-    assert "error: machine 1 stopped with exit code 1;" in said[0][1]
+    assert "error: machine 1 stopped with exit code 130;" in said[0][1]
 
 
 def test_a_machine_that_stops_ends_the_check_of_the_others(launch, write, mark):

@@ -141,10 +141,16 @@ def test_the_message_about_a_missing_column_is_that_of_the_documents(tmp_path, t
 
 
 RECORD = """#!/bin/bash
+N=0
+for word; do
+    if [ "$word" = --then ]; then break; fi
+    N=$((N + 1))
+done
 case "$1" in
     */environment.py) echo "$0" ;;
-    *) printf '%s\\0' "$PWD" "${PASSWORD:-}" "$@" $'\\n' >> "$CALLS" ;;
+    *) printf '%s\\0' "$PWD" "${PASSWORD:-}" "${@:1:N}" $'\\n' >> "$CALLS" ;;
 esac
+if [ $# -gt "$N" ]; then exec "${@:N+2}"; fi
 """
 SRUN = """#!/bin/bash
 until [ "$1" = bash ]; do shift; done

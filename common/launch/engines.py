@@ -5,6 +5,7 @@ Accelerate chooses the device and the collective backend; only DeepSpeed on CPUs
 
 import os
 import platform
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def start_engine(args: TrainingArguments) -> torch.device:
     A dry run joins nothing: it checks the input alone. Raises UserError if the engine can't run on these devices.
     """
     engine = args.engine.name
+    if args.do_train:  # the launcher holds it back from programs that nothing is lost with
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     if engine == "DeepSpeed" and args.use_cpu and torch.accelerator.is_available():
         raise UserError(
             "--use_cpu: DeepSpeed takes the GPUs that it sees; hide them with CUDA_VISIBLE_DEVICES= instead."

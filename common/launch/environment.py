@@ -4,29 +4,42 @@
 
 If the user has an active environment, the scripts use it and never change it. Any number of jobs may call this at once:
 one builds, the others wait. .venv keeps a copy of each requirements file that it holds, made when pip has ended, so
-that a build that was killed is repeated.
+that a build that was killed is repeated. Where a short look finds .venv damaged, it is built again.
 
 TORCH_INDEX takes another build of PyTorch than that of pip's own index: cpu, cu126, cu130, ... or the address of a
 mirror that ends in such a word. All other packages come from where the user's pip takes them.
 """
 
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import venv
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv"
 RECORD = FOLDER / "torch_index"  # the address that its PyTorch came from; empty: that of pip's own index
+CONTENTS = FOLDER / "contents"  # what ``packages`` found when pip had ended
+LIBC = ctypes.CDLL(None)
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def die_with(parent: int) -> None:
+    """Lets the system kill this process as soon as its parent is dead, whatever ended that."""
+    LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def missing_packages(files: list[Path]) -> list[str]:
@@ -45,7 +58,38 @@ def missing_packages(files: list[Path]) -> list[str]:
 
 
 def is_installed(files: list[Path]) -> bool:
-    return all((copy := FOLDER / file.name).exists() and copy.read_text() == file.read_text() for file in files)
+    copies = [FOLDER / file.name for file in files]
+    same = (copy.is_file() and copy.read_bytes() == file.read_bytes() for copy, file in zip(copies, files, strict=True))
+    return all(same) and CONTENTS.exists() and not damage()
+
+
+def packages() -> set[str]:
+    """Of each package in .venv its first module and its description, as in torch/__init__.py and torch/METADATA.
+
+    Raises OSError or CalledProcessError if the Python of .venv does not start.
+    """
+    python = FOLDER / "bin" / "python"
+    asked = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    folder = Path(subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).rstrip())
+    found = [*folder.glob("*/__init__.py"), *folder.glob("*.dist-info/METADATA")]
+    return {f"{path.parent.name.partition('-')[0]}/{path.name}" for path in found}
+
+
+def damage() -> str:
+    """What a short look finds wrong with .venv, as in "torch/METADATA is missing"; "" if nothing is."""
+    try:
+        there = packages()
+    except (OSError, subprocess.CalledProcessError):  # also after the system's Python was replaced
+        return "its Python does not start"
+    recorded = CONTENTS.read_text(errors="replace").splitlines() if CONTENTS.is_file() else []
+    return next((f"{name} is missing" for name in recorded if name not in there), "")
+
+
+def recorded_index() -> str:
+    try:
+        return RECORD.read_text("ascii")
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return ""
 
 
 def torch_index() -> str:
@@ -53,7 +97,7 @@ def torch_index() -> str:
 
     Raises ValueError if .venv holds another build: a job that runs may still import from it.
     """
-    asked, recorded = os.environ.get("TORCH_INDEX", "").rstrip("/"), RECORD.read_text() if RECORD.exists() else ""
+    asked, recorded = os.environ.get("TORCH_INDEX", "").rstrip("/"), recorded_index()
     address = f"https://download.pytorch.org/whl/{asked}" if asked and "/" not in asked else asked
     if asked and FOLDER.exists() and address != recorded:
         source = recorded or "pip's own index"
@@ -93,6 +137,9 @@ def ensure(files: list[Path]) -> None:
         address = torch_index()
         if is_installed(files):
             return
+        if FOLDER.exists() and (broken := damage()):
+            note(f"{FOLDER} is damaged ({broken}): it is built again")
+            shutil.rmtree(FOLDER)
         if not (FOLDER / files[0].name).exists():
             note(f"creating {FOLDER} (once; minutes and 2 GB of disk; with CUDA about 6 GB, and 2.7 GB to download)")
             FOLDER.mkdir(exist_ok=True)
@@ -102,12 +149,15 @@ def ensure(files: list[Path]) -> None:
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         requirements = [*(f"--requirement={file}" for file in files), *torch_build(files, address)]
         # pip inherits the lock: if this process is killed, no other installs until pip has ended too.
-        subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr, pass_fds=[holder.fileno()])
+        end = partial(die_with, os.getpid())
+        subprocess.run([*pip, *requirements], check=True, stdout=sys.stderr, pass_fds=[holder.fileno()], preexec_fn=end)
+        CONTENTS.write_text("\n".join(sorted(packages())))
         for file in files:
             shutil.copy(file, FOLDER)
 
 
 def main() -> int:
+    die_with(os.getppid())  # that of the shell
     if sys.version_info < (3, 10):
         note(f"error: Python 3.10 or newer is needed, python3 is {sys.version.split()[0]}.")
         return 2

@@ -1,11 +1,15 @@
 """Starts a program in one process, or in one per device, on one machine or on several.
 
-    python common/launch/launcher.py PROGRAM FLAGS...
+    python common/launch/launcher.py PROGRAM FLAGS... [--then COMMAND...]
 
 NUM_GPUS (default: all that are visible; 0: compute on the CPU) or, on CPUs, NUM_PROCESSES (default: 1) is the number of
 processes on this machine; machines.py reads how several machines train together. Before several processes start, one
 checks the input and prepares the data, so that bad input is reported once. Under torchrun or deepspeed the program just
 runs.
+
+The launcher stays the parent: nothing that it started outlives it. It hands on SIGTERM, SIGUSR1, SIGHUP and SIGINT, at
+which a training saves a checkpoint and ends (training/preemption.py). --then names a command that follows where the
+program has ended well, and not because of a signal.
 
 Processes are started here and not by the agent of torchrun or Accelerate, which ends one sentence about bad input with
 40 lines of traceback and exit code 1; Accelerate's also obeys a file in the user's home, and no flag turns that off.
@@ -15,7 +19,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -23,9 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import psutil
 
 from common.errors import UserError, exit_on_user_error, note
-from common.launch.machines import Machines, Peers, number, read_machines
+from common.launch.environment import LIBC, die_with
+from common.launch.machines import ENDINGS, Machines, Peers, deaf, number, read_machines
 
-ENDED_WITHIN = 30.0  # seconds that a process has to end after SIGTERM
+PREEMPTED = 75  # the exit code of a training that a signal has ended, after it has saved a checkpoint
+FROM_A_TERMINAL = 128  # SI_KERNEL of Linux: Ctrl-C, which all processes have heard
+ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux
 # The variables that choose the visible devices of NVIDIA, AMD, Ascend and Intel.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
@@ -60,6 +69,7 @@ def set_environment(processes: int, machines: Machines) -> None:
     os.environ["EXPECTED_PROCESSES"] = str(processes * machines.count)
     os.environ["PROCESSES_PER_MACHINE"] = str(processes)
     os.environ["MACHINE_RANK"] = str(machines.rank)
+    os.environ["EXIT_WHEN_PREEMPTED"] = str(PREEMPTED)
 
 
 def first_gpu() -> dict[str, str]:
@@ -85,34 +95,67 @@ def every_rank(processes: int, machines: Machines, address: str, port: int) -> l
     return [shared | {"RANK": str(first + local), "LOCAL_RANK": str(local)} for local in range(processes)]
 
 
-def run(program: list[str], environments: list[dict[str, str]]) -> int:
-    """Runs a program once in each environment, and ends all when one fails, or at an exception from a signal.
+class Told(SystemExit):
+    """A signal ended the program, or this launcher, before there was anything to save."""
 
-    Returns 0, or the exit code of the first process that failed; for a killed one it prints a note and returns 1.
+
+_told: set[int] = set()  # the signals that have come
+
+
+def end(number: int, _: object = None) -> None:
+    raise Told(128 + number)
+
+
+def begin(parent: int, blocked: set[int]) -> None:
+    """Prepares a new process. SIGUSR1 waits until the program listens to it, as a training does; others ignore it."""
+    die_with(parent)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked | {signal.SIGUSR1})
+
+
+def kill_all() -> None:
+    """Kills what this process has started, and what that has started, and returns when all of it has ended."""
+    while family := psutil.Process().children(recursive=True):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family)
+
+
+def run(program: list[str], environments: list[dict[str, str]], stopped: Callable[[], object] = lambda: False) -> int:
+    """Runs a program once in each environment, and kills all when one fails, or after SIGTERM if ``stopped()``.
+
+    Returns 0, PREEMPTED, or the exit code of the first process that failed; for a killed one it prints a note and
+    returns 1. Raises Told for one that was killed by a signal to this launcher.
     """
     running: list[subprocess.Popen] = []
-    try:
-        for environment in environments:
-            running.append(subprocess.Popen([sys.executable, "-u", *program], env=environment))
-        while None in (codes := [process.poll() for process in running]) and not any(codes):
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(ENDED_WITHIN)
-            except (subprocess.TimeoutExpired, SystemExit):  # a second signal
-                process.kill()
+    with deaf() as blocked:  # every signal waits until ``sigwaitinfo`` takes it
+        try:
+            for each in environments:
+                command, start = [sys.executable, "-u", *program], partial(begin, os.getpid(), blocked)
+                running.append(subprocess.Popen(command, env=each, preexec_fn=start))
+            while None in (codes := [process.poll() for process in running]) and {*codes} <= {None, 0, PREEMPTED}:
+                news = signal.sigwaitinfo({*ENDINGS, signal.SIGCHLD})
+                if stopped():
+                    return 1
+                if news.si_signo == signal.SIGCHLD:
+                    continue
+                _told.add(news.si_signo)
+                for process in running if news.si_code != FROM_A_TERMINAL else ():
+                    process.send_signal(news.si_signo)
+        finally:
+            kill_all()
     for environment, code in zip(environments, codes, strict=True):
+        if code and -code in _told:
+            end(-code)
         if code and code < 0:
-            name, rank = signal.Signals(-code).name, environment.get("RANK", "0")
+            name, several = signal.Signals(-code).name, "LOCAL_RANK" in environment
+            who, others = (f"process {environment['RANK']}", "; the others ended") if several else ("the program", "")
             hint = " (the host has run out of memory?)" if name == "SIGKILL" else ""
-            note(f"error: process {rank} was killed by {name}{hint}; the others ended. Saved checkpoints are complete.")
+            note(f"error: {who} was killed by {name}{hint}{others}. Saved checkpoints are complete.")
             return 1
-        if code:
+        if code and code != PREEMPTED:
             return code
-    return 0
+    return PREEMPTED if PREEMPTED in codes else 0
 
 
 def train_together(program: list[str], processes: int, machines: Machines) -> int:
@@ -122,11 +165,12 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
     """
     port = 0
     if machines.rank == 0:
-        # Imported before the meeting: this takes seconds, in which there would be no signs of life.
-        from torch.distributed import TCPStore
+        with deaf():
+            # Imported before the meeting: this takes seconds, in which there would be no signs of life.
+            from torch.distributed import TCPStore
 
-        # The processes of all machines meet at this store. It listens at once, so no other program takes its port.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            # The processes of all machines meet at this store. It listens at once, so no other program takes its port.
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = store.port
     settings = {"processes per machine": processes, "program": "/".join(Path(program[0]).parts[-2:])}
     peers = Peers(machines, settings, on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -134,18 +178,22 @@ def train_together(program: list[str], processes: int, machines: Machines) -> in
     try:
         if machines.count > 1:
             peers.meet()
-        code = run([*program, "--dry_run"], [first_gpu()]) or run(
-            program, every_rank(processes, machines, peers.address, peers.wait(port))
+        code = run([*program, "--dry_run"], [first_gpu()], lambda: peers.stopped) or run(
+            program, every_rank(processes, machines, peers.address, peers.wait(port)), lambda: peers.stopped
         )
+    except Told as told:
+        code = int(str(told.code))
+        raise
     finally:
-        peers.leave(code)
+        peers.leave(0 if code == PREEMPTED else code)
         if peers.stopped:  # then the exception on its way here is that of ``on_stop``
             raise UserError(f"{peers.stopped}; this machine was stopped too. Saved checkpoints are complete.")
     return code
 
 
 def main() -> int:
-    program = sys.argv[1:]
+    words = sys.argv[1:]
+    program, then = (words[: (i := words.index("--then"))], words[i + 1 :]) if "--then" in words else (words, [])
     command = [sys.executable, *program]
     if "LOCAL_RANK" in os.environ:
         os.execv(sys.executable, command)
@@ -153,15 +201,26 @@ def main() -> int:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
     if "--plan" in program:  # for devices that may not be here
         os.execve(sys.executable, command, first_gpu() | {"EXPECTED_PROCESSES": os.environ.get("NUM_GPUS") or "1"})
-    machines = read_machines(os.environ)
-    processes = count_processes()
-    set_environment(processes, machines)
-    if processes * machines.count == 1:
-        os.execve(sys.executable, command, first_gpu())
-    for end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if end != signal.SIGHUP or signal.getsignal(end) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(end, lambda code, _: sys.exit(128 + code))  # so that ``run`` ends its processes first
-    return train_together(program, processes, machines)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup sets it
+        ENDINGS.remove(signal.SIGHUP)
+    for each in ENDINGS:
+        signal.signal(each, end)
+    LIBC.prctl(ADOPT_ORPHANS, 1)
+    try:
+        machines = read_machines(os.environ)
+        with deaf():  # importing torch starts threads
+            processes = count_processes()
+        set_environment(processes, machines)
+        alone = processes * machines.count == 1
+        code = run(program, [first_gpu()]) if alone else train_together(program, processes, machines)
+    except Told as told:
+        note(f"ended by {signal.Signals(int(str(told.code)) - 128).name}: there was nothing to save yet.")
+        raise
+    if code == PREEMPTED:
+        return 128 + signal.SIGINT if signal.SIGINT in _told else 0
+    if code == 0 and then:
+        os.execvp(then[0], then)
+    return code
 
 
 if __name__ == "__main__":

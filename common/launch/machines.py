@@ -13,11 +13,12 @@ import os
 import queue
 import re
 import select
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ Number = TypeVar("Number", int, float)
 ALIVE_EVERY = 2.0  # seconds between two signs of life
 CALL_EVERY = 1.0  # seconds between two calls of a machine that got no answer
 GREETED_WITHIN = 5.0  # seconds that a caller has to greet
+ENDINGS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}  # what tells a launcher to end
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
+@contextmanager
+def deaf() -> Iterator[set[int]]:
+    """Holds these signals and SIGCHLD back, for ever from threads that start meanwhile. Yields what was held before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDINGS, signal.SIGCHLD})
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Connection:
     """Carries JSON objects, one per line."""
 
@@ -139,8 +151,9 @@ class Peers:
         for rank, connection in self.connections.items():
             connection.socket.settimeout(self.machines.silence)
             self.listeners.append(threading.Thread(target=self.listen, args=(rank, connection), daemon=True))
-            self.listeners[-1].start()
-        threading.Thread(target=self.sign, daemon=True).start()
+        with deaf():  # the main thread is to hear them
+            for thread in (*self.listeners, threading.Thread(target=self.sign, daemon=True)):
+                thread.start()
 
     def welcome(self, deadline: float) -> None:
         """Machine 0 waits for the others and compares their settings with its own."""

@@ -1,7 +1,7 @@
 """The Trainer of transformers: it saves only the trained parameters, and scores generated answers."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,10 @@ from common.memory.fit import Forecast, what_would_fit
 from common.methods import Method
 from common.training.saves import Saves, checkpoint_folders, write_results
 from common.training.steps import FiniteLoss, Seen, may_halve, parts_of, room_for, size_of
+
+
+class Abandoned(Exception):
+    """An evaluation that ends early, because the training must."""
 
 
 class FinetuneTrainer(Trainer):
@@ -128,8 +132,9 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), suppress(Abandoned):
             return super().evaluate(*args, **kwargs)
+        return {}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
