@@ -43,7 +43,8 @@ def current_settings(given: dict[str, Any], file: Any) -> dict[str, Any]:
         section = config[name] = as_number(config.get(name) or {})
         parts = {name: section}
         if isinstance(section, dict):
-            parts |= {f"{name}.{key}": section.get(key) or {} for key in ("params", *OFFLOADS.values())}
+            inner = {f"{name}.{key}": section.get(key) for key in ("params", *OFFLOADS.values())}
+            parts |= {place: part for place, part in inner.items() if part is not None}
         for place, part in parts.items():
             if not isinstance(part, dict):
                 raise UserError(f"{file}: {place} is {part!r:.40}, not an object with settings.")

@@ -69,7 +69,8 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
     """Raises UserError for an unknown key, naming the nearest known one."""
     for key in given:
         if key not in known:
-            meant = nearest(str(key), known)
+            key = " ".join(str(key).split())
+            meant = nearest(key, known)
             hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}."
             raise UserError(f"{file}: unknown key {section}{key}: {hint}")
 
@@ -85,8 +86,12 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
     for key, (name, job) in DATA_FILES.items():
         value = data.pop(key, None)
-        names = value if isinstance(value, list) else str(value or "").split(",")
-        data[name] = ",".join(str(data_dir / part.strip()) for part in names if part) or None
+        names = value if isinstance(value, list) else [value] if value else []
+        if not all(isinstance(part, str) for part in names):
+            raise UserError(f"{file}: data_config.{key} is {value!r:.80}: give the name of a file, or a list of names.")
+        data[name] = (
+            ",".join(str(data_dir / part.strip()) for name in names for part in name.split(",") if part) or None
+        )
         data[job] = bool(value) or job == "do_train" and bool(data.get("train_datasets"))
     lengths = {"max_source_length": "max_input_length", "max_target_length": "max_output_length"}
     return data | {name: config.get(key) for name, key in lengths.items()}

@@ -17,13 +17,13 @@ from accelerate.utils import gather_object
 from common.arguments import (
     LARGEST_BATCH,
     DataArguments,
-    Engine,
     LoraArguments,
     ModelArguments,
     Rows,
     Switch,
     TrainingArguments,
 )
+from common.engine import Engine
 from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number

@@ -1,10 +1,16 @@
 """The checks before anything is loaded: a mistake costs no time, and its message is one sentence."""
 
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
@@ -47,6 +53,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     check_engine(method, data_args, args)
     check_trackers(args)
     check_best_model(args)
+    if args.do_train:
+        check_optimizer(method, args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
     if folder.bits and folder.weights:
@@ -182,6 +190,36 @@ def check_best_model(args: TrainingArguments) -> None:
         )
     if args.greater_is_better is (metric == "loss"):
         raise UserError(f"--greater_is_better {args.greater_is_better} would keep the worst {metric}: leave it out.")
+
+
+@contextmanager
+def tried(flags: str) -> Iterator[None]:
+    """Raises UserError for what ``flags`` can't be used for: libraries say most of it only when they are used."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{flags} can't be used: {reason}.") from error
+
+
+def check_optimizer(method: Method, args: TrainingArguments) -> None:
+    """Raises UserError for an optimizer, a schedule, a way of checkpointing or a compiler, each tried on one number."""
+    number, steps = torch.nn.Parameter(torch.zeros(1)), max(args.max_steps, 100)
+    with tried(f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")):
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+    if args.optim not in ("adamw_torch", "adamw_torch_fused") and vars(method.args).get("loraplus_lr_ratio"):
+        raise UserError(f"--loraplus_lr_ratio trains by AdamW: leave out --optim {args.optim.value}.")
+    kwargs = args.lr_scheduler_kwargs
+    with tried(f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {json.dumps(kwargs or {})}"):
+        descent = torch.optim.SGD([number], args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, descent, args.get_warmup_steps(steps), steps, kwargs)
+    if kwargs := args.activation_checkpointing_kwargs:
+        with tried(f"--activation_checkpointing_kwargs {json.dumps(kwargs)}"):
+            checkpoint(torch.nn.Identity(), number, **{"use_reentrant": False} | kwargs)
+    if args.torch_compile:
+        backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
+        with tried(f"--torch_compile_backend {backend}" + (f" --torch_compile_mode {mode}" if mode else "")):
+            torch.compile(torch.nn.Identity(), backend=DynamoBackend(backend.upper()).value.lower(), mode=mode)
 
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:
