@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from common.bounds import check_values
@@ -163,7 +164,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default_factory=lambda: ["tensorboard"],
         metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
     )
-    include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
+    include_num_input_tokens_seen: Literal["non_padding", "all", "no"] = flag(
+        "Tokens that the summary counts", "non_padding"
+    )
     lacks_gpu: bool = field(default=False, init=False)  # it runs on the CPU for want of a GPU, not by --use_cpu
     # What memory/fit.py chooses; until then the batch has 1 row, and activations are checkpointed.
     batch_sizes: list[int] = field(default_factory=list, init=False)  # to choose from, ascending
@@ -176,6 +179,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config", "fsdp_config"):
+            vars(self)[name] = read_config(name, vars(self)[name]) or None
+        if "RANK" not in os.environ:
+            self.ddp_backend = None  # one process talks to nobody
         complete_batches(self)
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
@@ -198,9 +205,12 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
         given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         self.report_to = [name.strip() for names in given for name in names.split(",")]
-        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
-            vars(self)[name] = read_config(name, vars(self)[name]) or None
         config = read_config("accelerator_config", self.accelerator_config)
+        for name in ("dispatch_batches", "gradient_accumulation_kwargs"):
+            if config.get(name):
+                raise ValueError(f"--accelerator_config: {name} is not supported")
+        if unknown := config.keys() - AcceleratorConfig.__dataclass_fields__.keys():
+            raise ValueError(f"--accelerator_config: there is no setting {min(unknown)}")
         self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | config  # a batch travels during a step
         super().__post_init__()
         if self.torch_compile:
