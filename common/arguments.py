@@ -289,7 +289,7 @@ def complete_batches(args: TrainingArguments) -> None:
     args.auto_checkpointing = word == "auto" and chooses
     if word is not None:
         try:
-            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(word))
+            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(str(word)))
         except ArgumentTypeError as error:
             raise ValueError(f"--activation_checkpointing {word}: give true, false or auto") from error
 

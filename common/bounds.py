@@ -16,9 +16,9 @@ SEEDS = 2**32 - 1
 BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "pre_seq_len": (1, MANY, "PRE_SEQ_LEN"),
     "lora_rank": (1, MANY, "LORA_RANK"),
-    "lora_alpha": (1, MANY, "LORA_ALPHA"),
+    "lora_alpha": (1, 10**6, "LORA_ALPHA"),
     "lora_dropout": (0, BELOW_1, "LORA_DROPOUT"),
-    "loraplus_lr_ratio": (ABOVE_0, MANY, ""),
+    "loraplus_lr_ratio": (ABOVE_0, 10**6, ""),
     # data
     "validation_split": (0, MANY, "VALIDATION_SPLIT"),
     "max_source_length": (3, MANY, "MAX_SOURCE_LENGTH"),
@@ -33,7 +33,7 @@ BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "learning_rate": (ABOVE_0, 1e12, "LR"),
     "weight_decay": (0, 100, ""),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1, "")),
-    "adam_epsilon": (ABOVE_0, 1, ""),
+    "adam_epsilon": (1e-38, 1, ""),  # the smallest number of float32
     "max_grad_norm": (0, BELOW_INFINITY, ""),
     "label_smoothing_factor": (0, BELOW_1, ""),
     "neftune_noise_alpha": (0, MANY, ""),
@@ -53,7 +53,7 @@ BOUNDS: Mapping[str, tuple[float, float, str]] = {
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps"), (1, MANY, "")),
     # processes
     **dict.fromkeys(("seed", "data_seed"), (0, SEEDS, "")),
-    "dataloader_num_workers": (0, 1024, ""),
+    "dataloader_num_workers": (0, 128, ""),
     "dataloader_prefetch_factor": (1, MANY, ""),
     "ddp_bucket_cap_mb": (1, MANY, ""),
     "ddp_timeout": (1, MANY, ""),

@@ -91,7 +91,7 @@ def fsdp_config(args: Seq2SeqTrainingArguments) -> dict[str, Any]:
     """The settings of FSDP2. Raises UserError for FSDP1, and for checkpoints that would hold no model."""
     given = read_config("fsdp_config", args.fsdp_config)
     config = {name.removeprefix("fsdp_"): value for name, value in given.items()}
-    if int(config.setdefault("version", 2)) != 2:
+    if str(config.setdefault("version", 2)) != "2":
         raise UserError("--fsdp_config: version 1 is gone from today's libraries; FSDP2 is version 2.")
     if config.setdefault("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
         raise UserError("--fsdp_config: state_dict_type must be FULL_STATE_DICT, or checkpoints would hold no model.")

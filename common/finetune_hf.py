@@ -53,7 +53,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read the configuration file {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected sections like training_args:, found {type(config).__name__}.")
@@ -131,7 +131,7 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     defaults |= data_defaults(file, config, data_dir) | training_defaults(file, config)
     defaults |= {renamed.get(key, key): value for key, value in peft.items() if key not in IGNORED}
     if isinstance(defaults.get("lora_target"), list):
-        defaults["lora_target"] = ",".join(defaults["lora_target"])
+        defaults["lora_target"] = ",".join(map(str, defaults["lora_target"]))
     given = {name: value for name, value in defaults.items() if value is not None}
     model_args, method_args, *others = parse_arguments(arguments, flags, given)
     return method(method_args), (model_args, *others)

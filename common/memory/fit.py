@@ -53,13 +53,19 @@ class Case(NamedTuple):
     setup: Setup
 
     def plan(self) -> Plan:
+        """Raises UserError for sizes beyond all numbers of torch."""
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an adapter's weights, which are lost on the meta device
             model = empty_model(self.folder.spec, deepcopy(self.folder.config)).to(self.setup.dtype)
             model.name_or_path = str(self.folder.path)
             quantize(model, self.setup.bits, self.setup.dtype)
             model = self.method.attach(model)
-        return predict(model, self.setup)
+        try:
+            return predict(model, self.setup)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise UserError("this needs more memory than can be counted: lower the batch or the lengths.") from error
 
     def changed(self, method: Method | None = None, **setup: Any) -> "Case":
         return self._replace(method=method or self.method, setup=replace(self.setup, **setup))

@@ -61,6 +61,8 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
         check_optimizer(method, args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
+    if (other := model_args.config_name) and open_model(other).spec.key != folder.spec.key:
+        raise UserError(f"--config_name {other} is the config of another model than {folder.name}: leave it out.")
     if folder.bits and folder.weights:
         packed_weights(folder)
     check_quantization(method, model_args, args, folder)
