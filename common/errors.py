@@ -62,7 +62,8 @@ def disk_problem(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return os.strerror(error.errno)
     found = next((os.strerror(code) for code in NO_ROOM if os.strerror(code) in str(error)), None)
-    return found or ("No space left on device" if "inline_container" in str(error) else None)
+    of_torch = any(part in str(error) for part in ("inline_container", "iostream error"))  # it does not say why
+    return found or ("the disk refused to write" if of_torch else None)
 
 
 def describe(error: Exception) -> str | None:

@@ -37,6 +37,7 @@ from common.training.checks import SPLITS, check, check_rows, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import Judgement, answer_rows, base_model, judge, save_judgements
+from common.training.saves import Saves, tidy
 from common.training.trainer import FinetuneTrainer
 
 
@@ -59,16 +60,18 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
     with lock if locks else nullcontext():
-        settings = checkpoints.settings_of(folder, method, model_args, data_args, args)
+        if locks:
+            tidy(output_dir)
+        set_seed(args.seed)
+        tokenizer = tokenizer_of(folder, model_args.tokenizer_name)
+        data = prepare(data_args, args, tokenizer)
+        content = data["train"].content if args.do_train else None
+        settings = checkpoints.settings_of(folder, method, model_args, data_args, args, content)
         looks = args.do_train and args.process_index == 0
         checkpoint = checkpoints.resume_point(args, settings, method.files) if looks else None
         checkpoint = broadcast_object_list([checkpoint])[0]
         if checkpoint:
             checkpoints.check_checkpoint(args, checkpoint)
-            method.check_stored(folder, checkpoint)
-        set_seed(args.seed)
-        tokenizer = tokenizer_of(folder, model_args.tokenizer_name)
-        data = prepare(data_args, args, tokenizer)
         folder = fetch_weights(folder)
         if args.dry_run:
             return
@@ -82,7 +85,10 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.predicted_memory = memory.plan.total
         if args.do_train:
-            checkpoints.check_space(output_dir, 3 * sizes(model, args)[1] * 4)  # with Adam's moments
+            size = 3 * sizes(model, args)[1] * 4  # of a checkpoint, with Adam's moments
+            checkpoints.check_space(output_dir, size)
+            trainer.saves = Saves(output_dir, settings, max(0, args.save_total_limit or 0), size)
+            args.save_total_limit = None  # the Trainer would remove checkpoints by the times of their folders
             if args.process_index == 0:
                 start_over = args.overwrite_output_dir and checkpoint is None
                 passes = {name: vars(args)[name] for name in PASSES}
@@ -228,7 +234,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
     args, start = trainer.args, TrainerState()
     if checkpoint:
         start = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if checkpoints.is_finished(start, args):
+        if checkpoints.is_finished(checkpoint, args):
             finish_again(trainer, checkpoint, start)
             return
     if trainer.is_world_process_zero():
@@ -243,11 +249,10 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
-    trainer.save_model()
     tokens = trainer.state.num_input_tokens_seen - start.num_input_tokens_seen
     memory = {"predicted_memory": trainer.predicted_memory, **report.peak_memory()}
-    trainer.save_metrics("train", metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
-    trainer.save_state()
+    metrics |= checkpoints.metrics_of(trainer.state)  # also of the steps before a pause
+    trainer.save_result(metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
         report.print_training_summary(args, data, trainer.state, metrics, steps, tokens)
@@ -258,12 +263,16 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
 def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState) -> None:
     """Leaves trainer and output folder as after the training that ended in ``checkpoint``."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    result = checkpoint
     if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
         raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}.")
-    result = Path(args.load_best_model_at_end and state.best_model_checkpoint or checkpoint)
+    if checkpoint.resolve() != output_dir.resolve():  # it was interrupted after its last step
+        best = args.load_best_model_at_end and state.best_global_step
+        result = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+        if args.should_save:
+            with trainer.saves.result(state.global_step, state.best_global_step) as folder:
+                checkpoints.copy_trained(result, state, folder)
     if args.engine.name == "DDP":
         trainer.load_trained(result)
-    if args.should_save and not checkpoints.is_saved(output_dir, trainer.method.files):
-        checkpoints.copy_trained(result, output_dir)  # it was interrupted after its last step
     if trainer.is_world_process_zero():
         print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)

@@ -25,7 +25,7 @@ from common.methods import Method
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
-from common.training.checkpoints import complete_checkpoints
+from common.training.saves import checkpoint_folders
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
 DATA_FILES = {  # key -> flag of the file, flag of the job
@@ -140,7 +140,7 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
 def resume(choice: str, args: TrainingArguments) -> None:
     """Sets the flags that the last argument asks for. Raises UserError for a checkpoint that does not exist."""
     output_dir = Path(args.output_dir)
-    existing = {path.name.rpartition("-")[2]: path for path in complete_checkpoints(output_dir)}
+    existing = {path.name.rpartition("-")[2]: path for path in checkpoint_folders(output_dir)}
     if choice.lower() == "no":
         args.overwrite_output_dir = True
     elif choice.lower() == "yes":
@@ -149,7 +149,7 @@ def resume(choice: str, args: TrainingArguments) -> None:
         args.resume_from_checkpoint = str(existing[choice])
     elif choice:
         there = f"there are {', '.join(existing)}" if existing else "there is none"
-        raise UserError(f"no complete checkpoint {choice} in {output_dir}: {there}; or yes for the newest, or no.")
+        raise UserError(f"no checkpoint {choice} in {output_dir}: {there}; or yes for the newest, or no.")
 
 
 def main() -> None:

@@ -107,6 +107,7 @@ def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
     totals: dict[str, Any] = {name: sum(summary[name] for summary in summaries.values()) for name in COUNTS}
     check_any(totals, job.split.args, job.split.source)
     totals["first_dropped"] = next(filter(None, (summary["first_dropped"] for summary in summaries.values())), "")
+    totals["content"] = short_hash("".join(summary["content"] for summary in summaries.values()).encode())
     files = [{"file": name, "size": found["size"], "rows": found["rows"]} for name, found in summaries.items()]
     write_json(folder / MANIFEST, content | totals | {"shards": files})
 

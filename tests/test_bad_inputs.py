@@ -164,7 +164,7 @@ FLAGS = cases(
     ("--tokenizer_name demo3", "--tokenizer_name demo3: it is a ChatGLM3Tokenizer.* another model: leave it out"),
     ("--config_name demo3", "--config_name demo3 is the config of another model than demo"),
     ("--tokenizer_name nowhere", "no model folder nowhere"),
-    ("--resume_from_checkpoint true", "--resume_from_checkpoint: out holds no complete checkpoint"),
+    ("--resume_from_checkpoint true", "out holds no whole checkpoint: choose another --output_dir"),
     ("--output_dir train.json/out", "can't write to the output folder train.json/out: Not a directory"),
 )
 DATA = [
@@ -320,7 +320,7 @@ CONFIGS = [
 ]
 CONFIGS += cases(
     (". demo nowhere.yaml", "can't read the configuration file nowhere.yaml"),
-    (". demo lora.yaml 7", "no complete checkpoint 7 in out: there is none"),
+    (". demo lora.yaml 7", "no checkpoint 7 in out: there is none"),
     program="finetune_hf",
     base="",
     files={"lora.yaml": json.dumps(YAML)},
@@ -380,7 +380,7 @@ ENGINES = [
 # or of the demo.
 TRAININGS = {"lora": "", "ptuning": "--pre_seq_len 4", "full": ""}
 CHECKPOINTS = [
-    Case(f"{flags} --resume_from_checkpoint {place}/{checkpoint}/checkpoint-1", says, program)
+    Case(f"{flags} --resume_from_checkpoint {{trained}}/{checkpoint}/checkpoint-1", says, program)
     for program, flags, checkpoint, says in (
         ("lora", "", "ptuning", "LoRA"),
         ("lora", "", "full", "LoRA"),
@@ -398,13 +398,22 @@ CHECKPOINTS = [
         ("full", "", "ptuning", "full-parameter training"),
         ("full", "--model_name_or_path demo3", "full", "model was .*, now "),
     )
-    for place in ("{trained}", "{trained}/alone")  # alone: without the settings of the training
 ]
 CHECKPOINTS += cases(
-    ("--resume_from_checkpoint nowhere", "nowhere is no .*checkpoint"),
-    ("--resume_from_checkpoint {trained}", "is no .*checkpoint"),
-    ("--overwrite_output_dir --resume_from_checkpoint nowhere", "nowhere is no .*checkpoint"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere is not whole: manifest.json is missing"),
+    ("--resume_from_checkpoint {trained}", "is not whole: manifest.json is missing. Name another, or none"),
+    ("--overwrite_output_dir --resume_from_checkpoint nowhere", "nowhere is not whole"),
 )
+CHECKPOINTS += [
+    Case("--resume_from_checkpoint adapter/checkpoint-1", says, files={f"adapter/checkpoint-1/{name}": content})
+    for name, content, says in (
+        ("manifest.json", None, "is not whole: manifest.json is missing"),
+        ("manifest.json", "{", "is not whole: manifest.json is broken"),
+        ("manifest.json", {"files": {}}, "settings"),
+        ("optimizer.pt", None, "is not whole: optimizer.pt is missing"),
+        ("adapter_model.safetensors", b"cut", "is not whole: adapter_model.safetensors has 3 bytes instead of"),
+    )
+]
 ADAPTERS = [
     *cases(
         ("--lora_checkpoint {trained}/lora --lora_rank 16", "was trained with --lora_rank 8, not 16: leave it out"),
@@ -459,14 +468,12 @@ ALL = [*NUMBERS, *FLAGS, *DATA, *MODELS, *CONFIGS, *ENGINES, *CHECKPOINTS, *ADAP
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A training of each method, and its checkpoint alone."""
+    """A training of each method, with a checkpoint."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "train.json").write_text(ROWS)
     for program, flags in TRAININGS.items():
         base = TRAIN.replace("train.json", str(folder / "train.json"))
         start(program, f"{base} {flags} --output_dir {folder / program} --save_steps 1 --max_source_length 8")
-        shutil.copytree(folder / program / "checkpoint-1", folder / "alone" / program / "checkpoint-1")
-        (folder / "alone" / program / "checkpoint-1" / "run_settings.json").unlink(missing_ok=True)
     return folder
 
 

@@ -56,6 +56,18 @@ def test_json_lines_json_array_and_csv_give_the_same_rows(tmp_path, demo_tokeniz
         assert texts(adgen(), file, demo_tokenizer) == expected
 
 
+def test_the_content_of_tokenized_rows_knows_no_file(tmp_path, demo_tokenizer):
+    def content(name: str, rows: list[dict], split: str = "train") -> str:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        return prepare(adgen(), write_lines(tmp_path / name, rows), demo_tokenizer, split).content
+
+    first = content("a/rows.json", ROWS)
+    assert content("b/others.json", [row | {"id": 7} for row in ROWS]) == first
+    assert len({first, content("c.json", ROWS[::-1]), content("d.json", ROWS[:2]), content("e.json", ROWS * 2)}) == 4
+    assert content("a/rows.json", ROWS, "validation") == first  # that of the rows; questions come after them
+    assert content("a/rows.json", ROWS, "test") != content("d.json", ROWS[:2], "test")
+
+
 @pytest.mark.parametrize(
     ("file", "says"),
     [

@@ -60,9 +60,9 @@ def whole_run(tmp_path_factory) -> Path:
 
 
 def test_training_saves_the_prefix_and_nothing_of_the_base(whole_run):
-    own = {"all_results.json", "run_settings.json", "runs", "train_results.json", "trainer_state.json"}
+    own = {"all_results.json", "manifest.json", "run_settings.json", "runs", "train_results.json", "trainer_state.json"}
     assert files(whole_run) == SAVED | own | LOCK | {"checkpoint-3", "checkpoint-6"}
-    assert files(whole_run / "checkpoint-6") == SAVED | STATE
+    assert files(whole_run / "checkpoint-6") == SAVED | STATE | {"manifest.json"}
     names = set(torch.load(whole_run / "pytorch_model.bin", weights_only=True))
     assert names == {"transformer.prefix_encoder.embedding.weight"}
 
@@ -89,9 +89,14 @@ def test_training_moves_the_prefix(whole_run):
 def test_a_continued_training_equals_an_uninterrupted_one(whole_run, tmp_path, capfd):
     shutil.copytree(whole_run / "checkpoint-3", tmp_path / "checkpoint-3")
     shutil.copy(whole_run / "run_settings.json", tmp_path)
-    (tmp_path / "checkpoint-5").mkdir()  # what a kill in the middle of saving leaves is passed over
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / ".saving").mkdir()  # as a kill in the middle of saving leaves it
     finetune(f"{TRAINING} --max_steps 6 --save_steps 3", tmp_path)
-    assert f"continuing from {tmp_path / 'checkpoint-3'}" in capfd.readouterr().out
+    printed = capfd.readouterr()
+    assert f"continuing from {tmp_path / 'checkpoint-3'}" in printed.out
+    assert f"{tmp_path / 'checkpoint-5'} is damaged: manifest.json is missing. It is now" in printed.err
+    assert (tmp_path / "checkpoint-5.damaged").is_dir()
+    assert not (tmp_path / ".saving").exists()
     assert losses(tmp_path) == losses(whole_run)
     assert torch.equal(read_prefix(tmp_path)["embedding.weight"], read_prefix(whole_run)["embedding.weight"])
 
@@ -122,7 +127,7 @@ def test_an_incomplete_checkpoint_is_not_continued(whole_run, tmp_path):
     broken = tmp_path / "checkpoint-3"
     shutil.copytree(whole_run / "checkpoint-3", broken)
     (broken / "optimizer.pt").unlink()
-    with pytest.raises(UserError, match="no complete checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint-3 is not whole: optimizer.pt is missing"):
         finetune(f"{TRAINING} --max_steps 6 --resume_from_checkpoint {broken}", tmp_path / "out")
 
 

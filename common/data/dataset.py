@@ -27,7 +27,7 @@ from common.files import read_json, short_hash, write_json
 from common.locking import cache_folder, guard
 from common.trained import COLUMNS
 
-ENCODING_VERSION = 4  # part of the fingerprint: increase it when the encoding or a table changes
+ENCODING_VERSION = 5  # part of the fingerprint: increase it when the encoding or a table changes
 TABLES = {"train": ("rows",), "validation": ("rows", "questions"), "test": ("questions",), "probe": ("rows",)}
 
 
@@ -46,6 +46,11 @@ class Prepared:
     @property
     def rows_per_epoch(self) -> int:
         return len(self.sampler or self.rows)
+
+    @property
+    def content(self) -> str:
+        """The hash of the token ids of all rows: the same wherever files lie, whatever they are called."""
+        return self.summary["content"]
 
 
 def encoding_settings(args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str) -> dict[str, Any]:
@@ -127,7 +132,9 @@ def write_tables(split: Split, tables: Iterable[str], folder: Path) -> dict[str,
             check_reading(found, split.args)
             check_any(found, split.args, split.source)
             chosen = choose_held_out(split, hold_out, folder)
-            summary = found | {"unlabelled": found["unlabelled"] + summary.get("unlabelled", 0), "held_out": chosen}
+            first = {"content": summary.get("content", found["content"])}
+            unlabelled = found["unlabelled"] + summary.get("unlabelled", 0)
+            summary = found | first | {"unlabelled": unlabelled, "held_out": chosen}
         write_json(folder / "summary.json", summary)
     except BaseException:
         shutil.rmtree(folder)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_128
 
 from common.arguments import DataArguments
 from common.data.examples import Example, Split, questions_of
@@ -66,8 +67,11 @@ def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: lis
 
 
 def write_table(split: Split, table: str, examples: Iterable[Example], file: Path) -> dict[str, Any]:
-    """Tokenizes examples into an Arrow file, in batches. Returns the counts, and the place of the first dropped one."""
-    examples = iter(examples)
+    """Tokenizes examples into an Arrow file, in batches.
+
+    Returns the counts, the place of the first dropped one, and ``content``, a hash of what was tokenized.
+    """
+    examples, content = iter(examples), xxh3_128()
     counts: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"first_dropped": ""}
     schema = FEATURES[table].arrow_schema
     gc.disable()  # it would take half of the time, for many short lists that are in no cycle
@@ -96,9 +100,12 @@ def write_table(split: Split, table: str, examples: Iterable[Example], file: Pat
                 values = zip(*cells, strict=True) if cells else [()] * len(schema)
                 columns = [to_arrow(column, field.type) for column, field in zip(values, schema, strict=True)]
                 writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+                for ids in (column for column in columns if pyarrow.types.is_list(column.type)):
+                    content.update(ids.offsets.to_numpy())
+                    content.update(ids.values.to_numpy())
     finally:
         gc.enable()
-    return counts
+    return counts | {"content": content.hexdigest()}
 
 
 def to_arrow(column: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.errors import UserError, differences
+from common.errors import UserError
 from common.models.registry import ModelFolder
 
 
@@ -19,20 +19,6 @@ def check_flags(trained: str, stored: Mapping[str, Any], args: Any) -> None:
         given = vars(args)[flag]
         if given not in (vars(type(args)())[flag], value):
             raise UserError(f"{trained} was trained with --{flag} {value}, not {given}: leave it out.")
-
-
-def check_same(name: str, checkpoint: Path, stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """Raises UserError unless the settings ``stored`` in a checkpoint of a method are those of now; None: it has none.
-
-    ``name``: of the method.
-    """
-    if stored is None:
-        raise UserError(f"{checkpoint} is no checkpoint of {name}: leave out --resume_from_checkpoint.")
-    if differing := differences(stored, now):
-        raise UserError(
-            f"{checkpoint} is of a training with other settings ({differing}): give the same ones, or leave out "
-            "--resume_from_checkpoint."
-        )
 
 
 class Method(Protocol):
@@ -48,12 +34,6 @@ class Method(Protocol):
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         """Raises UserError for flags that can't work with this model, before it is loaded."""
-
-    def check_stored(self, folder: ModelFolder, checkpoint: Path) -> None:
-        """Raises UserError for a checkpoint of another method or model, or with other settings than these flags.
-
-        It reads what the method stores there, no run_settings.json, and loads no model.
-        """
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model with its trained or new parameters. Raises UserError if trained ones do not fit."""

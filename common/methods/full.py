@@ -1,18 +1,17 @@
 """Full-parameter training: every weight is trained and saved under its original name."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from common.arguments import FullArguments
 from common.errors import UserError
-from common.methods import Method, check_same
-from common.methods.prefix import holds_prefix, holds_prefix_only
-from common.models.registry import ModelFolder, ModelSpec, make_config, read_config, spec_of
+from common.methods import Method
+from common.methods.prefix import holds_prefix
+from common.models.registry import ModelFolder
 from common.models.tensors import read_weights
 
 
@@ -24,13 +23,6 @@ class Full(Method):
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
-
-    def check_stored(self, folder: ModelFolder, checkpoint: Path) -> None:
-        stored = None
-        if not ((checkpoint / "adapter_config.json").is_file() or holds_prefix_only(checkpoint)):
-            spec = spec_of(checkpoint, content := read_config(checkpoint))
-            stored = shape_of(spec, make_config(spec, content))
-        check_same(self.name, checkpoint, stored, shape_of(folder.spec, folder.config))
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         return model
@@ -53,16 +45,6 @@ class Full(Method):
         """Copies file by file, without a second model in memory."""
         for file in [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]:
             model.load_state_dict(read_weights(file), strict=False)
-
-
-def shape_of(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, Any]:
-    return {
-        "model": spec.name,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-    }
 
 
 def check_without_prefix(folder: ModelFolder) -> None:

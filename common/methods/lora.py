@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
 from common.files import TEXTS, check_no_text, read_json
-from common.methods import Method, check_flags, check_same
+from common.methods import Method, check_flags
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder, empty_model
 from common.models.tensors import tensor_names
@@ -42,20 +42,16 @@ class Lora(Method):
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         check_without_prefix(folder)
         if checkpoint := self.args.lora_checkpoint:
-            stored, layers = stored_flags(folder, checkpoint)
+            config, model = adapter_config(checkpoint), empty_model(folder.spec, folder.config)
+            layers = linear_names(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about weights, which are lost on the meta device
+                load_adapter(model, checkpoint)
+            stored = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"]}
+            stored |= {name: config.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
+            stored["lora_target"] = target_text(config["target_modules"], layers)
             given = self.args.lora_target and target_text(self.args.lora_target.split(","), layers)
             check_flags(f"the adapter in {checkpoint}", stored, replace(self.args, lora_target=given))
-
-    def check_stored(self, folder: ModelFolder, checkpoint: Path) -> None:
-        if not (checkpoint / "adapter_config.json").is_file():
-            check_same(self.name, checkpoint, None, {})
-        stored, layers = stored_flags(folder, checkpoint)
-        if begun := self.args.lora_checkpoint:
-            given = stored_flags(folder, begun)[0]
-        else:
-            given = {name: vars(self.args)[name] for name in stored}
-            given["lora_target"] = target_text(targets_of(self.args, folder.config), layers)
-        check_same(self.name, checkpoint, stored, given)
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Freezes the model and adds a trained or a new adapter, in float32."""
@@ -123,21 +119,6 @@ def adapter_config(folder: str | Path) -> dict:
     return config
 
 
-def stored_flags(folder: ModelFolder, checkpoint: str | Path) -> tuple[dict[str, Any], set[str]]:
-    """The flags that an adapter was trained with, and the names of the model's linear layers.
-
-    Raises UserError for an adapter that is not whole or belongs to another model. Loads no model.
-    """
-    config, model = adapter_config(checkpoint), empty_model(folder.spec, folder.config)
-    layers = linear_names(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about weights, which are lost on the meta device
-        load_adapter(model, checkpoint)
-    stored = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"]}
-    stored |= {name: config.get(name, default) for name, default in ADAPTER_DEFAULTS.items()}
-    return stored | {"lora_target": target_text(config["target_modules"], layers)}, layers
-
-
 def check_names(folder: Path, targets: list[str], saved: list[str], names: Collection[str]) -> None:
     """Raises UserError if an adapter lacks weights of ``modules_to_save``, or trains embeddings beside them.
 
@@ -200,15 +181,10 @@ def linear_names(model: nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def targets_of(args: LoraArguments, config: PreTrainedConfig) -> list[str]:
-    """The layers of --lora_target, or those of the attention."""
-    default = "query_key_value" if config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
-    return [name.strip() for name in (args.lora_target or default).split(",")]
-
-
 def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
     """The frozen model with a new adapter, float32 and trainable. Raises UserError for a layer that does not exist."""
-    targets = targets_of(args, model.config)
+    default = "query_key_value" if model.config.model_type == "chatglm" else "q_proj,k_proj,v_proj"
+    targets = [name.strip() for name in (args.lora_target or default).split(",")]
     known = linear_names(model)
     for name in targets if targets != ["all-linear"] else ():
         if name.rpartition(".")[2] not in known:

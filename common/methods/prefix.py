@@ -9,10 +9,9 @@ a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that 
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import read_json
-from common.methods import Method, check_flags, check_same
+from common.methods import Method, check_flags
 from common.models.registry import ModelFolder, empty_model
 from common.models.tensors import read_weights
 
@@ -49,13 +48,6 @@ class PTuning(Method):
             )
         elif args.pre_seq_len and not do_train:
             raise UserError("--pre_seq_len makes an untrained prefix: give --ptuning_checkpoint to evaluate one.")
-
-    def check_stored(self, folder: ModelFolder, checkpoint: Path) -> None:
-        stored = kind_of(read_prefix(checkpoint)) if holds_prefix_only(checkpoint) else None
-        begun = read_prefix(self.args.ptuning_checkpoint) if self.args.ptuning_checkpoint else {}
-        given = {"pre_seq_len": self.args.pre_seq_len, "prefix_projection": self.args.prefix_projection}
-        check_same(self.name, checkpoint, stored, kind_of(begun) or given)
-        check_fits(folder, checkpoint)
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freezes the model and adds a trained or a new prefix. An old checkpoint may hold one beside the model."""
@@ -157,19 +149,13 @@ def holds_prefix_only(folder: str | Path) -> bool:
     return bool(names) and all(name.startswith(KEY_PREFIX) for name in names)
 
 
-def kind_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The flags that a prefix was made with; {} without one."""
-    if not tensors:
-        return {}
-    return {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
-
-
 def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]:
     """The tensors of a saved prefix. Raises UserError if the folder holds none, or if a given flag differs."""
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
-    check_flags(f"the prefix in {folder}", kind_of(tensors), args)
+    stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
+    check_flags(f"the prefix in {folder}", stored, args)
     return tensors
 
 

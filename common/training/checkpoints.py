@@ -1,28 +1,38 @@
-"""The output folder: its owner, its recorded settings, and the checkpoint that a training continues from."""
+"""The output folder: the settings of its training, and what a training continues from."""
 
-import re
 import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
-from common.errors import UserError, describe, differences, other_owner
-from common.files import indexed_files, is_complete, read_json, write_json
+from common.errors import UserError, describe, differences, note, other_owner
+from common.files import read_json, write_json
+from common.manifest import MANIFEST, damage, read_manifest
 from common.methods import Method
 from common.models.registry import ModelFolder
 from common.trained import COLUMNS, SETTINGS_FILE
+from common.training.saves import checkpoint_folders, put, remove_training, write_results
 
 
 def settings_of(
-    folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
-) -> dict:
-    """The settings that a continued training must share with its beginning; only its length may change."""
+    folder: ModelFolder,
+    method: Method,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    content: str | None,
+) -> dict[str, Any]:
+    """The settings that a continued training must share with its beginning; only its length may change.
+
+    ``content``: the hash of the training rows, as they were tokenized; None if nothing is trained.
+    """
     lengths = ("max_source_length", "max_target_length", "max_train_samples")
     names = ("dataset_name", *COLUMNS, "text_unit", "mix", *lengths, "ignore_pad_token_for_loss")
     return {
@@ -30,18 +40,22 @@ def settings_of(
         "method": method.name,
         "quantization_bit": model_args.quantization_bit,
         **{name: value for name, value in vars(method.args).items() if name != "save_format"},  # which may change
-        "train_file": full_paths(data_args.train_file),
-        "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
         **{name: vars(data_args)[name] for name in names},
         "validation_split": data_args.validation_split if data_args.held_out else 0,
         **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "rows_per_step": args.all_rows_per_step,
+        "training_rows": content,
     }
 
 
-def full_paths(patterns: str | None) -> list[str]:
-    return [str(file.resolve()) for file in find_files(patterns or "")]
+def check_same(place: Path, earlier: dict[str, Any], settings: dict[str, Any], remedy: str) -> None:
+    """Raises UserError if a training had other settings. Files may lie elsewhere; their rows count."""
+    if not (differing := differences(earlier, settings)):
+        return
+    if differing.startswith("training_rows was"):
+        differing = "TRAIN_FILE (--train_file) now gives other rows"
+    raise UserError(f"{place} holds a training with other settings ({differing}): {remedy}.")
 
 
 def check_writable(folder: Path) -> None:
@@ -65,23 +79,6 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def is_complete_checkpoint(folder: Path) -> bool:
-    """Whether a training can continue from it: a kill or a full disk in the middle of saving leaves parts."""
-    tensors = [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
-    if (folder / "latest").is_file():  # DeepSpeed names the folder of its states there when all are written
-        tensors += (folder / (folder / "latest").read_text().strip()).glob("*.pt")
-    else:
-        fsdp = folder / "optimizer.bin"
-        tensors += [fsdp if fsdp.exists() else folder / "optimizer.pt", folder / "scheduler.pt"]
-    whole = all(file.is_file() and is_complete(file) for file in tensors)
-    return whole and read_json(folder / "trainer_state.json") is not None
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints from which a training can continue, oldest first."""
-    return list(filter(is_complete_checkpoint, checkpoint_folders(folder)))
-
-
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
     """Errors that a user can mend say that the checkpoints in the folder are complete, if there are any."""
@@ -89,52 +86,107 @@ def kept(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         sentence = None if isinstance(error, UserError) else describe(error)
-        if sentence is None or not complete_checkpoints(folder):
+        if sentence is None or not checkpoint_folders(folder):
             raise
         raise UserError(f"{sentence} What was saved before is complete.") from error
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """The checkpoints of a training, complete or not, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.rpartition("-")[2]))
+def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Iterable[str]) -> Path | None:
+    """What to continue from: a checkpoint, or the output folder itself if its result is all that is asked for.
 
-
-def resume_point(args: TrainingArguments, settings: dict, files: Iterable[str]) -> Path | None:
-    """The checkpoint to continue from; None to start from the beginning.
-
-    An earlier training in the same folder is continued if its settings are these. Raises UserError if they differ,
-    or if the given checkpoint is not complete. ``files``: names; a finished training leaves one of them.
+    None: the beginning. A damaged checkpoint is set aside, and the one before it counts. ``files``: the names that a
+    result may have. Raises UserError if an earlier training had other settings, if the checkpoint that the user chose
+    is damaged, and where nothing can be continued but something would be overwritten.
     """
-    folder = Path(args.output_dir)
-    asked = args.resume_from_checkpoint
+    folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     chosen = Path(asked) if asked and asked.lower() not in ("true", "yes", "1") else None
-    if chosen and not is_complete_checkpoint(chosen):
-        raise UserError(f"{chosen} is no complete checkpoint: state, weights, optimizer or scheduler is missing.")
-    if chosen and chosen.resolve().parent != folder.resolve():
+    if chosen:
+        manifest = read_manifest(chosen)
+        if problem := damage(chosen, manifest) or lacks_states(chosen, args):
+            raise UserError(f"--resume_from_checkpoint {chosen} is not whole: {problem}. Name another, or none.")
+        check_same(chosen, (manifest or {}).get("settings", {}), settings, "choose another checkpoint, or none")
         return chosen
     if args.overwrite_output_dir and not asked:
         return None
-    checkpoints = complete_checkpoints(folder)
-    if asked and not chosen and not checkpoints:
-        raise UserError(f"--resume_from_checkpoint: {folder} holds no complete checkpoint.")
-    earlier = read_json(folder / SETTINGS_FILE) or settings
-    begun = chosen or checkpoints or any((folder / name).exists() for name in files)
-    if begun and (differing := differences(earlier, settings)):
+    result, there = read_manifest(folder), [name for name in files if (folder / name).exists()]
+    recorded = recorded_settings(folder) if result or there or checkpoint_folders(folder) else None
+    if recorded:
+        check_same(folder, recorded, settings, "choose another --output_dir, or --overwrite_output_dir to start over")
+    problem = damage(folder, result)
+    if not problem and is_finished(folder, args):
+        return folder
+    for checkpoint in usable_checkpoints(folder, args, setting_aside=bool(recorded)):
+        if result and problem:
+            note(f"note: the result in {folder} is not whole ({problem}): it is written again.")
+        return checkpoint
+    if asked or problem and there:
+        problem = f"; of its result, {problem}" if there else ""
         raise UserError(
-            f"{folder} holds a training with other settings ({differing}): choose another --output_dir, "
-            "or --overwrite_output_dir to start over."
+            f"{folder} holds no whole checkpoint{problem}: choose another --output_dir, or --overwrite_output_dir to "
+            "start over."
         )
-    return chosen or next(reversed(checkpoints), None)
+    return None
+
+
+def recorded_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings of the training in a folder; None if there was none. Raises UserError for a broken record."""
+    record = folder / SETTINGS_FILE
+    if record.exists():
+        if (found := read_json(record)) is None:
+            raise UserError(
+                f"{record} is broken, so the settings of the training in {folder} are not known: restore it, or delete "
+                "it; then those in the checkpoints count."
+            )
+        return found
+    manifests = map(read_manifest, [folder, *reversed(checkpoint_folders(folder))])
+    return next((manifest["settings"] for manifest in manifests if manifest and "settings" in manifest), None)
+
+
+def lacks_states(checkpoint: Path, args: TrainingArguments) -> str:
+    """Why a training can't go on from here, as after --save_only_model; "" if it can, or has no step to go."""
+    states = [checkpoint / name for name in ("latest", "scheduler.pt")]
+    return "" if any(map(Path.is_file, states)) or is_finished(checkpoint, args) else "it holds no optimizer states"
+
+
+def usable_checkpoints(folder: Path, args: TrainingArguments, setting_aside: bool) -> Iterator[Path]:
+    """The whole checkpoints of a training, newest first; it names and renames each damaged one that it meets.
+
+    A training that keeps its best checkpoint needs that one too. Raises UserError for checkpoints of another program,
+    unless ``setting_aside``.
+    """
+    for checkpoint in reversed(checkpoint_folders(folder)):
+        if problem := damage(checkpoint, read_manifest(checkpoint)):
+            if not setting_aside:
+                raise UserError(
+                    f"{checkpoint} was not written by these scripts ({problem}): choose another --output_dir, and "
+                    "train on from its weights by --lora_checkpoint, --ptuning_checkpoint or --model_name_or_path."
+                )
+            aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            put(checkpoint, aside)
+            note(f"note: {checkpoint} is damaged: {problem}. It is now {aside.name}; the one before it is used.")
+            continue
+        if problem := lacks_states(checkpoint, args):
+            note(f"note: {checkpoint} is passed over: {problem}.")
+            continue
+        best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_global_step
+        best_folder = folder / f"checkpoint-{best}"
+        if args.load_best_model_at_end and best and damage(best_folder, read_manifest(best_folder)):
+            note(
+                f"note: {checkpoint} is passed over: the best checkpoint until then, {best_folder.name}, is not whole."
+            )
+            continue
+        yield checkpoint
 
 
 def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
-    if not is_complete_checkpoint(checkpoint):
+    if args.local_process_index == 0 and (problem := damage(checkpoint, read_manifest(checkpoint))):
         raise UserError(
-            f"{checkpoint} is not complete on this machine ({socket.gethostname()}): let all machines share the output "
-            "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
+            f"{checkpoint} is not whole on this machine ({socket.gethostname()}): {problem}. Let all machines share "
+            "the output folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
+    if checkpoint.resolve() == Path(args.output_dir).resolve():  # the result
+        return
     latest = checkpoint / "latest"
     engine = "DeepSpeed" if latest.is_file() else "FSDP2" if (checkpoint / "optimizer.bin").is_file() else "DDP"
     if engine != args.engine.name:
@@ -153,8 +205,11 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
         )
 
 
-def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
-    """Whether the state of a checkpoint has reached the end of this training, or was stopped early there."""
+def is_finished(folder: Path, args: TrainingArguments) -> bool:
+    """Whether a checkpoint or a result has reached the end of this training, or was stopped early there."""
+    if not (folder / "trainer_state.json").is_file():
+        return False
+    state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
     stopper = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
     if args.early_stopping and stopper.get("early_stopping_patience_counter", 0) >= args.early_stopping:
         return True
@@ -163,40 +218,35 @@ def is_finished(state: TrainerState, args: TrainingArguments) -> bool:
     return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
 
 
-def start_run(folder: Path, settings: dict, data_args: DataArguments, files: Iterable[str], start_over: bool) -> None:
+def start_run(
+    folder: Path, settings: dict[str, Any], data_args: DataArguments, files: Iterable[str], start_over: bool
+) -> None:
     """Records the settings and the files for an evaluation, with held-out rows in ``folder``.
 
     It removes the earlier training when starting over.
     """
     if start_over:
-        for checkpoint in checkpoint_folders(folder):
-            print(f"starting over: {checkpoint} is deleted", flush=True)
-            shutil.rmtree(checkpoint)
-        for file in [path for name in files for path in parts_of(folder / name)]:
-            file.unlink()
-    names = ("test_file", "validation_file", "probe_file")
+        remove_training(folder, files)
+    names = ("train_file", "test_file", "validation_file", "probe_file")
     if data_args.held_out:  # the cache may be emptied
         shutil.copytree(str(data_args.validation_file), folder / "held_out", dirs_exist_ok=True)
         data_args.test_file = data_args.validation_file = str(folder / "held_out")
-    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in names}
-    write_json(folder / SETTINGS_FILE, settings | evaluated)
+    used = {name: ",".join(str(file.resolve()) for file in find_files(vars(data_args)[name] or "")) for name in names}
+    write_json(folder / SETTINGS_FILE, settings | used)
 
 
-def parts_of(file: Path) -> list[Path]:
-    """An existing weight file; if it is an index, the files that it names too."""
-    if not file.is_file():
-        return []
-    return [file, *(indexed_files(file) or [] if file.suffix == ".json" else [])]
+def metrics_of(state: TrainerState) -> dict[str, Any]:
+    """What a state says about all steps of its training; each log holds the mean loss since the one before."""
+    logs = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+    steps = [step - before for (step, _), before in zip(logs, [0, *(step for step, _ in logs)], strict=False)]
+    total = sum(count * loss for count, (_, loss) in zip(steps, logs, strict=True))
+    return {"epoch": state.epoch, "total_flos": state.total_flos, "train_loss": total / max(1, state.global_step)}
 
 
-def is_saved(folder: Path, files: Iterable[str]) -> bool:
-    """Whether a training has left its complete result, one of ``files``."""
-    found = [parts_of(folder / name) for name in files]
-    return any(parts and all(part.is_file() and is_complete(part) for part in parts) for parts in found)
-
-
-def copy_trained(checkpoint: Path, folder: Path) -> None:
-    """Copies the result out of a checkpoint, without the states that only a training needs."""
-    trainer = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json")
+def copy_trained(checkpoint: Path, state: TrainerState, folder: Path) -> None:
+    """Copies the result of the training that ended with ``state``, without what only a training needs."""
+    trainer = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", MANIFEST)
     states = shutil.ignore_patterns(*trainer, "latest", "zero_to_*", "global_step*")
     shutil.copytree(checkpoint, folder, ignore=states, dirs_exist_ok=True)
+    state.save_to_json(str(folder / "trainer_state.json"))
+    write_results(folder, "train", metrics_of(state))

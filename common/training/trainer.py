@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, gather_object
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from common.errors import UserError
+from common.errors import SaveError, UserError, disk_problem
 from common.methods import Method
-from common.training.checkpoints import complete_checkpoints
+from common.training.saves import Saves, checkpoint_folders, write_results
 
 
 class FiniteLoss(TrainerCallback):
@@ -24,6 +26,9 @@ class FiniteLoss(TrainerCallback):
     It reads the logs, which the Trainer has gathered from all processes; a look at each step would wait for
     the GPU. A nan or inf of any step since the last log stays in the logged mean.
     """
+
+    def __init__(self, trainer: "FinetuneTrainer"):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
@@ -35,7 +40,8 @@ class FiniteLoss(TrainerCallback):
         grad_norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
         if math.isfinite(logs.get("loss", 0.0)) and math.isfinite(grad_norm):
             return
-        whole = complete_checkpoints(Path(args.output_dir))
+        self.trainer.saves.wait()
+        whole = checkpoint_folders(Path(args.output_dir))
         cause = "float16 overflows: use --precision bf16 or fp32, or " if args.fp16 else ""
         raise UserError(
             f"the loss is no longer finite (nan or inf) at step {state.global_step}: {cause}lower --learning_rate "
@@ -51,13 +57,14 @@ class FinetuneTrainer(Trainer):
 
     optimizer: torch.optim.Optimizer | None
     score_answers: Callable[[], dict[str, float]] | None = None
+    saves: Saves  # of a training
     sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
     predicted_memory = 0  # bytes
     new_tokens = 0  # that this process has trained on since the last log
 
     def __init__(self, method: Method, **kwargs):
         self.method = method
-        super().__init__(callbacks=[FiniteLoss()], **kwargs)
+        super().__init__(callbacks=[FiniteLoss(self)], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -110,6 +117,66 @@ class FinetuneTrainer(Trainer):
         if self.args.should_save or self.args.engine.name != "DeepSpeed" or self.args.engine.sharded:
             super().save_model(*args, **kwargs)
 
+    def _save_checkpoint(self, model, trial=None) -> None:
+        """Writes a checkpoint, which is sealed while the training goes on. One that does not fit is named.
+
+        The Trainer would write it under its own name at once, and remove others by the times of their folders.
+        """
+        step, best, saves = self.state.global_step, self.state.best_global_step, self.saves
+        self.store_flos()
+        former = self.state.best_model_checkpoint
+        if best == step or best and (saves.folder / f"checkpoint-{best}").is_dir():
+            self.state.best_model_checkpoint = str(saves.folder / f"checkpoint-{best}")
+        problem = self.first_problem(saves.begin() if self.args.should_save else "")
+        if not problem:
+            problem = self.first_problem(self.write_checkpoint(saves.partial))
+        if problem:
+            self.state.best_model_checkpoint = former
+        if problem and self.args.should_save:
+            saves.give_up(step, problem)
+        elif self.args.should_save:
+            saves.finish(step, best)
+
+    def first_problem(self, problem: str) -> str:
+        """The problem of the first process that has one, on all processes; it waits for all."""
+        return next(filter(None, gather_object([problem])), "")
+
+    def write_checkpoint(self, folder: Path) -> str:
+        """Writes the trained parameters and all states. Returns why the disk refused, or "".
+
+        Raises SaveError under engines whose processes wait for each other while they save.
+        """
+        try:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
+            if self.args.should_save:
+                for each in filter(lambda each: isinstance(each, ExportableState), self.callback_handler.callbacks):
+                    self.state.stateful_callbacks[type(each).__name__] = each.state()
+                self.state.stateful_callbacks[type(self.control).__name__] = self.control.state()
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        except Exception as error:
+            problem = disk_problem(error)
+            if problem is None:
+                raise
+            if self.args.engine.name != "DDP":
+                raise SaveError(f"a checkpoint could not be written to {folder.parent}: {problem}.") from error
+            return problem
+        return ""
+
+    def save_result(self, metrics: dict[str, float]) -> None:
+        """Puts the trained parameters into the output folder, with ``metrics``. Raises SaveError."""
+        step, best = self.state.global_step, self.state.best_global_step
+        with self.saves.result(step, best) if self.args.should_save else nullcontext(self.saves.partial) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                write_results(folder, "train", metrics)
+        if self.args.push_to_hub:
+            self.push_to_hub()
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Writes them; private, because save_model gathers weights and pushes to the hub around it.
 
@@ -150,7 +217,11 @@ class FinetuneTrainer(Trainer):
         """Does nothing: the weights are read before the training starts; here FSDP2 has already sharded the model."""
 
     def _load_best_model(self) -> None:
-        """The Trainer would look for file names that not every method writes."""
+        """The Trainer would look for names that not every method writes, and where the folder lay before a move."""
+        self.saves.wait()
+        best = self.saves.folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # else it lies where the training began
+            self.state.best_model_checkpoint = str(best)
         if self.is_deepspeed_enabled:  # it reads its own shards
             super()._load_best_model()
         else:
