@@ -98,7 +98,7 @@ def check_settings(config: dict[str, Any], file: Any) -> None:
         DeepSpeedConfig(alone | {"zero_optimization": zero})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, (PLACES.get(error.title, error.title), *first["loc"])))
+        place = " ".join(".".join(map(str, (PLACES.get(error.title, error.title), *first["loc"]))).split())
         value = f" is {first['input']!r}" if first["loc"] else ""
         problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".")
         raise UserError(f"{file}: {place}{value}: {problem}.") from error
