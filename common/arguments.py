@@ -3,25 +3,22 @@
 Making one checks its values and starts nothing: it sets up no device and joins no process.
 """
 
-import json
 import os
 from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from math import gcd
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal, NewType
+from typing import Literal, NewType
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
 from transformers.hf_argparser import string_to_bool
-from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 
-from common.deepspeed_file import GATHERS, check_settings, current_settings
+from common.bounds import check_values
 from common.devices import this_device
-from common.errors import UserError
+from common.engine import Engine, engine_of, fsdp_config, read_config
 from common.models.precision import choose_precision, compute_dtype, half_dtype
 
 # The parser reads these as words, because they may be auto; TrainingArguments turns them into numbers and switches.
@@ -48,6 +45,7 @@ class ModelArguments:
     quantization_bit: int | None = flag("Load the frozen base model in 4 or 8 bit; 0: not quantized")
 
     def __post_init__(self):
+        check_values(self)
         self.quantization_bit = self.quantization_bit or None
         if self.quantization_bit not in (None, 4, 8):
             raise ValueError(f"--quantization_bit {self.quantization_bit}: only 4 and 8 exist")
@@ -60,8 +58,7 @@ class PrefixArguments:
     prefix_projection: bool = flag("P-Tuning v2: make the prefix with a two-layer network", False)
 
     def __post_init__(self):
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError("--pre_seq_len must be at least 1")
+        check_values(self)
 
 
 @dataclass
@@ -78,12 +75,7 @@ class LoraArguments:
     loraplus_lr_ratio: float | None = flag("LoRA: learning rate of the B matrices over that of the A's (LoRA+)")
 
     def __post_init__(self):
-        if self.lora_rank < 1 or self.lora_alpha < 1:
-            raise ValueError("--lora_rank and --lora_alpha must be at least 1")
-        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
-            raise ValueError("--loraplus_lr_ratio must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError("--lora_dropout must be at least 0 and below 1")
+        check_values(self)
 
 
 @dataclass
@@ -133,35 +125,17 @@ class DataArguments:
     held_out: bool = field(default=False, init=False)  # whether the validation data are rows of the training data
 
     def __post_init__(self):
-        if not 0 <= self.validation_split or 1 < self.validation_split != int(self.validation_split):
+        check_values(self)
+        if 1 < self.validation_split != int(self.validation_split):
             raise ValueError("--validation_split must be a share below 1, or a number of rows")
         self.val_max_target_length = self.val_max_target_length or self.max_target_length
-        if self.train_datasets and (self.train_file or self.dataset_name):
-            raise ValueError("--train_datasets replaces --train_file and --dataset_name: give one of them")
+        given = [name for name in ("train_file", "train_datasets", "dataset_name") if vars(self)[name]]
+        if len(given) > 1:
+            raise ValueError(f"the training data are in --{' and in --'.join(given)}: give one of them")
         if self.conversation_column and (self.history_column or self.text_column):
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
-        if self.max_source_length < 3 or self.max_target_length < 3:
-            raise ValueError("--max_source_length and --max_target_length must be at least 3 tokens")
         if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
             raise ValueError("--temperature must be above 0, --top_p above 0 and at most 1")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_new_tokens", "num_beams"):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise ValueError(f"--{name} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """The engine that spreads a training over processes; ``config`` holds the settings of DeepSpeed."""
-
-    name: str = "DDP"  # or DeepSpeed, or FSDP2
-    sharded: bool = False  # every process holds only its part of the weights: ZeRO-3, FSDP2
-    offload: tuple[bool, bool] = (False, False)  # of the optimizer's states, and of the weights, to the host
-    config: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def loss_flags(self) -> dict[str, bool]:
-        """The flags that a model's loss is computed with."""
-        return {"loss_only": True, "loss_in_parts": not self.sharded, "use_cache": False}
 
 
 @dataclass
@@ -190,7 +164,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default_factory=lambda: ["tensorboard"],
         metadata={"help": "Trackers besides the terminal, as in wandb,tensorboard; or none, or all"},
     )
-    include_num_input_tokens_seen: str = flag("Tokens that the summary counts", "non_padding")
+    include_num_input_tokens_seen: Literal["non_padding", "all", "no"] = flag(
+        "Tokens that the summary counts", "non_padding"
+    )
     lacks_gpu: bool = field(default=False, init=False)  # it runs on the CPU for want of a GPU, not by --use_cpu
     # What memory/fit.py chooses; until then the batch has 1 row, and activations are checkpointed.
     batch_sizes: list[int] = field(default_factory=list, init=False)  # to choose from, ascending
@@ -202,13 +178,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     parsed: bool = field(default=False, init=False)
 
     def __post_init__(self):
+        check_values(self)
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "liger_kernel_config", "fsdp_config"):
+            vars(self)[name] = read_config(name, vars(self)[name]) or None
+        if "RANK" not in os.environ:
+            self.ddp_backend = None  # one process talks to nobody
         complete_batches(self)
         if self.precision not in (None, "auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"--precision {self.precision}: there are auto, fp32, bf16 and fp16")
         if self.deepspeed and self.fsdp:
             raise ValueError("--deepspeed and --fsdp shard the same things: give one of them")
-        if self.num_train_epochs is not None and self.num_train_epochs < 0:
-            raise ValueError("--num_train_epochs (EPOCHS) must not be negative")
         complete_evaluation(self)
         device = torch.device("cpu") if self.use_cpu else this_device(check=not self.plan)  # it may be for others
         self.lacks_gpu, self.use_cpu = not self.use_cpu and device.type == "cpu", device.type == "cpu"
@@ -221,12 +200,17 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.fsdp = str(self.fsdp).lower() == "true"
         if self.fsdp:
             self.fsdp_config = fsdp_config(self)
-        self.engine = engine_of(self)
+        self.engine = engine_of(self, self.processes)
         self.dry_run = self.dry_run or self.plan
         checkpointing, self.deepspeed = self.activation_checkpointing, None  # which transformers would set up here
         given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
         self.report_to = [name.strip() for names in given for name in names.split(",")]
         config = read_config("accelerator_config", self.accelerator_config)
+        for name in ("dispatch_batches", "gradient_accumulation_kwargs"):
+            if config.get(name):
+                raise ValueError(f"--accelerator_config: {name} is not supported")
+        if unknown := config.keys() - AcceleratorConfig.__dataclass_fields__.keys():
+            raise ValueError(f"--accelerator_config: there is no setting {min(unknown)}")
         self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | config  # a batch travels during a step
         super().__post_init__()
         if self.torch_compile:
@@ -273,8 +257,6 @@ def complete_batches(args: TrainingArguments) -> None:
     """Turns words into numbers, and notes what is left to choose. Raises ValueError for bad numbers."""
     given, step = args.per_device_train_batch_size, args.rows_per_step or 0
     auto, split = given == "auto", step > 0 and given is None and args.gradient_accumulation_steps is None
-    if args.rows_per_step is not None and step < 1:
-        raise ValueError("--rows_per_step (ROWS_PER_STEP) must be at least 1")
     for name in ("train", "eval"):
         value = str(vars(args)[f"per_device_{name}_batch_size"])
         if value == "None":
@@ -307,18 +289,14 @@ def complete_batches(args: TrainingArguments) -> None:
     args.auto_checkpointing = word == "auto" and chooses
     if word is not None:
         try:
-            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(word))
+            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(str(word)))
         except ArgumentTypeError as error:
             raise ValueError(f"--activation_checkpointing {word}: give true, false or auto") from error
 
 
 def complete_evaluation(args: TrainingArguments) -> None:
     """Sets the flags of evaluations during training that follow from others. Raises ValueError for bad numbers."""
-    if args.eval_steps is not None and args.eval_steps < 0:
-        raise ValueError("--eval_steps (EVAL_STEPS): give a number of steps, a share of all below 1, or 0 for none")
     if args.early_stopping is not None:
-        if args.early_stopping < 1:
-            raise ValueError("--early_stopping must be at least 1")
         args.load_best_model_at_end = args.restore_callback_states_from_checkpoint = True
     if args.eval_strategy == "steps" and args.eval_steps == 0:
         args.eval_strategy = IntervalStrategy.NO
@@ -327,74 +305,3 @@ def complete_evaluation(args: TrainingArguments) -> None:
     if args.metric_for_best_model:
         args.metric_for_best_model = args.metric_for_best_model.lower()  # the report writes ROUGE-L
         args.predict_with_generate |= not args.metric_for_best_model.endswith("loss")
-
-
-def read_config(flag: str, given: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The settings that a flag gives as a JSON file or as JSON itself. Raises UserError if it is missing or broken."""
-    if not isinstance(given, str):
-        return dict(given or {})
-    if not given.startswith("{") and not Path(given).is_file():
-        raise UserError(f"--{flag}: no file {given}.")
-    try:
-        config = json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"--{flag}: {given} is broken JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--{flag}: {given} must hold an object, found {type(config).__name__}.")
-    return config
-
-
-def engine_of(args: TrainingArguments) -> Engine:
-    """The engine that --deepspeed or --fsdp asks for. Raises UserError as ``deepspeed_config`` does."""
-    if args.fsdp:
-        offload = bool(args.fsdp_config.get("cpu_offload"))
-        return Engine("FSDP2", sharded=True, offload=(offload, offload))
-    if not args.deepspeed:
-        return Engine()
-    config = deepspeed_config(args)
-    zero = config["zero_optimization"]
-    devices = [(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")]
-    return Engine("DeepSpeed", zero["stage"] == 3, (devices[0] == "cpu", devices[1] == "cpu"), config)
-
-
-def deepspeed_config(args: TrainingArguments) -> dict[str, Any]:
-    """The settings of DeepSpeed, completed where its file sets nothing.
-
-    Raises UserError if the file contradicts flags, naming each entry beside its flag.
-    """
-    file = args.deepspeed
-    config = current_settings(read_config("deepspeed", file), file)
-    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
-        config.setdefault(name, "auto")
-    for name in ("fp16", "bf16"):  # ZeRO-3 would take float32 without this
-        config[name] = {"enabled": "auto"} | config.get(name, {})
-    # The Trainer's AdamW is in order; and checkpoints need the gathered weights, not the shards.
-    config["zero_allow_untested_optimizer"] = True
-    if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"][GATHERS] = True
-    compared = HfTrainerDeepSpeedConfig(config)
-    compared.trainer_config_process(SimpleNamespace(**vars(args), world_size=args.processes))
-    if args.max_steps > 0:  # else the number of steps is known only with the data
-        compared.fill_match("scheduler.params.total_num_steps", args.max_steps, "max_steps")
-        compared.fill_match(
-            "scheduler.params.warmup_num_steps", max(1, args.get_warmup_steps(args.max_steps)), "warmup_steps"
-        )
-    found = "; ".join(line.removeprefix("- ds ") for line in compared.mismatches)
-    if found:
-        rows = f"per_device_train_batch_size x gradient_accumulation_steps x {args.processes} processes"
-        found = found.replace("train_batch_size (calculated)", rows).replace("|", " or --")
-        raise UserError(f'{file} says {found.replace(" vs hf ", ", but --")}: change one, or write "auto" there.')
-    check_settings(compared.config, file)
-    return config
-
-
-def fsdp_config(args: TrainingArguments) -> dict[str, Any]:
-    """The settings of FSDP2. Raises UserError for FSDP1, and for checkpoints that would hold no model."""
-    given = read_config("fsdp_config", args.fsdp_config)
-    config = {name.removeprefix("fsdp_"): value for name, value in given.items()}
-    if int(config.setdefault("version", 2)) != 2:
-        raise UserError("--fsdp_config: version 1 is gone from today's libraries; FSDP2 is version 2.")
-    if config.setdefault("state_dict_type", "FULL_STATE_DICT") != "FULL_STATE_DICT":
-        raise UserError("--fsdp_config: state_dict_type must be FULL_STATE_DICT, or checkpoints would hold no model.")
-    config["cpu_ram_efficient_loading"] = True  # as ``reads_weights`` says
-    return config

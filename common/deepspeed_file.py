@@ -43,7 +43,8 @@ def current_settings(given: dict[str, Any], file: Any) -> dict[str, Any]:
         section = config[name] = as_number(config.get(name) or {})
         parts = {name: section}
         if isinstance(section, dict):
-            parts |= {f"{name}.{key}": section.get(key) or {} for key in ("params", *OFFLOADS.values())}
+            inner = {f"{name}.{key}": section.get(key) for key in ("params", *OFFLOADS.values())}
+            parts |= {place: part for place, part in inner.items() if part is not None}
         for place, part in parts.items():
             if not isinstance(part, dict):
                 raise UserError(f"{file}: {place} is {part!r:.40}, not an object with settings.")
@@ -97,7 +98,7 @@ def check_settings(config: dict[str, Any], file: Any) -> None:
         DeepSpeedConfig(alone | {"zero_optimization": zero})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, (PLACES.get(error.title, error.title), *first["loc"])))
+        place = " ".join(".".join(map(str, (PLACES.get(error.title, error.title), *first["loc"]))).split())
         value = f" is {first['input']!r}" if first["loc"] else ""
         problem = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"].rstrip(".")
         raise UserError(f"{file}: {place}{value}: {problem}.") from error

@@ -24,7 +24,7 @@ from common.data.tables import MODEL_INPUTS
 from common.encoding import has_roles
 from common.errors import UserError
 from common.launch.engines import sizes, start_engine
-from common.loading import load_tokenizer
+from common.loading import tokenizer_of
 from common.locking import guard
 from common.memory.fit import check_fits, forecast
 from common.methods import Method
@@ -33,7 +33,7 @@ from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
 from common.trained import COLUMNS, PASSES, base_of
 from common.training import checkpoints, report
-from common.training.checks import SPLITS, check, complete, needs
+from common.training.checks import SPLITS, check, check_rows, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
 from common.training.evaluation import Judgement, answer_rows, base_model, judge, save_judgements
@@ -64,7 +64,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         if locks:
             tidy(output_dir)
         set_seed(args.seed)
-        tokenizer = load_tokenizer(model_args.tokenizer_name or folder)
+        tokenizer = tokenizer_of(folder, model_args.tokenizer_name)
         data = prepare(data_args, args, tokenizer)
         content = data["train"].content if args.do_train else None
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args, content)
@@ -137,6 +137,8 @@ def prepare(
         if split == "train" and data_args.mix:
             shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
             prepared.sampler = MixSampler(columns_of(prepared.rows, "file")["file"], shares, args.seed)
+        if split == "train":
+            check_rows(prepared.rows_per_epoch, args)
         data[split] = prepared
         if args.process_index == 0:
             show(split, data, data_args, args, has_roles(tokenizer))

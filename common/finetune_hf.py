@@ -53,7 +53,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read the configuration file {file}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected sections like training_args:, found {type(config).__name__}.")
@@ -69,7 +69,8 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
     """Raises UserError for an unknown key, naming the nearest known one."""
     for key in given:
         if key not in known:
-            meant = nearest(str(key), known)
+            key = " ".join(str(key).split())
+            meant = nearest(key, known)
             hint = f"did you mean {meant}?" if meant else f"there are {', '.join(sorted(known))}."
             raise UserError(f"{file}: unknown key {section}{key}: {hint}")
 
@@ -85,8 +86,12 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
     for key, (name, job) in DATA_FILES.items():
         value = data.pop(key, None)
-        names = value if isinstance(value, list) else str(value or "").split(",")
-        data[name] = ",".join(str(data_dir / part.strip()) for part in names if part) or None
+        names = value if isinstance(value, list) else [value] if value else []
+        if not all(isinstance(part, str) for part in names):
+            raise UserError(f"{file}: data_config.{key} is {value!r:.80}: give the name of a file, or a list of names.")
+        data[name] = (
+            ",".join(str(data_dir / part.strip()) for name in names for part in name.split(",") if part) or None
+        )
         data[job] = bool(value) or job == "do_train" and bool(data.get("train_datasets"))
     lengths = {"max_source_length": "max_input_length", "max_target_length": "max_output_length"}
     return data | {name: config.get(key) for name, key in lengths.items()}
@@ -126,7 +131,7 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     defaults |= data_defaults(file, config, data_dir) | training_defaults(file, config)
     defaults |= {renamed.get(key, key): value for key, value in peft.items() if key not in IGNORED}
     if isinstance(defaults.get("lora_target"), list):
-        defaults["lora_target"] = ",".join(defaults["lora_target"])
+        defaults["lora_target"] = ",".join(map(str, defaults["lora_target"]))
     given = {name: value for name, value in defaults.items() if value is not None}
     model_args, method_args, *others = parse_arguments(arguments, flags, given)
     return method(method_args), (model_args, *others)

@@ -16,6 +16,24 @@ from common.models.weights import load_base
 from common.trained import base_of
 
 
+def tokenizer_of(folder: ModelFolder, name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or the one of ``name``. Raises UserError if that one belongs to another model."""
+    own = load_tokenizer(folder)
+    if not name:
+        return own
+    given = load_tokenizer(name)
+    vocabulary, rows = given.get_vocab(), folder.config.vocab_size
+    differing = next((token for token, number in own.get_vocab().items() if vocabulary.get(token) != number), None)
+    problem = f"has another number for {differing!r}" if differing else ""
+    if type(given) is not type(own):
+        problem = f"is a {type(given).__name__}, not a {type(own).__name__}"
+    elif len(vocabulary) > rows:
+        problem = f"has {len(vocabulary):,} tokens, and the model {rows:,}"
+    if problem:
+        raise UserError(f"--tokenizer_name {name}: it {problem}, so it belongs to another model: leave it out.")
+    return given
+
+
 def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises UserError if vocabulary and model do not belong together."""
     folder = open_model(model)

@@ -19,7 +19,8 @@ from hub_server import running_hub
 from huggingface_hub import constants
 from shell import bash, flags_of, run_here
 
-from common.arguments import Engine, FullArguments, LoraArguments
+from common.arguments import FullArguments, LoraArguments
+from common.engine import Engine
 from common.errors import UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments

@@ -17,13 +17,13 @@ from accelerate.utils import gather_object
 from common.arguments import (
     LARGEST_BATCH,
     DataArguments,
-    Engine,
     LoraArguments,
     ModelArguments,
     Rows,
     Switch,
     TrainingArguments,
 )
+from common.engine import Engine
 from common.errors import UserError, note
 from common.files import gb, read_json
 from common.launch.machines import number
@@ -41,6 +41,7 @@ FRAGMENTATION = 0.05
 NCCL = 700_000_000  # bytes
 MARGIN_ON_CPU = 0.5  # share of the free memory that a choice may take: the C library keeps much of what was freed
 MOST_ANSWERS = 64  # rows that are answered together, where that is chosen
+MOST_TOKENS = 2**21  # of a pass of one process
 BUSY = 2048  # tokens of a pass from which a GPU computes all the time, rather than wait for kernels to start
 ENGINE_TOLERANCE = 1.15  # factor by which a prediction for DeepSpeed and FSDP2, a coarser one, may exceed the memory
 
@@ -85,8 +86,18 @@ def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str
 def forecast(
     folder: ModelFolder, method: Method, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> Forecast:
-    """Predicts the memory of this run; chooses what the flags leave open: batch, checkpointing, answers at once."""
+    """Predicts the memory of this run; chooses what the flags leave open: batch, checkpointing, answers at once.
+
+    Raises UserError for a pass that no machine can hold: to predict it would take minutes.
+    """
     case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args))
+    setup = case.setup
+    rows = max(setup.batch_size, setup.evaluation_batch_size, setup.generation_batch_size)
+    if (tokens := rows * (setup.source_length + setup.target_length)) > MOST_TOKENS:
+        raise UserError(
+            f"a pass of {tokens:,} tokens is more than any machine holds: lower BATCH_SIZE "
+            "(--per_device_train_batch_size), EVAL_BATCH_SIZE (--per_device_eval_batch_size) or the lengths."
+        )
     available = card_memory(args) or free_memory(args)
     if args.do_train and (args.batch_sizes or args.auto_checkpointing):
         case = choose_passes(case, args, data_args, available)

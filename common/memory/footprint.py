@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from common.arguments import Engine
+from common.engine import Engine
 from common.memory import quantized
 from common.models import base
 from common.models.quantization import checkpointing_of

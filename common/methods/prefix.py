@@ -8,6 +8,7 @@ a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that 
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import read_json
 from common.methods import Method, check_flags
-from common.models.registry import ModelFolder
+from common.models.registry import ModelFolder, empty_model
 from common.models.tensors import read_weights
 
 KEY_PREFIX = "transformer.prefix_encoder."
@@ -40,6 +41,7 @@ class PTuning(Method):
             )
         if args.ptuning_checkpoint:
             check_prefix(args.ptuning_checkpoint, args)
+            check_fits(folder, args.ptuning_checkpoint)
         elif do_train and not args.pre_seq_len:
             raise UserError(
                 "--do_train needs --pre_seq_len, the number of virtual tokens to train (full/main.py trains weights)."
@@ -155,6 +157,13 @@ def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]
     stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
     check_flags(f"the prefix in {folder}", stored, args)
     return tensors
+
+
+def check_fits(folder: ModelFolder, checkpoint: str | Path) -> None:
+    """Raises UserError for the prefix of another model. Loads no model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about weights, which are lost on the meta device
+        load_prefix(empty_model(folder.spec, folder.config), checkpoint)
 
 
 def load_prefix(model: PreTrainedModel, folder: str | Path, args: PrefixArguments | None = None) -> None:

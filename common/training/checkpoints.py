@@ -105,7 +105,7 @@ def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Itera
         manifest = read_manifest(chosen)
         if problem := damage(chosen, manifest) or lacks_states(chosen, args):
             raise UserError(f"--resume_from_checkpoint {chosen} is not whole: {problem}. Name another, or none.")
-        check_same(chosen, (manifest or {})["settings"], settings, "choose another checkpoint, or none")
+        check_same(chosen, (manifest or {}).get("settings", {}), settings, "choose another checkpoint, or none")
         return chosen
     if args.overwrite_output_dir and not asked:
         return None

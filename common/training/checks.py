@@ -1,11 +1,20 @@
 """The checks before anything is loaded: a mistake costs no time, and its message is one sentence."""
 
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
+from huggingface_hub import whoami
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_liger_kernel_available
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
 from common.data.mix import parse_mix
@@ -46,9 +55,14 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
     check_devices(args)
     check_engine(method, data_args, args)
     check_trackers(args)
+    check_hub(args)
     check_best_model(args)
+    if args.do_train:
+        check_optimizer(method, args)
     name, revision = model_args.model_name_or_path, model_args.model_revision
     folder = (open_shape if args.plan else open_model)(name, revision, model_args.cache_dir, model_args.config_name)
+    if (other := model_args.config_name) and open_model(other).spec.key != folder.spec.key:
+        raise UserError(f"--config_name {other} is the config of another model than {folder.name}: leave it out.")
     if folder.bits and folder.weights:
         packed_weights(folder)
     check_quantization(method, model_args, args, folder)
@@ -107,10 +121,12 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
     shards = data_args.train_datasets if args.do_train else None
     count = len(summary_of(Path(shards))["findings"]) if shards else 0
     for split, file_flag, _ in SPLITS:
-        if not needs(split, data_args, args) or split == "train" and shards:
+        asked = needs(split, data_args, args)
+        if split == "train" and shards or not (asked or args.do_train):
             continue
-        patterns = vars(data_args)[file_flag]
-        files = find_files(patterns or "")
+        files = find_files(vars(data_args)[file_flag] or "")
+        if not asked:  # a training records all files, for an evaluation afterwards
+            continue
         count = len(files) if split == "train" else count
         if not files and not data_args.dataset_name and not (data_args.held_out and split != "train"):
             job = {"train": "train", "validation": "eval", "test": "predict"}[split]
@@ -125,6 +141,16 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
+
+
+def check_rows(rows: int, args: TrainingArguments) -> None:
+    """Raises UserError where --dataloader_drop_last leaves nothing of an epoch of ``rows`` rows."""
+    batch = args.per_device_train_batch_size * args.processes
+    if args.dataloader_drop_last and rows < batch:
+        raise UserError(
+            f"--dataloader_drop_last: {rows:,} rows fill no batch of {batch:,}: leave it out, or lower BATCH_SIZE "
+            "(--per_device_train_batch_size)."
+        )
 
 
 def check_devices(args: TrainingArguments) -> None:
@@ -157,6 +183,13 @@ def check_trackers(args: TrainingArguments) -> None:
         )
 
 
+def check_hub(args: TrainingArguments) -> None:
+    """Raises UserError unless the hub that --push_to_hub writes to can be reached and knows this user."""
+    if args.push_to_hub:
+        with tried("--push_to_hub"):
+            whoami(args.hub_token)
+
+
 def is_installed(module: str) -> bool:
     """Whether a package can be imported; a mere folder of its name, in which a tracker keeps its runs, is none."""
     spec = importlib.util.find_spec(module)
@@ -166,6 +199,8 @@ def is_installed(module: str) -> bool:
 def check_best_model(args: TrainingArguments) -> None:
     """Raises UserError if the best checkpoint is asked for by a measure that no evaluation of the training gives."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if args.do_train and not metric and args.save_strategy == "best":
+        raise UserError("--save_strategy best needs --metric_for_best_model (BEST_METRIC), the measure of the best.")
     if not args.do_train or not metric:
         return
     if args.eval_strategy == "no":
@@ -182,6 +217,45 @@ def check_best_model(args: TrainingArguments) -> None:
         )
     if args.greater_is_better is (metric == "loss"):
         raise UserError(f"--greater_is_better {args.greater_is_better} would keep the worst {metric}: leave it out.")
+
+
+@contextmanager
+def tried(flags: str) -> Iterator[None]:
+    """Raises UserError for what ``flags`` can't be used for: libraries say most of it only when they are used."""
+    try:
+        yield
+    except Exception as error:  # each library raises its own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"{flags} can't be used: {reason}.") from error
+
+
+def check_optimizer(method: Method, args: TrainingArguments) -> None:
+    """Raises UserError for an optimizer, a schedule, a data loader, a way of checkpointing or a compiler.
+
+    Each is tried on one number, and starts no process.
+    """
+    number, steps = torch.nn.Parameter(torch.zeros(1)), max(args.max_steps, 100)
+    with tried(f"--optim {args.optim.value}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")):
+        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
+    if args.optim not in ("adamw_torch", "adamw_torch_fused") and vars(method.args).get("loraplus_lr_ratio"):
+        raise UserError(f"--loraplus_lr_ratio trains by AdamW: leave out --optim {args.optim.value}.")
+    kwargs = args.lr_scheduler_kwargs
+    with tried(f"--lr_scheduler_type {args.lr_scheduler_type.value} --lr_scheduler_kwargs {json.dumps(kwargs or {})}"):
+        descent = torch.optim.SGD([number], args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, descent, args.get_warmup_steps(steps), steps, kwargs)
+    if kwargs := args.activation_checkpointing_kwargs:
+        with tried(f"--activation_checkpointing_kwargs {json.dumps(kwargs)}"):
+            checkpoint(torch.nn.Identity(), number, **{"use_reentrant": False} | kwargs)
+    loading = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor")
+    given = {name: value for name in loading if (value := vars(args)[f"dataloader_{name}"])}
+    with tried(" ".join(f"--dataloader_{name} {value}" for name, value in given.items())):
+        DataLoader([0], **given)
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise UserError(f"--use_liger_kernel: {sys.executable} -m pip install liger-kernel")
+    if args.torch_compile:
+        backend, mode = str(args.torch_compile_backend), args.torch_compile_mode
+        with tried(f"--torch_compile_backend {backend}" + (f" --torch_compile_mode {mode}" if mode else "")):
+            torch.compile(torch.nn.Identity(), backend=DynamoBackend(backend.upper()).value.lower(), mode=mode)
 
 
 def check_engine(method: Method, data_args: DataArguments, args: TrainingArguments) -> None:

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from common.arguments import Engine, LoraArguments, PrefixArguments
+from common.arguments import LoraArguments, PrefixArguments
 from common.data.collator import left_pad, train_batch
+from common.engine import Engine
 from common.memory.fit import Case
 from common.memory.footprint import Setup, stored_tensors
 from common.methods import Method
