@@ -4,15 +4,21 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
 
 TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
+WRITTEN = (  # in an output folder
+    *("*.json", "*.jsonl", "*.txt", "*.md", "*.model", "*.jinja", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.arrow"),
+    *(".lock", "*.lock", "*.soft", "*.holder", "*.partial", "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
+)
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that no text holds
+LARGEST_TEXT = 2**26  # bytes of a JSON file, a vocabulary or a listing: three times the largest that is known
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
@@ -67,9 +73,9 @@ def short_hash(content: bytes) -> str:
 
 
 def indexed_files(index: Path) -> list[Path] | None:
-    """The weight files that an index names; None if the index is missing or broken."""
+    """The weight files that an index names; None if it is missing or broken, or names files outside of its folder."""
     weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(is_inside, weight_map.values())):
         return None
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
@@ -97,20 +103,46 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def is_inside(name: object) -> bool:
+    """Whether a name is that of a file in a folder or in the folders below it."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return False
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def read_json(file: Path) -> dict | None:
-    """The object in a JSON file; None if the file is missing, broken or holds another value."""
+    """The object in a JSON file; None if the file is missing, broken, too large or holds another value."""
     try:
+        if not file.is_file() or file.stat().st_size > LARGEST_TEXT:
+            return None
         content = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad writes the byte order mark
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Replaces the file in one step: a reader finds the old content or the new."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    os.replace(partial, file)
+    """Replaces the file in one step: a reader finds the old content or the new. Follows no link."""
+    partial = file.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8") as text:
+            text.write(json.dumps(content, ensure_ascii=False, indent=2))
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises UserError for a link under a name that a program writes in an output folder: it would write elsewhere.
+
+    The folder itself may be a link, and so may a name that no program of ours writes.
+    """
+    written = [path for kind in WRITTEN for path in folder.glob(kind)]
+    below = [path for path in written if path.is_dir() and not path.is_symlink() for path in path.rglob("*")]
+    if link := next((path for path in [*written, *below] if path.is_symlink()), None):
+        raise UserError(f"{link} is a link to {os.readlink(link)}, which a training would overwrite: remove the link.")
 
 
 def gb(size: float) -> str:
