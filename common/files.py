@@ -1,8 +1,10 @@
 """Weight files and JSON files, which a killed process may have left incomplete."""
 
 import hashlib
+import io
 import json
 import os
+import pickletools
 import re
 import secrets
 import zipfile
@@ -16,6 +18,23 @@ TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are 
 WRITTEN = (  # in an output folder
     *("*.json", "*.jsonl", "*.txt", "*.md", "*.model", "*.jinja", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.arrow"),
     *(".lock", "*.lock", "*.soft", "*.holder", "*.partial", "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
+)
+LARGEST_TABLE = 2**22  # bytes of the pickle that describes the tensors of a file: one of 6 billion weights has 2**16
+OLD_PICKLES = 5  # in a file of torch before 1.6, before the bytes of its tensors
+# The instructions that torch.save writes; none of them takes more memory than its own length.
+INSTRUCTIONS = frozenset(
+    "APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BUILD EMPTY_DICT EMPTY_LIST "
+    "EMPTY_SET EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM "
+    "SETITEMS SHORT_BINSTRING STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+# What a pickle may name: parts of tensors, states of random numbers, and what DeepSpeed stores in its checkpoints.
+KNOWN_TYPES = re.compile(
+    r"collections (OrderedDict|defaultdict)|torch (\w+Storage|Size|device|Tensor|u?int\d+|b?float\d+\w*|bool)"
+    r"|torch\._utils _rebuild_(tensor(_v2)?|parameter|from_type_v2)|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\.storage UntypedStorage|torch\.nn\.parameter Parameter|_codecs encode"
+    r"|numpy(\._?core\.multiarray)? (_reconstruct|scalar|ndarray|dtype)|numpy\.dtypes \w+DType"
+    r"|deepspeed\.runtime\.zero\.config ZeroStageEnum|deepspeed\.utils\.tensor_fragment fragment_address"
+    r"|deepspeed\.runtime\.fp16\.loss_scaler (LossScaler|DynamicLossScaler)"
 )
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that no text holds
 LARGEST_TEXT = 2**26  # bytes of a JSON file, a vocabulary or a listing: three times the largest that is known
@@ -34,7 +53,7 @@ def text_kind(file: Path) -> str:
 
 
 def is_complete(file: Path) -> bool:
-    """Whether a weight file (.bin, .pt, .safetensors) has the length that its own table of contents gives."""
+    """Whether a weight file (.bin, .pt, .safetensors) has the length that its table of contents gives."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "np"):  # reads the table alone
@@ -45,6 +64,43 @@ def is_complete(file: Path) -> bool:
     with open(file, "rb") as content:
         beginning = content.read(2)
     return zipfile.is_zipfile(file) if beginning == b"PK" else bool(beginning) and not text_kind(file)
+
+
+def pickle_problem(file: Path) -> str:
+    """What keeps a file of torch.save from being read, as in "holds code (posix.system)"; "" for tensors and settings.
+
+    It looks at the instructions and follows none. torch checks code too, but not how much memory they take, and
+    DeepSpeed follows all of them.
+    """
+    if file.suffix == ".safetensors":
+        return ""
+    size = file.stat().st_size
+    try:
+        if not zipfile.is_zipfile(file):
+            with open(file, "rb") as content:
+                return pickles_problem(io.BytesIO(content.read(LARGEST_TABLE)), size, OLD_PICKLES)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries):
+                return "is compressed, or promises more than it holds"
+            tables = [entry for entry in entries if entry.filename.endswith(".pkl")]
+            if not tables or any(entry.file_size > LARGEST_TABLE for entry in tables):
+                return "holds no table of weights, or one that is too large"
+            problems = [pickles_problem(io.BytesIO(archive.read(entry)), size, 1) for entry in tables]
+            return next(filter(None, problems), "")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
+        return "has a broken table of contents"
+
+
+def pickles_problem(pickles: io.BytesIO, size: int, count: int) -> str:
+    """``pickle_problem`` of ``count`` pickles, one after the other, in a file of ``size`` bytes."""
+    for _ in range(count):
+        for instruction, value, _ in pickletools.genops(pickles):
+            if instruction.name not in INSTRUCTIONS or "LONG_BIN" in instruction.name and value > LARGEST_TABLE:
+                return f"holds the instruction {instruction.name}, which no weights need"
+            if instruction.name == "GLOBAL" and not KNOWN_TYPES.fullmatch(value):
+                return f"holds code or objects ({value.replace(' ', '.', 1):.80}) instead of weights alone"
+    return ""
 
 
 def check_no_text(file: Path, content: str = "weights", kinds: tuple[str, ...] = TEXTS) -> None:
@@ -65,6 +121,20 @@ def check_complete(file: Path) -> None:
     check_no_text(file)
     if not is_complete(file):
         raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
+    check_pickle(file)
+
+
+def check_pickle(file: Path) -> None:
+    """Raises UserError for a file of torch.save that can't be read without danger."""
+    if problem := pickle_problem(file):
+        raise UserError(f"{file} {problem}. Nothing of it was run: take .safetensors files, or download it again.")
+
+
+def check_states(checkpoint: Path) -> None:
+    """``check_pickle`` of all that a training reads from its checkpoint."""
+    for file in sorted(checkpoint.rglob("*")):
+        if file.suffix in (".bin", ".pt", ".pth") and file.name != "training_args.bin" and file.is_file():
+            check_pickle(file)
 
 
 def short_hash(content: bytes) -> str:

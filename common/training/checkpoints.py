@@ -13,7 +13,7 @@ from transformers import TrainerState
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
 from common.errors import UserError, describe, differences, other_owner
-from common.files import indexed_files, is_complete, read_json, write_json
+from common.files import check_states, indexed_files, is_complete, read_json, write_json
 from common.methods import Method
 from common.models.registry import ModelFolder
 from common.trained import COLUMNS, SETTINGS_FILE
@@ -135,6 +135,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
             f"{checkpoint} is not complete on this machine ({socket.gethostname()}): let all machines share the output "
             "folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
         )
+    check_states(checkpoint)
     latest = checkpoint / "latest"
     engine = "DeepSpeed" if latest.is_file() else "FSDP2" if (checkpoint / "optimizer.bin").is_file() else "DDP"
     if engine != args.engine.name:
