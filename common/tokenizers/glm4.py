@@ -11,10 +11,9 @@ from common.errors import UserError
 from common.tokenizers.base import Conversation, EncodedTurn, Turn
 from common.tokenizers.templates import render
 
-
 EXPRESSION = re.compile(rb'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"')
 # A repeated group, a reference to one, and long or repeated counts, in a regular expression within JSON.
-ENDLESS = re.compile(rb"\)[*+{]|\}\{|\{\d*,?\d{4}|\\\\[1-9]")
+ENDLESS = re.compile(rb"\)[*+{]|\d\}\{|\{\d*,?\d{4}|\\\\[1-9]")
 
 
 def check_expressions(file: Path) -> None:

@@ -61,7 +61,7 @@ def bounded() -> Iterator[None]:
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> Template:
-    """A template that calls ``tick`` as often as anything is repeated. Raises TemplateError for one that can't be bounded."""
+    """A template that calls ``tick`` wherever it repeats something. Raises TemplateError if that is not enough."""
     environment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset({"*"})
     environment.binop_table = environment.binop_table | {"*": product}
