@@ -1,21 +1,46 @@
 """Weight files and JSON files, which a killed process may have left incomplete."""
 
 import hashlib
+import io
 import json
 import os
+import pickletools
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from safetensors import SafetensorError, safe_open
 
 from common.errors import SaveError, UserError, disk_problem
 
 TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
+WRITTEN = (  # in an output folder
+    *("*.json", "*.jsonl", "*.txt", "*.md", "*.model", "*.jinja", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.arrow"),
+    *(".lock", "*.lock", "*.soft", "*.holder", "*.partial", "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
+)
+LARGEST_TABLE = 2**22  # bytes of the pickle that describes the tensors of a file: one of 6 billion weights has 2**16
+OLD_PICKLES = 5  # in a file of torch before 1.6, before the bytes of its tensors
+# The instructions that torch.save writes; none of them takes more memory than its own length.
+INSTRUCTIONS = frozenset(
+    "APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BUILD EMPTY_DICT EMPTY_LIST "
+    "EMPTY_SET EMPTY_TUPLE GLOBAL LONG1 LONG_BINGET LONG_BINPUT MARK NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM "
+    "SETITEMS SHORT_BINSTRING STOP TUPLE TUPLE1 TUPLE2 TUPLE3".split()
+)
+# What a pickle may name: parts of tensors, states of random numbers, and what DeepSpeed stores in its checkpoints.
+KNOWN_TYPES = re.compile(
+    r"collections (OrderedDict|defaultdict)|torch (\w+Storage|Size|device|Tensor|u?int\d+|b?float\d+\w*|bool)"
+    r"|torch\._utils _rebuild_(tensor(_v2)?|parameter|from_type_v2)|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\.storage UntypedStorage|torch\.nn\.parameter Parameter|_codecs encode"
+    r"|numpy(\._?core\.multiarray)? (_reconstruct|scalar|ndarray|dtype)|numpy\.dtypes \w+DType"
+    r"|deepspeed\.runtime\.zero\.config ZeroStageEnum|deepspeed\.utils\.tensor_fragment fragment_address"
+    r"|deepspeed\.runtime\.fp16\.loss_scaler (LossScaler|DynamicLossScaler)"
+)
 BINARY = re.compile(rb"[\0-\x08\x0e-\x1a\x1c-\x1f]")  # bytes that no text holds
+LARGEST_TEXT = 2**26  # bytes of a JSON file, a vocabulary or a listing: three times the largest that is known
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
@@ -31,7 +56,7 @@ def text_kind(file: Path) -> str:
 
 
 def is_complete(file: Path) -> bool:
-    """Whether a weight file (.bin, .pt, .safetensors) has the length that its own table of contents gives."""
+    """Whether a weight file (.bin, .pt, .safetensors) has the length that its table of contents gives."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "np"):  # reads the table alone
@@ -42,6 +67,43 @@ def is_complete(file: Path) -> bool:
     with open(file, "rb") as content:
         beginning = content.read(2)
     return zipfile.is_zipfile(file) if beginning == b"PK" else bool(beginning) and not text_kind(file)
+
+
+def pickle_problem(file: Path) -> str:
+    """What keeps a file of torch.save from being read, as in "holds code (posix.system)"; "" for tensors and settings.
+
+    It looks at the instructions and follows none. torch checks code too, but not how much memory they take, and
+    DeepSpeed follows all of them.
+    """
+    if file.suffix == ".safetensors":
+        return ""
+    size = file.stat().st_size
+    try:
+        if not zipfile.is_zipfile(file):
+            with open(file, "rb") as content:
+                return pickles_problem(io.BytesIO(content.read(LARGEST_TABLE)), size, OLD_PICKLES)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries):
+                return "is compressed, or promises more than it holds"
+            tables = [entry for entry in entries if entry.filename.endswith(".pkl")]
+            if not tables or any(entry.file_size > LARGEST_TABLE for entry in tables):
+                return "holds no table of weights, or one that is too large"
+            problems = [pickles_problem(io.BytesIO(archive.read(entry)), size, 1) for entry in tables]
+            return next(filter(None, problems), "")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
+        return "has a broken table of contents"
+
+
+def pickles_problem(pickles: io.BytesIO, size: int, count: int) -> str:
+    """``pickle_problem`` of ``count`` pickles, one after the other, in a file of ``size`` bytes."""
+    for _ in range(count):
+        for instruction, value, _ in pickletools.genops(pickles):
+            if instruction.name not in INSTRUCTIONS or "LONG_BIN" in instruction.name and value > LARGEST_TABLE:
+                return f"holds the instruction {instruction.name}, which no weights need"
+            if instruction.name == "GLOBAL" and not KNOWN_TYPES.fullmatch(value):
+                return f"holds code or objects ({value.replace(' ', '.', 1):.80}) instead of weights alone"
+    return ""
 
 
 def check_no_text(file: Path, content: str = "weights", kinds: tuple[str, ...] = TEXTS) -> None:
@@ -62,6 +124,20 @@ def check_complete(file: Path) -> None:
     check_no_text(file)
     if not is_complete(file):
         raise UserError(f"{file} is truncated ({file.stat().st_size:,} bytes): copy or download it again.")
+    check_pickle(file)
+
+
+def check_pickle(file: Path) -> None:
+    """Raises UserError for a file of torch.save that can't be read without danger."""
+    if problem := pickle_problem(file):
+        raise UserError(f"{file} {problem}. Nothing of it was run: take .safetensors files, or download it again.")
+
+
+def check_states(checkpoint: Path) -> None:
+    """``check_pickle`` of all that a training reads from its checkpoint."""
+    for file in sorted(checkpoint.rglob("*")):
+        if file.suffix in (".bin", ".pt", ".pth") and file.name != "training_args.bin" and file.is_file():
+            check_pickle(file)
 
 
 def short_hash(content: bytes) -> str:
@@ -70,9 +146,9 @@ def short_hash(content: bytes) -> str:
 
 
 def indexed_files(index: Path) -> list[Path] | None:
-    """The weight files that an index names; None if the index is missing or broken."""
+    """The weight files that an index names; None if it is missing or broken, or names files outside of its folder."""
     weight_map = (read_json(index) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(is_inside, weight_map.values())):
         return None
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
@@ -100,20 +176,46 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def is_inside(name: object) -> bool:
+    """Whether a name is that of a file in a folder or in the folders below it."""
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        return False
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def read_json(file: Path) -> dict | None:
-    """The object in a JSON file; None if the file is missing, broken or holds another value."""
+    """The object in a JSON file; None if the file is missing, broken, too large or holds another value."""
     try:
+        if not file.is_file() or file.stat().st_size > LARGEST_TEXT:
+            return None
         content = json.loads(file.read_text(encoding="utf-8-sig"))  # Notepad writes the byte order mark
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
 
 def write_json(file: Path, content: dict) -> None:
-    """Replaces the file in one step: a reader finds the old content or the new."""
-    partial = file.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-    os.replace(partial, file)
+    """Replaces the file in one step: a reader finds the old content or the new. Follows no link."""
+    partial = file.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8") as text:
+            text.write(json.dumps(content, ensure_ascii=False, indent=2))
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_no_links(folder: Path) -> None:
+    """Raises UserError for a link under a name that a program writes in an output folder: it would write elsewhere.
+
+    The folder itself may be a link, and so may a name that no program of ours writes.
+    """
+    written = [path for kind in WRITTEN for path in folder.glob(kind)]
+    below = [path for path in written if path.is_dir() and not path.is_symlink() for path in path.rglob("*")]
+    if link := next((path for path in [*written, *below] if path.is_symlink()), None):
+        raise UserError(f"{link} is a link to {os.readlink(link)}, which a training would overwrite: remove the link.")
 
 
 def gb(size: float) -> str:

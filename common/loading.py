@@ -1,5 +1,7 @@
 """Loads a tokenizer or a model, tuned or not, by a name or a folder."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from common.methods.lora import Lora
 from common.methods.prefix import PTuning, holds_prefix, holds_prefix_only
 from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
+from common.tokenizers.glm4 import check_expressions
 from common.trained import base_of
 
 
@@ -39,17 +42,15 @@ def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
     folder = open_model(model)
     spec = folder.spec
     if spec.key == "glm":
-        try:
+        check_expressions(folder.path / spec.vocabulary)
+        with no_vocabulary(f"{folder.path / spec.vocabulary} can't be read"):
             tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, padding_side="left")
-        except Exception as error:  # of the library's Rust code, which has no narrower class
-            raise UserError(f"{folder.path / spec.vocabulary} can't be read: copy or download it again.") from error
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer("a")  # fails if its parts are of wrong kinds
         return tokenizer
-    try:
+    with no_vocabulary(f"{folder.path / spec.vocabulary} is no vocabulary of {spec.name}"):
         tokenizer = spec.tokenizer.from_pretrained(folder.path)
-    except RuntimeError as error:
-        file = folder.path / spec.vocabulary
-        raise UserError(f"{file} is no vocabulary of {spec.name}: copy or download it again.") from error
+        tokenizer("a")
     rows = folder.config.vocab_size
     if tokenizer.vocab_size > rows:
         raise UserError(
@@ -57,6 +58,17 @@ def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
             f"and the model {rows:,}."
         )
     return tokenizer
+
+
+@contextmanager
+def no_vocabulary(problem: str) -> Iterator[None]:
+    """Turns any error of a tokenizer's library into a UserError: some are of Rust, and no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{problem}: copy or download it again.") from error
 
 
 def load_model(

@@ -6,12 +6,12 @@ that name, and a file that changes later is noticed.
 
 import json
 import os
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128
 
-from common.files import read_json, write_json
+from common.files import is_inside, read_json, write_json
 
 MANIFEST = "manifest.json"
 BLOCK = 2**23  # bytes that are read at once
@@ -60,12 +60,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     sound = (isinstance(entry, dict) and isinstance(entry.get("size"), int) for entry in files.values())
     return found if all(sound) and all(map(is_inside, files)) else None
-
-
-def is_inside(name: str) -> bool:
-    """Whether a relative path stays in its folder."""
-    path = PurePath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def damage(folder: Path, manifest: dict[str, Any] | None) -> str:

@@ -48,9 +48,9 @@ def base_of(folder: Path, given: str | None = None, named: str | None = None) ->
     config = read_json(folder / "adapter_config.json") or read_json(folder / "config.json") or {}
     of_prefix = config.get("_name_or_path") if config.get("pre_seq_len") else None  # in a whole model: its own name
     base = given or named or config.get("base_model_name_or_path") or of_prefix
-    if base and (is_local(base) or is_hub_name(base)):
+    if isinstance(base, str) and (is_local(base) or is_hub_name(base)):
         return base
-    problem = f"was trained on {base}, which does not exist any more" if base else "does not name its base model"
+    problem = f"was trained on {base!s:.200}, which does not exist any more" if base else "does not name its base model"
     raise UserError(f"{folder} {problem}: set MODEL (--model_name_or_path) to the base model.")
 
 

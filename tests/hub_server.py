@@ -8,9 +8,10 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -42,6 +43,10 @@ class Hub(ThreadingHTTPServer):
         self.break_at: dict[str, int] = {}  # {path: bytes of an answer after which the connection breaks}
         self.failing: Counter = Counter()  # {path: how many requests are still to be answered by an error 503}
         self.ranges = True
+        self.commit: object = COMMIT
+        self.change_listing: Callable[[Any], object] = lambda listing: listing  # what a lying hub makes of it
+        self.more: dict[str, bytes] = {}  # {path: bytes that follow the announced content}
+        self.loops = False  # whether each listing is a redirect to itself
         self.spoilt: Counter = Counter()  # {path: how many answers with wrong content are still to be given}
         self.gate = threading.Event()  # content is sent while it is set
         self.gate.set()
@@ -89,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.is_there(repository := "/".join(parts[:2])):
             path = "/".join(parts[4:])
             content = self.server.repositories[repository][path]
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{git_sha1(content)}"'}
+            headers = {"X-Repo-Commit": str(self.server.commit), "ETag": f'"{git_sha1(content)}"'}
             if is_large(path):
                 other_host = f"http://localhost:{self.server.server_port}/cdn"
                 headers |= {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256(content)}"'}
@@ -113,8 +118,16 @@ class Handler(BaseHTTPRequestHandler):
             entry = {"type": "file", "path": path, "rfilename": path, "size": size, "oid": name, "blobId": name}
             lfs = {"sha256": sha256(content), "oid": sha256(content), "size": size, "pointerSize": 134}
             entries.append(entry | ({"lfs": lfs} if is_large(path) else {}))
-        listing = entries if kind == "tree" else {"id": repository, "sha": COMMIT, "siblings": entries}
-        self.send(200, json.dumps(listing).encode())
+        self.send_listing(
+            entries if kind == "tree" else {"id": repository, "sha": self.server.commit, "siblings": entries}
+        )
+
+    def send_listing(self, listing: Any) -> None:
+        if self.server.loops:
+            self.send(302, b"", {"Location": self.path})
+            return
+        listing = self.server.change_listing(listing)
+        self.send(200, listing if isinstance(listing, bytes) else json.dumps(listing).encode())
 
     def answer_modelscope(self, repository: str, rest: list[str], query: dict[str, str]) -> None:
         if not self.is_there(repository):
@@ -129,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             for path, content in files.items()
         ]
         entries.append({"Path": "folder", "Size": 0, "Sha256": "", "Type": "tree"})
-        self.send(200, json.dumps({"Code": 200, "Data": {"Files": entries}}).encode())
+        self.send_listing({"Code": 200, "Data": {"Files": entries}})
 
     def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -154,6 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         if hub.spoilt[path] > 0:
             hub.spoilt[path] -= 1
             content = content[:-1] + bytes([content[-1] ^ 1])
+        content += hub.more.get(path, b"")
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")

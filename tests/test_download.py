@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from huggingface_hub import constants
 
 import common.hub.download
 from common.errors import UserError
+from common.files import LARGEST_TEXT
 from common.hub.download import download, find_complete
 from common.locking import cache_folder
 
@@ -439,3 +441,101 @@ def test_the_small_files_come_first_and_may_be_edited_before_the_weights_come(hu
     assert download(NAME) == find_complete(NAME) == folder
     assert (folder / "config.json").read_text() == '{"generation": "chatglm3"}'
     assert sorted(hub.asked()) == sorted(WANTED)
+
+
+# A hub that lies
+
+
+def listed(**entry: object) -> Callable[[dict], dict]:
+    """Changes what the listing says of config.json, in the words of either hub."""
+
+    def change(listing: dict) -> dict:
+        files = listing["siblings"] if "siblings" in listing else listing["Data"]["Files"]
+        next(file for file in files if "config.json" in (file.get("rfilename"), file.get("Path"))).update(entry)
+        return listing
+
+    return change
+
+
+def also_listed(name: str) -> Callable[[dict], dict]:
+    """One more file, with the content of config.json."""
+
+    def change(listing: dict) -> dict:
+        files = listing["siblings"] if "siblings" in listing else listing["Data"]["Files"]
+        files.append(next(file for file in files if "config.json" in file.values()) | {"rfilename": name, "Path": name})
+        return listing
+
+    return change
+
+
+OUTSIDE = "../" * 9 + "tmp/evil"
+LIES = {  # what the hub says in place of the truth, and what the sentence says
+    "a size below 0": (listed(size=-1, Size=-1), "config.json with -1 bytes"),
+    "a size of text": (listed(size="12", Size="12"), "config.json with '12' bytes"),
+    "a size of 1.5": (listed(size=1.5, Size=1.5), "config.json with 1.5 bytes"),
+    "a config of a million million bytes": (listed(size=10**12, Size=10**12), "config.json with 1000000000000 bytes"),
+    "a hash that is a path": (listed(blobId=OUTSIDE, Sha256=OUTSIDE), "config.json with the hash '../"),
+    "a hash of another kind": (listed(blobId=7, Sha256=7), "config.json with the hash 7"),
+    "a name with a backslash": (also_listed("..\\evil.json"), "a file named"),
+    "a name with a NUL": (also_listed("evil\0.json"), "a file named"),
+    "a name that is none": (listed(rfilename=7, Path=7), "can't be read"),
+    "files that are none": (lambda listing: listing | {"siblings": [1], "Data": 1}, "can't be read"),
+    "a list": (lambda listing: [listing], "can't be read"),
+    "depth": (lambda _: b"[" * 10**6, "can't be read"),
+    "a listing without end": (lambda _: b" " * (LARGEST_TEXT + 1), "has no end"),
+    "too many files": (
+        lambda listing: [also_listed(f"a{number}.json")(listing) for number in range(1001)][0],
+        "lists 1,004 files|lists 1,00",
+    ),
+}
+
+
+@pytest.mark.parametrize("on", ["huggingface", "modelscope"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_hub_that_lies_is_answered_by_one_sentence(lie, on, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HUB", on)
+    hub.repositories["ZhipuAI/chatglm3-6b"] = hub.repositories[NAME]
+    hub.change_listing, says = LIES[lie]
+    assert re.search(says, sentence := refusal(NAME)) and "\n" not in sentence
+    assert hub.asked() == [] and not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_commit_is_no_path(hub, tmp_path):
+    """Nor is one for huggingface_hub itself, through which datasets are downloaded."""
+    for hub.commit in (OUTSIDE, "main", "0" * 39, 7):
+        assert "names a commit or a file by" in refusal(NAME)
+        with pytest.raises(UserError, match="names a commit or a file by"):
+            huggingface_hub.hf_hub_download(NAME, "config.json")
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_a_body_ends_at_its_announced_size(hub, folder):
+    hub.more["config.json"] = b"x" * 2**20
+    assert "sends more than the" in refusal(NAME)
+    assert sum(file.stat().st_size for file in folder.glob("config.json*")) < 2**20
+
+
+def test_a_redirect_without_end_is_given_up(hub):
+    hub.loops = True
+    assert "can't be downloaded" in refusal(NAME)
+
+
+@pytest.mark.parametrize("revision", ["../../other", "/etc", "a\\b", "", "a\0", "x\ny"])
+def test_a_revision_is_no_path(revision):
+    with pytest.raises(UserError, match="give a branch, a tag or a commit"):
+        download(NAME, revision)
+
+
+def test_links_in_the_cache_are_not_written_through(hub, folder, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder.mkdir(parents=True)
+    (folder / "config.json").symlink_to(precious)
+    (folder / "tokenizer.model.incomplete").symlink_to(precious)
+    check_folder(download(NAME), hub.repositories[NAME])
+    shutil.rmtree(folder)
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "cache")
+    assert f"leads through a link to {tmp_path / 'elsewhere'}" in refusal(NAME)
+    assert precious.read_text() == "mine" and not list((tmp_path / "elsewhere").iterdir())

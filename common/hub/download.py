@@ -34,6 +34,7 @@ ATTEMPTS = 5  # connections in a row without a byte, before we give up
 
 def model_folder(name: str, revision: str, cache_dir: str | None, local_dir: str | None = None) -> Path:
     """The plain folder of a model; its last part is the model's name, which distinguishes ChatGLM2 from ChatGLM3."""
+    hubs.check_revision(revision)
     if local_dir:
         return Path(local_dir).expanduser().resolve()
     cache, ours = (cache_folder(), "modelscope") if hubs.on_modelscope() else (constants.HF_HUB_CACHE, "chatglm-tuning")
@@ -140,9 +141,11 @@ def receive(file: hubs.HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
                 resumes = reply.status_code == 206
                 bar.update(0 if resumes else -start)
                 with open(partial, "ab" if resumes else "wb") as content:
-                    for block in reply.iter_bytes():
+                    for block in reply.iter_raw():
                         if stop.is_set():
                             raise CancelledError
+                        if content.tell() + len(block) > file.size:
+                            raise hubs.lie(f"it sends more than the {file.size:,} bytes of {file.path} that it listed")
                         content.write(block)
                         bar.update(len(block))
         except hubs.NO_ANSWER as error:
@@ -158,6 +161,8 @@ def receive(file: hubs.HubFile, partial: Path, bar: tqdm, stop: Event) -> None:
 def fetch(file: hubs.HubFile, target: Path, bar: tqdm, stop: Event) -> None:
     """Puts one file in its place, whole and with the right hash; a wrong one is deleted and fetched once more."""
     partial = partial_of(target)
+    if partial.is_symlink():  # which would be followed
+        partial.unlink()
     for _ in range(2):
         receive(file, partial, bar, stop)
         if has_digest(partial, file.digest):
@@ -238,6 +243,8 @@ def download(
                 raise
             note(f"note: {hubs.endpoint()} can't be reached; {unverified[0]} is taken as it is, unchecked.")
             return unverified[0]
+        if folder.resolve() != folder:
+            raise UserError(f"{folder} leads through a link to {folder.resolve()}: remove it, or choose --local_dir.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for file in files:  # those of Hugging Face's cache are verified, and not downloaded again

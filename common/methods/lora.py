@@ -20,17 +20,15 @@ from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
-from common.files import TEXTS, check_no_text, read_json
 from common.methods import Method, check_flags
+from common.methods.adapter import adapter_config
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder, empty_model
-from common.models.tensors import tensor_names
 
 # PEFT uses the name that this property had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 ADAPTER_DEFAULTS = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False}  # of PEFT, for keys that are missing
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Lora(Method):
@@ -86,55 +84,6 @@ class Lora(Method):
             loraplus_weight_decay=args.weight_decay,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
-        )
-
-
-def adapter_config(folder: str | Path) -> dict:
-    """adapter_config.json of a LoRA adapter. Raises UserError for a folder without a whole adapter."""
-    folder = Path(folder)
-    file = folder / "adapter_config.json"
-    config = read_json(file)
-    if config is None:
-        if file.is_file():
-            check_no_text(file, "settings of the adapter", TEXTS[:2])
-        raise UserError(f"{folder} holds no LoRA adapter: adapter_config.json is missing or broken.")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder} holds an adapter of the kind {config.get('peft_type')}, not LORA.")
-    if missing := {"r", "lora_alpha", "target_modules"} - config.keys():
-        raise UserError(f"{file} lacks {min(missing)}.")
-    for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
-        if type(config[name]) not in kinds or config[name] < 1:
-            raise UserError(f"{file}: {name} is {config[name]!r}, not a number of at least 1.")
-    targets, saved = config["target_modules"], config.get("modules_to_save") or []
-    for name, layers in (
-        ("target_modules", [targets] if isinstance(targets, str) else targets),
-        ("modules_to_save", saved),
-    ):
-        if not isinstance(layers, list) or not all(layer and isinstance(layer, str) for layer in layers):
-            raise UserError(f"{file}: {name} is {layers!r}: it must list names of layers.")
-    weights = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
-    if not weights:
-        raise UserError(f"{folder} holds no adapter weights: neither {' nor '.join(ADAPTER_FILES)} is there.")
-    check_names(folder, [] if isinstance(targets, str) else targets, saved, tensor_names(weights[0]))
-    return config
-
-
-def check_names(folder: Path, targets: list[str], saved: list[str], names: Collection[str]) -> None:
-    """Raises UserError if an adapter lacks weights of ``modules_to_save``, or trains embeddings beside them.
-
-    ``names``: of the tensors that the adapter holds.
-    """
-    for module in saved:
-        if not any(f".{module}." in name for name in names):
-            raise UserError(
-                f"{folder / 'adapter_config.json'}: modules_to_save names {module}, and the adapter holds no weights "
-                "of it: copy the adapter again, or take the name out if it was not trained."
-            )
-    own = [name for name in names if not any(f".{module}." in name for module in saved)]
-    if trained := next((name for name in [*targets, *own] if "embed" in name), None):
-        raise UserError(
-            f"the adapter in {folder} also trains embeddings ({trained}), which is not supported: take an adapter of "
-            "linear layers."
         )
 
 
@@ -208,6 +157,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False  # it may be trained further
+        config.auto_mapping = None  # which names a module to import
         if model.device.type == "meta":  # other ways to begin would compute with the model's weights
             config.init_lora_weights = True
         config.base_model_name_or_path = model.name_or_path  # where the base is now

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.arguments import PrefixArguments
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, weight_files
 from common.methods import Method, check_flags
 from common.models.registry import ModelFolder, empty_model
 from common.models.tensors import read_weights
@@ -129,6 +129,7 @@ def read_prefix(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     files = [file for file in (folder / "pytorch_model.bin", folder / "model.safetensors") if file.exists()]
     for index in sorted(folder.glob("*.index.json"))[:1]:  # it names the files exactly
+        weight_files(folder)  # raises UserError for a broken index
         names = (read_json(index) or {}).get("weight_map", {})
         files = sorted({folder / file for name, file in names.items() if name.startswith(KEY_PREFIX)})
     tensors: dict[str, Tensor] = {}
@@ -154,6 +155,8 @@ def check_prefix(folder: str | Path, args: PrefixArguments) -> dict[str, Tensor]
     tensors = read_prefix(folder)
     if not tensors:
         raise UserError(f"{folder} holds no prefix: no tensor there is named {KEY_PREFIX}*.")
+    if "embedding.weight" not in tensors or tensors["embedding.weight"].dim() != 2:
+        raise UserError(f"{folder} holds no whole prefix: {KEY_PREFIX}embedding.weight is missing or no table.")
     stored = {"pre_seq_len": len(tensors["embedding.weight"]), "prefix_projection": "trans.0.weight" in tensors}
     check_flags(f"the prefix in {folder}", stored, args)
     return tensors
@@ -169,9 +172,12 @@ def check_fits(folder: ModelFolder, checkpoint: str | Path) -> None:
 def load_prefix(model: PreTrainedModel, folder: str | Path, args: PrefixArguments | None = None) -> None:
     """Attaches the prefix of a checkpoint. Raises UserError like ``check_prefix``, and if the shapes differ."""
     tensors = check_prefix(folder, args or PrefixArguments())
-    attach_prefix(model, len(tensors["embedding.weight"]), "trans.0.weight" in tensors)
+    length, projection = len(tensors["embedding.weight"]), "trans.0.weight" in tensors
     try:
-        model.base_model.prefix_encoder.load_state_dict(tensors)
+        with torch.device("meta"):  # a wrong shape must not take memory
+            PrefixEncoder(model.config, length, projection).load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
         raise UserError(f"the prefix in {folder} does not belong to this model: {detail}") from error
+    attach_prefix(model, length, projection)
+    model.base_model.prefix_encoder.load_state_dict(tensors)

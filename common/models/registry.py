@@ -1,5 +1,6 @@
 """Model name -> ``ModelFolder``: which model of the ChatGLM family it is, read from config.json alone, once."""
 
+import inspect
 import json
 import os
 import re
@@ -8,10 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from common.errors import UserError
-from common.files import TEXTS, WHOLE_FILES, check_complete, check_no_text, read_json, weight_files
+from common.files import LARGEST_TEXT, TEXTS, WHOLE_FILES, check_complete, check_no_text, read_json, weight_files
 from common.hub.download import download, find_complete
 from common.hub.hubs import hub_id, is_hub_name
 from common.models import chatglm, chatglm2
@@ -24,6 +32,34 @@ DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 OTHER_WEIGHTS = (
     *(".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx"),
     *(".incomplete", ".aria2", ".crdownload", ".part"),  # of downloads that were broken off
+)
+RANGES = {  # of the numbers in config.json and generation_config.json: wider than those of any published model
+    **dict.fromkeys(("num_layers", "num_hidden_layers"), (1, 1000)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "multi_query_group_num"), (1, 4096)),
+    **dict.fromkeys(("kv_channels", "head_dim"), (4, 4096)),
+    "hidden_size": (1, 2**16),
+    **dict.fromkeys(("inner_hidden_size", "ffn_hidden_size", "intermediate_size"), (1, 2**20)),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), (1, 2**22)),
+    **dict.fromkeys(("max_sequence_length", "seq_length", "max_position_embeddings"), (1, 2**30)),
+    **dict.fromkeys(("max_length", "max_new_tokens"), (1, 2**30)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "pre_seq_len"), (0, 2**16)),
+    **dict.fromkeys(("layernorm_epsilon", "rms_norm_eps"), (1e-12, 1)),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout"), (0, 1)),
+    "rope_ratio": (1e-3, 1e6),
+    "rope_theta": (1, 1e12),
+    "partial_rotary_factor": (0.01, 1),
+    "initializer_range": (0, 10),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "top_k": (0, 2**22),
+    "repetition_penalty": (0, 100),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
+    "no_repeat_ngram_size": (0, 1000),
+}
+NO_SETTINGS = (  # of a model that writes text
+    *("quantization_config", "num_labels", "id2label", "label2id", "attribute_map", "sub_configs", "per_layer_config"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
 DEMOS = {"demo": DEMO_FOLDER / "chatglm", "demo3": DEMO_FOLDER / "chatglm3"}
 
@@ -93,6 +129,8 @@ def open_model(
             "THUDM/chatglm3-6b."
         )
     content = read_config(path)
+    if complete and (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} holds an adapter beside a model, and transformers would mix them: move one away.")
     spec = spec_of(path, content)
     check_sizes(path / "config.json", spec, content)
     check_vocabulary(path, spec)
@@ -102,7 +140,7 @@ def open_model(
         name=lasting_name,
         path=path,
         spec=spec,
-        config=open_model(config_name).config if config_name else make_config(spec, content),
+        config=open_model(config_name).config if config_name else make_config(spec, content, path / "config.json"),
         bits=content.get("quantization_bit") or None,
         weights=weights,
         revision=revision,
@@ -120,21 +158,93 @@ def fetch_weights(folder: ModelFolder) -> ModelFolder:
     return replace(folder, path=path, weights=weights)
 
 
-def make_config(spec: ModelSpec, content: dict[str, Any]) -> PreTrainedConfig:
-    """The config object of the content of config.json, without what it says of quantized weights."""
-    content = {name: value for name, value in content.items() if name != "quantization_config"}
-    config = type(AutoConfig.for_model(content["model_type"])).from_dict(content)
+def make_config(spec: ModelSpec, content: dict[str, Any], file: Path | None = None) -> PreTrainedConfig:
+    """The config object of the content of config.json, without what it says of quantized weights and of labels.
+
+    No entry replaces a method, or chooses code that computes attention. Raises UserError for a content that can't be.
+    """
+    kind = type(AutoConfig.for_model(content["model_type"]))
+    methods = {name for name, _ in inspect.getmembers(kind, callable)}
+    content = {name: value for name, value in content.items() if name not in NO_SETTINGS and name not in methods}
+    try:
+        config = kind.from_dict(content)
+    except Exception as error:  # transformers checks the settings in many ways
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{file or 'config.json'}: transformers can't use it: {detail}: download it again.") from error
     if spec.key in ("chatglm2", "chatglm3"):
         config.generation = spec.key
     return config
 
 
 def check_sizes(file: Path, spec: ModelSpec, content: dict[str, Any]) -> None:
-    """Raises UserError if config.json has another value where a number must be."""
-    defaults = AutoConfig.for_model(content["model_type"]) if spec.key == "glm" else spec.config()
-    for name, default in vars(defaults).items():
-        if type(default) is int and not name.endswith("_id") and not isinstance(content.get(name, default), int):
-            raise UserError(f"{file}: {name} is {content[name]!r}, not a number: copy or download the file again.")
+    """Raises UserError if config.json has another value where a number must be, or one that no model has."""
+    default = AutoConfig.for_model(content["model_type"]) if spec.key == "glm" else spec.config()
+    defaults = vars(default) | (default.to_dict().get("rope_parameters") or {})
+    rope = [content.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
+    content = {name: value for part in (*rope, content) if isinstance(part, dict) for name, value in part.items()}
+    for name, value in content.items():
+        kind = type(defaults.get(name))
+        if name in RANGES and (value is not None or kind in (int, float)):
+            check_number(file, name, value, whole=kind is not float)
+        elif kind is bool and type(value) is not bool:
+            raise UserError(f"{file}: {name} is {value!r:.60}, not true or false: copy or download the file again.")
+        elif name.endswith("_token_id") and not is_token(value):
+            raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
+    sizes = {name: content.get(name, value) for name, value in defaults.items() if type(value) is int}
+    config = spec.config(**sizes) if spec.key != "glm" else default.from_dict(sizes)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups or spec.key == "chatglm" and config.hidden_size % heads or config.head_dim % 4:
+        raise UserError(
+            f"{file}: {heads} heads in {groups} groups of {config.head_dim} numbers with hidden_size "
+            f"{config.hidden_size} fit no model: copy or download the file again."
+        )
+
+
+def check_number(file: Path, name: str, value: Any, whole: bool) -> None:
+    """Raises UserError if a value is not a number in the range of its name."""
+    lowest, highest = RANGES[name]
+    if type(value) not in ((int,) if whole else (int, float)):
+        raise UserError(f"{file}: {name} is {value!r:.60}, not a number: copy or download the file again.")
+    if not lowest <= value <= highest:  # nor is nan
+        raise UserError(
+            f"{file}: {name} is {value!r:.60}, and models have {lowest:,} to {highest:,}: copy or download it again."
+        )
+
+
+def is_token(value: Any) -> bool:
+    """Whether a value is the id of a token, several ids, or none."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return len(ids) <= 1000 and all(type(each) is int and -1 <= each <= RANGES["vocab_size"][1] for each in ids)
+
+
+def read_generation(path: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """The settings of text generation of a folder, or of its config. Raises UserError for settings that can't work."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return GenerationConfig.from_model_config(config)
+    content = read_json(file) or {}
+    for name, value in content.items():
+        if name in RANGES and value is not None:
+            check_number(file, name, value, whole=name not in ("temperature", "top_p", "repetition_penalty"))
+        elif name.endswith("_token_id") and not is_token(value):
+            raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:  # it checks the settings in many ways
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: transformers can't use it: {detail}. Remove it, or download it again.") from error
+
+
+def check_amount(folder: ModelFolder) -> None:
+    """Raises UserError if config.json describes far more weights than the files hold: they would be allocated first."""
+    config, stored = folder.config, sum(file.stat().st_size for file in folder.weights)
+    layer = config.intermediate_size + config.num_attention_heads * config.head_dim
+    least = config.hidden_size * (config.vocab_size + config.num_hidden_layers * layer)  # without the smaller parts
+    if least > 2 * stored:  # a byte holds two weights of 4 bits
+        raise UserError(
+            f"{folder.path / 'config.json'} describes {least:,} weights, and the weight files have {stored:,} bytes: "
+            "they don't belong together; copy or download the model again."
+        )
 
 
 def checked_weights(path: Path) -> tuple[Path, ...]:
@@ -164,6 +274,8 @@ def check_vocabulary(path: Path, spec: ModelSpec) -> None:
             check_no_text(path / name, "settings", TEXTS[:2])
             raise UserError(f"{path / name} is no JSON object: copy or download it again.")
     if (path / spec.vocabulary).is_file():
+        if (size := (path / spec.vocabulary).stat().st_size) > LARGEST_TEXT:
+            raise UserError(f"{path / spec.vocabulary} has {size:,} bytes, too many: download it again.")
         check_no_text(path / spec.vocabulary, "vocabulary", TEXTS[:2] if spec.key == "glm" else TEXTS)
         return
     others = [name for name in ("ice_text.model", "tokenizer.model", "tokenizer.json") if (path / name).is_file()]
@@ -173,14 +285,18 @@ def check_vocabulary(path: Path, spec: ModelSpec) -> None:
 
 def is_local(name: str) -> bool:
     """Whether a name is that of a demo or of an existing folder."""
-    return name in DEMOS or bool(name) and Path(name).is_dir()
+    return name in DEMOS or bool(name) and os.path.isdir(name)
 
 
 def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: shapes only; no file is read."""
     make = spec.model.from_config if spec.model is AutoModelForCausalLM else spec.model
-    with torch.device("meta"):
-        return make(config)
+    try:
+        with torch.device("meta"):
+            return make(config)
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, ZeroDivisionError) as error:
+        problem = f"{type(error).__name__} {error!s:.100}"
+        raise UserError(f"the config.json of this {spec.name} describes no model: {problem}.") from error
 
 
 class AnyChatGLMConfig(chatglm.ChatGLMConfig):
@@ -211,7 +327,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
     """The model of a folder with this config.json. Raises UserError for an unsupported model and names it."""
-    kind, classes = config.get("model_type"), [*(config.get("architectures") or ())]
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise UserError(f"{path / 'config.json'}: architectures is {classes!r:.60}, not a list of names.")
+    classes = list(map(str, classes))
     code = json.dumps([classes, config.get("auto_map")])
     of_transformers = "num_hidden_layers" in config or "num_layers" not in config  # GLM-10B has the type glm too
     problem = ""

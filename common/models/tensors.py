@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,23 +25,30 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     check_complete(file)
     if file.suffix == ".safetensors":
-        return load_file(file)
+        try:
+            return load_file(file)
+        except (SafetensorError, KeyError, RuntimeError) as error:  # of a dtype that torch does not have
+            raise UserError(f"{file} can't be read ({type(error).__name__}): copy or download it again.") from error
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # a file that is no pickle fails in any way
         raise UserError(f"{file} can't be read ({type(error).__name__}): copy or download it again.") from error
     if not isinstance(stored, dict):
         raise UserError(f"{file} holds a {type(stored).__name__}, not weights by their names: save a state_dict().")
-    return {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file}: {name} claims more numbers than the file holds: copy or download it again.")
+    return tensors
 
 
-def tensor_names(file: Path) -> list[str]:
-    """The names of the tensors of a weight file. Raises UserError like ``read_weights``."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a weight file. Raises UserError like ``read_weights``."""
     check_complete(file)
     if file.suffix != ".safetensors":
-        return list(read_weights(file))
+        return {name: list(tensor.shape) for name, tensor in read_weights(file).items()}
     with safe_open(file, "pt") as stored:
-        return list(stored.keys())
+        return {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
 
 
 def check_not_quantized(path: Path, content: dict[str, Any], weights: tuple[Path, ...]) -> None:
@@ -54,7 +61,7 @@ def check_not_quantized(path: Path, content: dict[str, Any], weights: tuple[Path
     if not settings or not isinstance(settings, dict):
         return
     kind = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "gptq")
-    stored = next((name for file in weights for name in tensor_names(file) if PACKED_NAME.search(name)), "")
+    stored = next((name for file in weights for name in tensor_shapes(file) if PACKED_NAME.search(name)), "")
     if stored or not weights and kind != "bitsandbytes":
         raise UserError(
             f"{path} holds weights quantized by {kind}{stored and f' ({stored})'}, which can't be read: take the model "

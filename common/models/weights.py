@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 
 from common.errors import UserError, note
 from common.models.quantization import PackedWeight, quantization_config
-from common.models.registry import ModelFolder, empty_model
+from common.models.registry import ModelFolder, check_amount, empty_model, read_generation
 from common.models.tensors import read_weights
 
 
@@ -64,10 +64,7 @@ def load_base(
     ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
     ``read``: False gives weights without content, as FSDP2 wants them in all processes but the first.
     """
-    if (folder.path / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder.path)
-    else:
-        generation = GenerationConfig.from_model_config(folder.config)
+    generation = read_generation(folder.path, folder.config)
     if read:
         model = read_base(folder, dtype, quantization_bit, device, generation)
     else:
@@ -85,6 +82,7 @@ def read_base(
     generation: GenerationConfig,
 ) -> PreTrainedModel:
     """The model with its weights, as ``load_base`` says."""
+    check_amount(folder)
     stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
     try:
         # Without a path, the Auto classes of transformers can't tell the class.

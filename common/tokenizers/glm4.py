@@ -1,12 +1,31 @@
 """The tokenizer of GLM-4 with the methods of ours."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.tokenizers.base import Conversation, EncodedTurn, Turn
+from common.tokenizers.templates import render
+
+EXPRESSION = re.compile(rb'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"')
+# A repeated group, a reference to one, and long or repeated counts, in a regular expression within JSON.
+ENDLESS = re.compile(rb"\)[*+{]|\d\}\{|\{\d*,?\d{4}|\\\\[1-9]")
+
+
+def check_expressions(file: Path) -> None:
+    """Raises UserError for a tokenizer.json that splits texts by an expression which may take for ever."""
+    content = file.read_bytes()
+    for letter in re.finditer(rb"\\u00[4-7]", content):  # which could hide the name of an entry
+        start = content[: letter.start()][-100:]
+        if (len(start) - len(start.rstrip(b"\\"))) % 2 == 0:
+            raise UserError(f"{file} writes letters as numbers, as no program does: download it again.")
+    for expression in EXPRESSION.findall(content):
+        if len(expression) > 2000 or ENDLESS.search(expression):
+            raise UserError(f"{file} splits texts by {expression[:80]!r}, which may take for ever: download it again.")
 
 
 class GLM4Adapter:
@@ -17,7 +36,7 @@ class GLM4Adapter:
 
     def start_ids(self) -> list[int]:
         """The special tokens that every text begins with."""
-        text = self.render([]) if self.tokenizer.chat_template else ""
+        text = self.render([([], False)])[0] if self.tokenizer.chat_template else ""
         return self.tokenizer(text, add_special_tokens=not text)["input_ids"]
 
     def stop_ids(self) -> list[int]:
@@ -36,13 +55,15 @@ class GLM4Adapter:
 
     def encode_conversation(self, turns: Conversation) -> list[EncodedTurn]:
         """Each turn is the text that the template adds to the text of the turns before it."""
+        asked = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        texts = self.render(
+            [(turns[:end], False) for end in range(len(turns) + 1)] + [(turns[:end], True) for end in asked]
+        )
+        headers = dict(zip(asked, texts[len(turns) + 1 :], strict=True))
         encoded = []
-        before = self.render([])
         for index, turn in enumerate(turns):
-            header = ""
-            if turn.role == "assistant":
-                header = self.render(turns[:index], add_generation_prompt=True).removeprefix(before)
-            after = self.render(turns[: index + 1])
+            before, after = texts[index], texts[index + 1]
+            header = headers.get(index, before).removeprefix(before)
             if not after.startswith(before):
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
@@ -54,13 +75,16 @@ class GLM4Adapter:
                     "them, or use another model."
                 )
             encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
-            before = after
         return encoded
 
-    def render(self, turns: Conversation, add_generation_prompt: bool = False) -> str:
-        """The text that the chat template makes of a conversation."""
-        batch = [list(map(message_of, turns))]  # an empty conversation is allowed only in a batch
-        return self.tokenizer.apply_chat_template(batch, tokenize=False, add_generation_prompt=add_generation_prompt)[0]
+    def render(self, conversations: Sequence[tuple[Conversation, bool]]) -> list[str]:
+        """The texts that the chat template makes of conversations, which may be empty; True: an answer follows."""
+        common = self.tokenizer.special_tokens_map | {"tools": None, "documents": None}
+        values = [
+            common | {"messages": list(map(message_of, turns)), "add_generation_prompt": asks}
+            for turns, asks in conversations
+        ]
+        return render(self.tokenizer.get_chat_template(), self.tokenizer.name_or_path, values)
 
 
 def leaves_out_thoughts(turn: Turn, body: str) -> bool:
@@ -72,6 +96,8 @@ def leaves_out_thoughts(turn: Turn, body: str) -> bool:
 def message_of(turn: Turn) -> dict[str, Any]:
     """The turn as chat templates read it; a template tells a missing thought from an empty one."""
     message = turn._asdict()
-    if not turn.reasoning_content:
+    if turn.reasoning_content:
+        message["thinking"] = turn.reasoning_content  # the name that older templates read
+    else:
         del message["reasoning_content"]
     return message

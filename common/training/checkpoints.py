@@ -13,7 +13,7 @@ from transformers import TrainerState
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
 from common.errors import OutOfMemory, SaveError, UserError, describe, differences, disk_problem, note, other_owner
-from common.files import read_json, write_json
+from common.files import check_states, read_json, write_json
 from common.manifest import MANIFEST, damage, read_manifest
 from common.methods import Method
 from common.models.registry import ModelFolder
@@ -188,6 +188,7 @@ def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
         )
     if checkpoint.resolve() == Path(args.output_dir).resolve():  # the result
         return
+    check_states(checkpoint)
     latest = checkpoint / "latest"
     engine = "DeepSpeed" if latest.is_file() else "FSDP2" if (checkpoint / "optimizer.bin").is_file() else "DDP"
     if engine != args.engine.name:
