@@ -32,6 +32,7 @@ FLAGS = ["--logging_steps", "1", "--save_total_limit", "2", "--max_train_samples
 forks = multiprocessing.get_context("forkserver")
 if "SOAK_WORK" not in os.environ:  # a forked process imports this file again
     os.environ["SOAK_WORK"] = tempfile.mkdtemp(prefix="soak-")
+    os.chmod(os.environ["SOAK_WORK"], 0o755)  # other users train in it too
 WORK = Path(os.environ["SOAK_WORK"])
 
 
