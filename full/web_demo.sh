@@ -13,6 +13,7 @@ COMPARE=${COMPARE:-false}                                # true: loads the base 
 SYSTEM_PROMPT=${SYSTEM_PROMPT:-}                         # for ChatGLM3 and GLM-4; can be changed in the page
 HOST=${HOST:-127.0.0.1}                                  # 0.0.0.0: reachable from other machines
 PORT=${PORT:-7860}                                       # the next free one if it is taken
+ALLOWED_HOSTS=${ALLOWED_HOSTS:-}                         # more names that visitors reach it by, as of a reverse proxy
 export PASSWORD=${PASSWORD:-}                            # empty: no login
 SHARE=${SHARE:-false}                                    # true: also a public link through Gradio's servers
 
@@ -24,5 +25,6 @@ NUM_MACHINES=1 NUM_PROCESSES=1 launch "$ROOT/common/chat/web_demo.py" \
     --compare "$COMPARE" \
     --host "$HOST" \
     --port "$PORT" \
+    ${ALLOWED_HOSTS:+--allowed_hosts "$ALLOWED_HOSTS"} \
     --share "$SHARE" \
     "$@"

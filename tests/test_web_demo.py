@@ -1,6 +1,8 @@
 """The chat in the browser: the real script in a real browser, and the code behind the page."""
 
 import asyncio
+import contextlib
+import http.client
 import os
 import shutil
 import signal
@@ -9,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -30,7 +30,9 @@ from common.methods.full import Full
 from common.methods.prefix import PTuning
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-web.txt")
-from common.chat import web_demo
+from starlette.datastructures import Headers
+
+from common.chat import guard, web_demo
 
 CHROMIUM = shutil.which("chromium")
 QUESTION = "类型#裙*颜色#白色*风格#甜美"
@@ -179,9 +181,139 @@ def test_a_taken_port_is_left_to_its_holder(server):
     )
 
 
-def test_the_password_is_asked_for(server):
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{server.url}config")
+def request(server, path: str = "/config", body: bytes | str | None = None, host: str = "", **headers: str):
+    """The answer to one request, exactly as it is given; a body is posted. ``host``: that of the server by default."""
+    address = server.url.removeprefix("http://").rstrip("/")
+    method, sent = (
+        "GET" if body is None else "POST",
+        {"Host": host.replace("PORT", address.partition(":")[2]) or address},
+    )
+    if path.startswith("/gradio_api"):
+        sent["Content-Type"] = "application/json"
+    elif path == "/login":
+        sent["Content-Type"] = "application/x-www-form-urlencoded"
+    connection = http.client.HTTPConnection(address, timeout=30)
+    connection.putrequest(method, path, skip_host=True)
+    sent |= {name.replace("_", "-"): value.replace("HERE", address) for name, value in headers.items()}
+    if body is not None:
+        sent.setdefault("Content-Length", str(len(body)))
+    for name, value in sent.items():
+        connection.putheader(name, value)
+    connection.endheaders(body and body.encode())
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    return answer, text
+
+
+JOIN, CROSS = "/gradio_api/queue/join", {"Sec_Fetch_Site": "cross-site"}
+REFUSED = [
+    # DNS rebinding: the name is a stranger's, the address ours
+    ({"host": "evil.example:PORT", "path": "/"}, 421, "does not answer to the name 'evil.example:"),
+    ({"host": "localhost.evil.example"}, 421, "does not answer"),
+    ({"host": "evil.example", "path": JOIN, "body": "{}"}, 421, "does not answer"),
+    ({"host": "evil.example", "path": "/assets/index.js"}, 421, "does not answer"),
+    ({"host": "127.0.0.1@evil.example"}, 421, "does not answer"),
+    ({"host": "192.0.2.1:PORT"}, 421, "does not answer"),
+    ({"X_Forwarded_Host": "evil.example"}, 421, "does not answer"),
+    # a page elsewhere, in the browser of a visitor
+    ({"Origin": "http://evil.example", "path": JOIN, "body": "{}"}, 403, "not from another page"),
+    ({"Origin": "null", "path": JOIN, "body": "{}"}, 403, "not from another page"),
+    ({"Origin": "http://localhost:1", "path": JOIN, "body": "{}"}, 403, "not from another page"),
+    ({"Origin": "http://HERE@evil.example", "path": "/login", "body": "x"}, 403, "not from another page"),
+    ({"Origin": "http://[", "path": "/"}, 403, "not from another page"),
+    ({"path": "/logout", **CROSS, "Sec_Fetch_Mode": "no-cors"}, 403, "not from another page"),
+    ({"path": "/login", "body": "x", **CROSS, "Sec_Fetch_Mode": "navigate"}, 403, "not from another page"),
+    # what the page does not need
+    ({"path": "/gradio_api/upload", "body": "x"}, 404, "nothing here"),
+    ({"path": "/gradio_api/upload?upload_id=1", "body": "x"}, 404, "nothing here"),
+    ({"path": "/gradio_api/file=/etc/passwd"}, 404, "nothing here"),
+    ({"path": "/gradio_api/proxy=http://evil.example"}, 404, "nothing here"),
+    ({"path": "/gradio_api/stream/1", "body": "x"}, 404, "nothing here"),
+    ({"path": "/gradio_api/run/predict", "body": "{}"}, 404, "nothing here"),
+    ({"path": "/gradio_api/call/ask", "body": "{}"}, 404, "nothing here"),
+    ({"path": "/gradio_api/component_server", "body": "{}"}, 404, "nothing here"),
+    ({"path": "/gradio_api/info"}, 404, "nothing here"),
+    ({"path": "/docs"}, 404, "nothing here"),
+    # a question of 100 MB: it is refused by its announced length, and nothing of it is sent
+    ({"path": JOIN, "body": "", "Content_Length": "100000000"}, 413, "the question is too long"),
+    # what remains asks for the password
+    ({}, 401, "Not authenticated"),
+    ({"path": JOIN, "body": '{"data": [], "session_hash": "a", "fn_index": 0}'}, 401, "Not authenticated"),
+]
+
+
+@pytest.mark.parametrize(("sent", "status", "sentence"), REFUSED)
+def test_what_strangers_send_is_refused_by_one_sentence(server, sent, status, sentence):
+    answer, text = request(server, **sent)
+    assert (answer.status, sentence in text) == (status, True), text
+    assert answer.headers["Access-Control-Allow-Origin"] is None
+    assert answer.headers["X-Frame-Options"] == "DENY"
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {},
+        {"host": "localhost:PORT"},
+        {"host": "LOCALHOST.:PORT"},
+        {"host": "localhost:8000"},  # a tunnel may have another port
+        {"host": "[::1]:PORT"},
+        {"Origin": "http://HERE", "Sec_Fetch_Site": "same-origin"},
+        {**CROSS, "Sec_Fetch_Mode": "navigate"},  # a link on another page
+    ],
+)
+def test_visitors_come_in(server, sent):
+    answer, _ = request(server, path="/", **sent)
+    assert answer.status == 200
+
+
+def test_a_question_that_never_ends_is_refused_at_the_limit(server):
+    """Without an announced length. The rest of it is not read: the server closes the connection."""
+    address, sent = server.url.removeprefix("http://").rstrip("/"), 0
+    head = f"POST {JOIN} HTTP/1.1\r\nHost: {address}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode())
+        with contextlib.suppress(OSError):
+            while sent < 100 * 2**20:
+                connection.sendall(b"100000\r\n" + b"x" * 2**20 + b"\r\n")
+                sent += 2**20
+    assert sent < 100 * 2**20
+    assert request(server, path="/")[0].status == 200
+
+
+def test_each_wrong_password_delays_the_next_one(monkeypatch):
+    monkeypatch.setattr(guard, "FIRST_WAIT", 0.05)
+    is_right = guard.login("chatglm", PASSWORD)
+
+    async def try_all() -> list[float]:
+        begin, ends = time.monotonic(), []
+        answers = [is_right("chatglm", word) for word in ("", "a", "芝麻", PASSWORD)]
+        assert await asyncio.gather(*answers) == [False, False, False, True]  # at once, and one after the other
+        ends.append(time.monotonic() - begin)
+        assert await is_right("chatglm", PASSWORD)
+        assert not await is_right("root", PASSWORD)
+        full = [is_right("chatglm", "") for _ in range(guard.MOST_WAITING + 1)]
+        found = await asyncio.gather(*full, return_exceptions=True)
+        assert [getattr(error, "status_code", None) for error in found] == [None] * guard.MOST_WAITING + [429]
+        return ends
+
+    monkeypatch.setattr(guard, "LONGEST_WAIT", 0.2)
+    assert asyncio.run(try_all())[0] >= 0.05 + 0.1 + 0.2
+
+
+def test_a_proxy_and_other_machines_reach_the_page_by_names_that_the_user_gives():
+    local = guard.Guard(None, "127.0.0.1", {"chat.example.com"}, 1)
+    wide = guard.Guard(None, "0.0.0.0", set(), 1)
+    assert local.is_known("chat.example.com") and not wide.is_known("chat.example.com")
+    assert wide.is_known("192.0.2.1:7860") and wide.is_known(socket.gethostname())
+    assert guard.Guard(None, "192.0.2.1", set(), 1).is_known("192.0.2.1:7860")
+    proxied = Headers({"host": "127.0.0.1:7860", "origin": "https://chat.example.com"})
+    assert local.is_from_here("POST", proxied) and not wide.is_from_here("POST", proxied)
+    assert "frame-ancestors chat.example.com chat.example.com:*" in local.headers["Content-Security-Policy"]
+    assert "X-Frame-Options" not in local.headers
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +353,7 @@ def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
 
 def test_a_question_that_is_too_long_stays_in_its_field(page):
     ask(page, QUESTION * 40)
-    page.get_by_text("the question is too long").wait_for()
+    page.get_by_text("the question is too long: it has").wait_for()
     assert page.locator("textarea").first.input_value() == QUESTION * 40
     assert page.locator("[data-testid=user]").count() == 0
 
@@ -339,8 +471,11 @@ def test_rounds_that_no_longer_fit_are_forgotten_and_the_page_says_so():
 def test_a_question_that_does_not_fit_changes_nothing():
     chat, _ = load("--model_name_or_path", "demo")
     conversation: web_demo.Conversation = []
-    with pytest.raises(UserError, match="the question is too long: it has .* room for 12"):
-        next(chat.reply(conversation, "类型#裙" * 40, "", generation_settings(500, 0, 1)))
+    for question, length in (("类型#裙" * 40, "[0-9]+ tokens"), ("裙" * 10**7, "10,000,000 characters")):
+        with pytest.raises(UserError, match=f"the question is too long: it has {length}, .* room for 12"):
+            next(chat.reply(conversation, question, "", generation_settings(500, 0, 1)))
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        next(chat.reply(conversation, "\ud800", "", generation_settings(5, 0, 1)))
     assert conversation == []
 
 

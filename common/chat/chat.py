@@ -24,6 +24,7 @@ from common.trained import find_training, recorded
 FULL_WIDTH = {",": "，", "!": "！", ":": "：", ";": "；", "?": "？"}
 BESIDE_CHINESE = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
 MAX_NEW_TOKENS = 512
+LONGEST_TOKEN = 128  # characters; the longest one is a run of blanks
 
 
 def chat_parser(description: str, checkpoint: str = "--checkpoint") -> argparse.ArgumentParser:
@@ -85,8 +86,13 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
     """The number of oldest rounds to leave out, so that the prompt has at most ``room`` tokens.
 
-    Raises UserError if the question alone has more.
+    Raises UserError if the question alone has more, by its characters before it is tokenized, or is no text.
     """
+    advice = f"beside --max_new_tokens the model's context has room for {max(0, room)} tokens. Shorten one of them."
+    if (length := len(query) + len(system)) > LONGEST_TOKEN * max(1, room):
+        raise UserError(f"the question is too long: it has {length:,} characters, and {advice}")
+    if re.search("[\ud800-\udfff]", query + system):  # as Python reads bytes of another encoding
+        raise UserError("the question is no text in UTF-8: write it again.")
 
     def fits(forgotten: int) -> bool:
         return len(encode_chat(tokenizer, query, history[forgotten:], system)) <= room
@@ -94,10 +100,7 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
     forgotten = bisect_left(range(len(history) + 1), True, key=fits)
     if forgotten > len(history):
         length = len(encode_chat(tokenizer, query, system=system))
-        raise UserError(
-            f"the question is too long: it has {length} tokens, and beside --max_new_tokens the model's context has "
-            f"room for {max(0, room)}. Shorten one of them."
-        )
+        raise UserError(f"the question is too long: it has {length} tokens, and {advice}")
     return forgotten
 
 

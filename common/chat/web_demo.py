@@ -6,6 +6,8 @@ python common/chat/web_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
 import argparse
 import os
 import re
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -19,8 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gradio as gr
 import psutil
+import uvicorn
+from fastapi import FastAPI
+from gradio.networking import setup_tunnel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat import guard
 from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, note
@@ -31,13 +37,9 @@ from common.trained import base_of
 
 USER = "chatglm"  # the user name if a password is set
 REFRESH = 0.03  # seconds between two views of a growing answer
-
+# A page holds two connections, and a session the rounds of one page. Questions wait in a queue for the model.
+CONNECTIONS, SESSIONS, QUESTIONS = 200, 200, 50
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
-# The browser loads nothing from other hosts, such as an image that an answer names.
-ONLY_FROM_HERE = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:\">"
-)
 
 
 class Round(NamedTuple):
@@ -148,7 +150,7 @@ def main() -> None:
     port = find_port(args.host, args.port)
     chat = load(args)
     list(chat.reply([], "你好", "", generation_settings(2, 0, 1)))  # the first answer of a model is the slowest
-    serve(build_page(chat, args), port, args)
+    serve(build_page(chat, args), port, args, chat.context)
 
 
 def web_parser() -> argparse.ArgumentParser:
@@ -157,6 +159,8 @@ def web_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compare", choices=("auto", "true", "false"), default="auto", help=compare)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses (127.0.0.1)")
     parser.add_argument("--port", type=int, default=7860, help="port; if it is taken, the next free one (7860)")
+    names = "more host names that visitors reach the page by, with commas between: those of a reverse proxy"
+    parser.add_argument("--allowed_hosts", default="", help=names)
     share = "also open a public link through Gradio's servers"
     parser.add_argument("--share", choices=("true", "false"), default="false", help=share)
     parser.epilog = f"If PASSWORD is set in the environment, visitors must log in as {USER}."
@@ -236,43 +240,63 @@ def connect(chat: Chat, conversation, box, columns, settings, buttons) -> None:
         event(chat.clear, conversation, outputs, **at_once)
 
 
-def serve(page: gr.Blocks, port: int, args: argparse.Namespace) -> None:
-    """Shows the page until Ctrl-C."""
+def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) -> None:
+    """Shows the page until Ctrl-C; ``context`` is that of the model, in tokens."""
     password = os.environ.get("PASSWORD")
     if not password and (args.share == "true" or args.host not in ("127.0.0.1", "localhost")):
         note("warning: everybody who can reach this page may use it; set PASSWORD to ask for a password.")
-    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page whether it is up, and must not ask a proxy
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost,127.0.0.1")))
+    page.queue(max_size=QUESTIONS)
+    page.state_session_capacity = SESSIONS
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page,
+        path="/",
+        auth=guard.login(USER, password) if password else None,
+        auth_message=f"用户名 / user name: {USER}",
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
+        css_paths=Path(__file__).with_suffix(".css"),
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+    )
+    names = {name.strip().lower() for name in args.allowed_hosts.split(",")} - {""}
+    guarded = guard.Guard(app, args.host, names, guard.longest_body(context))
     try:
-        _, url, _ = page.launch(
-            server_name=args.host,
-            server_port=port,
-            share=args.share == "true",
-            auth=(USER, password) if password else None,
-            auth_message=f"用户名 / user name: {USER}",
-            theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
-            css_paths=Path(__file__).with_suffix(".css"),
-            head=ONLY_FROM_HERE,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            show_error=True,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
+        listener = socket.create_server((args.host, port))
     except OSError as error:
         raise UserError(f"port {port} was taken while the model was loaded: start again.") from error
+    config = uvicorn.Config(
+        guarded, log_level="warning", limit_concurrency=CONNECTIONS, ws="none", proxy_headers=False, server_header=False
+    )
+    thread = threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True)
+    thread.start()
+    if args.share == "true":
+        share(args.host, port, guarded)
     login = f", user name {USER} and your PASSWORD" if password else ""
+    url = f"http://{'localhost' if args.host == '0.0.0.0' else args.host}:{port}/"
     print(f"网页已就绪 / ready: {url} (Ctrl-C 结束 / ends it{login})", flush=True)
     try:
-        threading.Event().wait()
+        thread.join()
     except KeyboardInterrupt:
         note("stopped")
     for child in psutil.Process().children():
         child.terminate()  # the tunnel of the public link
     # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.
     os._exit(0)
+
+
+def share(host: str, port: int, guarded: guard.Guard) -> None:
+    """Opens the public link, and lets visitors in by its name."""
+    try:
+        link = setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:  # Gradio raises errors of many kinds
+        note(f"warning: no public link ({error}); the page is reached by its own address only.")
+        return
+    name = link.partition("://")[2].partition("/")[0]
+    guarded.names.add(name)
+    print(f"公网链接 / public link: https://{name}", flush=True)
 
 
 def find_port(host: str, first: int) -> int:

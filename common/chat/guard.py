@@ -1,0 +1,146 @@
+"""What stands between the page and the network: it answers its own visitors only, and only what the page asks for.
+
+Any other page that a visitor has open can send requests to this server. It can also let its own name point here (DNS
+rebinding), and would then read the answers. So each request must name a host of this server, and come from its page.
+"""
+
+import asyncio
+import ipaddress
+import re
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+
+from fastapi import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# The paths that the page asks for. Gradio has more: uploads, files, proxies, and an interface for programs.
+PATHS = re.compile(
+    r"/(|config|login|logout|theme\.css|favicon\.ico|(assets|static|svelte)/.+"
+    r"|gradio_api/(queue/join|queue/data|cancel|reset|app_id|heartbeat/[^/]+))/?"
+)
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]@/:\s]+)(:\d*)?")
+OTHERS = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"  # nothing is loaded from other hosts
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds after a wrong password
+MOST_WAITING = 8  # passwords that wait at once
+
+
+class Guard:
+    """An ASGI application around that of the page. It refuses a request by one sentence and hands on every other one.
+
+    ``host`` is the address that the server listens on, ``names`` are more hosts under which visitors reach the page,
+    and which may show it in a frame, ``longest`` is the most bytes of a request's body.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, names: set[str], longest: int) -> None:
+        self.app, self.names, self.longest = app, names, longest
+        self.own = {"localhost", host}
+        self.at_any_address = host == "0.0.0.0"
+        if self.at_any_address:
+            self.own.add(socket.gethostname().lower())
+        ancestors = " ".join(f"{name} {name}:*" for name in sorted(names)) or "'none'"
+        self.headers = {
+            "Content-Security-Policy": f"{OTHERS}; base-uri 'self'; form-action 'self'; frame-ancestors {ancestors}",
+            "X-Content-Type-Options": "nosniff",
+            **({} if names else {"X-Frame-Options": "DENY"}),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.headers)
+            await send(message)
+
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        refusal, body = self.refusal(scope["method"], scope["path"], Headers(scope=scope)), b""
+        if not refusal:
+            body = await read_body(receive, self.longest)
+            if len(body) > self.longest:
+                refusal = 413, f"the question is too long: it has more than {self.longest:,} bytes."
+        if refusal:
+            status, sentence = refusal
+            response = JSONResponse({"detail": sentence}, status, headers={"Connection": "close"})
+            return await response(scope, receive, send_guarded)
+        read: list[Message] = [{"type": "http.request", "body": body}]
+
+        async def receive_again() -> Message:
+            return read.pop() if read else await receive()
+
+        return await self.app(scope, receive_again, send_guarded)
+
+    def refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        """Status and sentence for a request that is not answered, by all but its body."""
+        for host in (headers.get("host", ""), *filter(None, headers.get("x-forwarded-host", "").split(","))):
+            if not self.is_known(host.strip()):
+                advice = "start it with ALLOWED_HOSTS (--allowed_hosts) if it should"
+                return 421, f"this page does not answer to the name {host!r:.100}: {advice}."
+        if not self.is_from_here(method, headers):
+            return 403, "this page takes questions from its own visitors only, not from another page."
+        if method not in ("GET", "HEAD", "POST") or not PATHS.fullmatch(path):
+            return 404, "this page has nothing here."
+        if int(headers.get("content-length", 0)) > self.longest:
+            return 413, f"the question is too long: it has more than {self.longest:,} bytes."
+        return None
+
+    def is_known(self, host: str) -> bool:
+        """Whether a Host header names this server. The port may be another one, that of a tunnel or a proxy."""
+        if not (found := HOST.fullmatch(host.lower())):
+            return False
+        name = found[1].strip("[]").rstrip(".")
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.own | self.names
+        # An address is no name that a stranger could let point here; which ones lead here, a container can't know.
+        return name in self.own | self.names or address.is_loopback or self.at_any_address
+
+    def is_from_here(self, method: str, headers: Headers) -> bool:
+        """Whether this page sent the request, or the visitor by opening the page; programs send neither header."""
+        if origin := headers.get("origin"):
+            sender = HOST.fullmatch(origin.partition("://")[2])
+            return sender is not None and (sender[0] == headers["host"] or sender[1] in self.names)
+        site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
+        return site in ("same-origin", "none") or mode == "navigate" and method == "GET"
+
+
+def longest_body(context: int) -> int:
+    """The most bytes of a request to a model with a context of that many tokens: several times a question that fits."""
+    return 2**20 + 64 * context
+
+
+async def read_body(receive: Receive, longest: int) -> bytes:
+    """The body of a request; of one that is longer than ``longest`` bytes only its beginning, but more than those."""
+    body, more = bytearray(), True
+    while more and len(body) <= longest:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def login(user: str, password: str) -> Callable[[str, str], Awaitable[bool]]:
+    """Asks whether a name and a password are right, as Gradio's ``auth`` does.
+
+    After wrong ones the next is looked at only 1, 2, 4, … seconds later, whoever sends it: a stranger has many
+    addresses, and behind a proxy all visitors have one.
+    """
+    turn, waiting, wait, due = asyncio.Lock(), 0, 0.0, 0.0
+
+    async def is_right(name: str, word: str) -> bool:
+        nonlocal waiting, wait, due
+        if waiting == MOST_WAITING:
+            raise HTTPException(429, "too many visitors log in at once: try again in a minute.")
+        waiting += 1
+        async with turn:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            right = secrets.compare_digest(f"{name}\n{word}".encode(), f"{user}\n{password}".encode())
+            wait = 0.0 if right else min(LONGEST_WAIT, max(FIRST_WAIT, 2 * wait))
+            due = time.monotonic() + wait
+        waiting -= 1
+        return right
+
+    return is_right
