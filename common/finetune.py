@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, release_memory
+from accelerate.utils import release_memory
 from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
@@ -68,11 +69,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         data = prepare(data_args, args, tokenizer)
         content = data["train"].content if args.do_train else None
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args, content)
-        looks = args.do_train and args.process_index == 0
-        checkpoint = checkpoints.resume_point(args, settings, method.files) if looks else None
-        checkpoint = broadcast_object_list([checkpoint])[0]
-        if checkpoint:
-            checkpoints.check_checkpoint(args, checkpoint)
+        checkpoint = checkpoints.agreed_point(args, settings, method.files) if args.do_train else None
         folder = fetch_weights(folder)
         if args.dry_run:
             return
@@ -86,14 +83,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.forecast = memory
         if args.do_train:
-            size = 3 * sizes(model, args)[1] * 4  # of a checkpoint, with Adam's moments
-            checkpoints.check_space(output_dir, size)
-            trainer.saves = Saves(output_dir, settings, max(0, args.save_total_limit or 0), size)
-            args.save_total_limit = None  # the Trainer would remove checkpoints by the times of their folders
-            if args.process_index == 0:
-                start_over = args.overwrite_output_dir and checkpoint is None
-                passes = {name: vars(args)[name] for name in PASSES}
-                checkpoints.start_run(output_dir, settings | passes, data_args, method.files, start_over)
+            open_output(trainer, settings, data_args, start_over=args.overwrite_output_dir and checkpoint is None)
             with checkpoints.kept(output_dir), saved_at_signals(trainer):
                 train(trainer, data["train"], checkpoint)
         if args.do_eval or args.do_predict:
@@ -231,6 +221,18 @@ def judge_alone(
     """What the base does, before the tuned model is in memory: a device may not hold both."""
     model = build_model(method, model_args, args, folder)
     return judge(build_trainer(method, model, tokenizer, data, data_args, args), data, data_args, "base")
+
+
+def open_output(trainer: FinetuneTrainer, settings: dict[str, Any], data_args: DataArguments, start_over: bool) -> None:
+    """Prepares the output folder of a training. Raises SaveError if its disk has no room for a checkpoint."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    size = 3 * sizes(trainer.model, args)[1] * 4  # of a checkpoint, with Adam's moments
+    checkpoints.check_space(folder, size)
+    trainer.saves = Saves(folder, settings, max(0, args.save_total_limit or 0), size)
+    args.save_total_limit = None  # the Trainer would remove checkpoints by the times of their folders
+    if args.process_index == 0:
+        passes = {name: vars(args)[name] for name in PASSES}
+        checkpoints.start_run(folder, settings | passes, data_args, trainer.method.files, start_over)
 
 
 def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 from common.errors import UserError, note
 from common.files import read_json
 from common.hub.hubs import is_hub_name
+from common.manifest import damage, read_manifest
 from common.models.registry import is_local
 
 SETTINGS_FILE = "run_settings.json"
+ON_ITS_WAY = ".result"  # the folder in a trained folder that holds a whole result until all of it is in its place
+EDITABLE = (".json", ".jinja", ".md")  # text that its user may change
 RESULTS = (
     *("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("model.safetensors", "model.safetensors.index.json"),
@@ -23,16 +26,32 @@ SHARED = ("quantization_bit", *FILES, *COLUMNS, "text_unit", "max_source_length"
 
 
 def find_training(path: str | Path) -> Path:
-    """The trained folder itself, or the newest one in a folder of trainings. Raises UserError if there is none."""
+    """The trained folder itself, or the newest one in a folder of trainings.
+
+    Raises UserError if there is none, or as ``check_result``.
+    """
     folder = Path(path)
     if any((folder / name).is_file() for name in RESULTS):
+        check_result(folder)
         return folder
     results = [file for name in RESULTS for file in folder.glob(f"*/{name}")]
     if not results:
         raise UserError(f"no training in {path}: run train.sh first, or set CHECKPOINT (--checkpoint) to a training.")
     newest = max(results, key=lambda file: file.stat().st_mtime).parent
     note(f"newest training: {newest}")
+    check_result(newest)
     return newest
+
+
+def check_result(folder: Path) -> None:
+    """Raises UserError for a result that a kill left in parts, or whose weights are not as they were written."""
+    again = "give the command of its training again, which completes it"
+    if (folder / ON_ITS_WAY).exists():
+        raise UserError(f"{folder} holds parts of a result, because its last save was interrupted: {again}.")
+    manifest = read_manifest(folder) or {"files": {}}
+    weights = {name: entry for name, entry in manifest["files"].items() if not name.endswith(EDITABLE)}
+    if problem := damage(folder, {"files": weights}):
+        raise UserError(f"the result in {folder} is damaged ({problem}): {again}.")
 
 
 def recorded(folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from common.flags import parse_arguments
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
+from common.trained import find_training
 from common.training.checkpoints import usable_checkpoints
 
 METHODS = {
@@ -122,12 +123,20 @@ def test_a_training_with_a_damaged_checkpoint_ends_like_an_undisturbed_one(metho
     (out / "checkpoint-3.damaged" / "optimizer.pt").stat()
 
 
-def test_a_damaged_result_is_written_again(method, trained, out, rows, capsys):
+def test_a_damaged_result_is_refused_by_an_evaluation_and_written_again_by_its_training(
+    method, trained, out, rows, capsys
+):
     name = next(iter(weights(out)))
     flip(out / name)
+    with pytest.raises(UserError, match=f"the result in .* is damaged \\({name} has changed\\): give the command of"):
+        find_training(out)
     finetune(method, rows, out)
     assert f"the result in {out} is not whole ({name} has changed): it is written again" in capsys.readouterr().err
     assert weights(out) == weights(trained)
+    assert find_training(out) == out
+    (out / ".result").mkdir()
+    with pytest.raises(UserError, match="holds parts of a result, because its last save was interrupted"):
+        find_training(out)
 
 
 def test_a_prolonged_training_never_keeps_the_old_result(method, trained, rows, tmp_path):

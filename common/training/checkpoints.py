@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
@@ -90,6 +91,14 @@ def kept(folder: Path) -> Iterator[None]:
         if sentence is None or not checkpoint_folders(folder):
             raise
         raise UserError(f"{sentence} What was saved before is complete.") from error
+
+
+def agreed_point(args: TrainingArguments, settings: dict[str, Any], files: Iterable[str]) -> Path | None:
+    """``resume_point`` of the first process, on all processes, which check that they can continue from there."""
+    found = resume_point(args, settings, files) if args.process_index == 0 else None
+    if found := broadcast_object_list([found])[0]:
+        check_checkpoint(args, found)
+    return found
 
 
 def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Iterable[str]) -> Path | None:

@@ -21,8 +21,9 @@ from typing import Any
 from common.errors import SaveError, disk_problem, note
 from common.files import gb, read_json, write_json
 from common.manifest import MANIFEST, flush, read_manifest, seal
+from common.trained import ON_ITS_WAY
 
-SAVING, RESULT, REMOVED = ".saving", ".result", ".removed"
+SAVING, REMOVED = ".saving", ".removed"
 # What an evaluation says about a result, and a new result makes untrue.
 SCORES = ("eval_results.json", "predict_results.json", "generated_predictions.txt")
 
@@ -65,7 +66,7 @@ def publish(folder: Path) -> None:
 
     After a kill the same call goes on.
     """
-    new = folder / RESULT
+    new = folder / ON_ITS_WAY
     if (manifest := read_manifest(new)) is None:
         remove(new)
         return
@@ -173,7 +174,7 @@ class Saves:
         try:
             yield self.partial
             seal(self.partial, step=step, settings=self.settings)
-            put(self.partial, self.folder / RESULT)
+            put(self.partial, self.folder / ON_ITS_WAY)
             publish(self.folder)
             combine_results(self.folder)
             self.rotate(best)
