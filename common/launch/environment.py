@@ -81,7 +81,10 @@ def damage() -> str:
         there = packages()
     except (OSError, subprocess.CalledProcessError):  # also after the system's Python was replaced
         return "its Python does not start"
-    recorded = CONTENTS.read_text(errors="replace").splitlines() if CONTENTS.is_file() else []
+    try:
+        recorded = CONTENTS.read_text("ascii").splitlines() if CONTENTS.exists() else []
+    except (OSError, ValueError):
+        return f"{CONTENTS.name} can't be read"
     return next((f"{name} is missing" for name in recorded if name not in there), "")
 
 
