@@ -97,7 +97,6 @@ def test_after_a_killed_build_one_of_eight_jobs_builds_and_all_go_on(checkout):
         ("bin/python", "its Python does not start"),
         ("lib/*/site-packages/first-1.0.dist-info", "first/METADATA is missing"),
         ("requirements.txt", ""),
-        ("contents", ""),
     ],
 )
 def test_a_damaged_environment_is_built_again(checkout, what, says):

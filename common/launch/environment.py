@@ -68,8 +68,7 @@ def packages() -> set[str]:
 
     Raises OSError or CalledProcessError if the Python of .venv does not start.
     """
-    python = FOLDER / "bin" / "python"
-    asked = [python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    asked = [str(FOLDER / "bin" / "python"), "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     folder = Path(subprocess.check_output(asked, text=True, stderr=subprocess.DEVNULL).rstrip())
     found = [*folder.glob("*/__init__.py"), *folder.glob("*.dist-info/METADATA")]
     return {f"{path.parent.name.partition('-')[0]}/{path.name}" for path in found}
@@ -81,7 +80,10 @@ def damage() -> str:
         there = packages()
     except (OSError, subprocess.CalledProcessError):  # also after the system's Python was replaced
         return "its Python does not start"
-    recorded = CONTENTS.read_text(errors="replace").splitlines() if CONTENTS.is_file() else []
+    try:
+        recorded = CONTENTS.read_text("ascii").splitlines() if CONTENTS.exists() else []
+    except (OSError, ValueError):
+        return f"{CONTENTS.name} can't be read"
     return next((f"{name} is missing" for name in recorded if name not in there), "")
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -38,11 +39,12 @@ class Preemption(TrainerCallback):
     """
 
     def __init__(self, trainer: FinetuneTrainer):
-        self.trainer, self.store = trainer, None
+        self.trainer = trainer
+        self.store: TCPStore | None = None
         self.told = 0  # the number of the signal
         self.interrupted = self.looked = 0.0  # when the first Ctrl-C came, when the store was asked
         self.leaving = False
-        self.handlers = {}  # of before the training
+        self.handlers: dict[int, Any] = {}  # of before the training
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # as nohup sets it
