@@ -1,11 +1,20 @@
 """The command line: official flags, old spellings, and bad values that are named in one sentence."""
 
 import os
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments
+from common.arguments import (
+    DataArguments,
+    FullArguments,
+    LoraArguments,
+    ModelArguments,
+    PrefixArguments,
+    TrainingArguments,
+)
+from common.bounds import BOUNDS
 from common.errors import UserError
 from common.flags import parse_arguments
 
@@ -124,3 +133,15 @@ def test_the_flags_of_lora_have_the_official_defaults():
     assert (args.lora_rank, args.lora_target, args.use_rslora) == (16, "dense,dense_h_to_4h", True)
     assert (args.lora_alpha, args.lora_dropout) == (32, 0.1)
     assert (args.use_dora, args.loraplus_lr_ratio, args.lora_checkpoint) == (False, None, None)
+
+
+def test_every_flag_that_is_a_number_has_its_bounds():
+    kinds = (ModelArguments, PrefixArguments, LoraArguments, FullArguments, DataArguments, TrainingArguments)
+    numbers = {
+        name
+        for kind in kinds
+        for name, hint in get_type_hints(kind).items()
+        if {int, float} & {hint, *get_args(hint)} and kind.__dataclass_fields__[name].init
+    }
+    unread = {"local_rank", "generation_max_length", "generation_num_beams"}
+    assert numbers - BOUNDS.keys() == unread | {"quantization_bit"}  # which has two values

@@ -195,6 +195,7 @@ DATA = [
     *(
         Case(f"--train_file rows{ending}", says, files={f"rows{ending}": content})
         for ending, content, says in (
+            (".json", "0", "line 1: expected an object .*, found int"),
             (".json", "[" * 100_000, "nested too deeply"),
             (".json", '{"content": ' + "1" * 5000 + "}", "Exceeds the limit"),
             (".json", '{"content": "a", "content": "b", "summary": "c"}', "duplicate key 'content'"),
