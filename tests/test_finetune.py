@@ -330,9 +330,6 @@ def test_a_prefix_is_no_model(whole_run, tmp_path):
         finetune(f"{PREDICTION} --model_name_or_path {whole_run}", tmp_path / "out")
 
 
-EVALUATED = f"--eval_strategy steps --eval_steps 2 --validation_file {ROOT}/AdvertiseGen/dev.json"
-
-
 @pytest.mark.parametrize("trackers", ["none", "all", "tensorboard"])
 def test_trackers_that_are_there_are_no_mistake(trackers, tmp_path):
     finetune(f"{TRAINING} --dry_run --report_to {trackers}", tmp_path)
