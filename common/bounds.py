@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from enum import EnumType
+from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -92,7 +92,7 @@ def check_values(args: Any) -> None:
 def missed_type(value: Any, hint: Any, choices: Iterable[str] | None) -> str:
     """What a value must be, and is not, by the type and the choices of its flag; "" if it is that."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    enums = [part for part in parts if isinstance(part, EnumType)]
+    enums = [part for part in parts if isinstance(part, type) and issubclass(part, Enum)]
     if enums:
         choices = [member.value for member in enums[0]]
     elif get_origin(hint) is Literal:

@@ -151,8 +151,16 @@ FLAGS = cases(
     ("--dataloader_prefetch_factor 2", "--dataloader_prefetch_factor can only be set when"),
     ("--dataloader_drop_last --per_device_train_batch_size 50", "4 rows fill no batch of 50"),
     ("--push_to_hub", "--push_to_hub can't be used"),
+    ("--report_to wandb", "--report_to wandb: wandb is not installed here: .* -m pip install wandb"),
+    ("--report_to tensorboard swanlab comet_ml", "swanlab, comet_ml are not installed .* install swanlab comet-ml"),
+    ("--report_to mlflow,tensorboard", "mlflow is not installed"),
     ("--report_to wandbb", "wandbb is no tracker; there are .*, tensorboard, .*, wandb"),
     ("--report_to none wandb", "--report_to none,wandb: none is no tracker; it stands alone"),
+    (
+        "--do_eval --validation_file train.json --eval_strategy steps --eval_steps 1 --metric_for_best_model loss "
+        "--greater_is_better true",
+        "--greater_is_better True would keep the worst loss",
+    ),
     ("--save_strategy best", "--save_strategy best needs --metric_for_best_model"),
     ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
     ("--load_best_model_at_end --save_strategy no", "the best checkpoint by loss needs evaluations during training"),
@@ -187,6 +195,7 @@ DATA = [
     *(
         Case(f"--train_file rows{ending}", says, files={f"rows{ending}": content})
         for ending, content, says in (
+            (".json", "0", "line 1: expected an object .*, found int"),
             (".json", "[" * 100_000, "nested too deeply"),
             (".json", '{"content": ' + "1" * 5000 + "}", "Exceeds the limit"),
             (".json", '{"content": "a", "content": "b", "summary": "c"}', "duplicate key 'content'"),
@@ -326,8 +335,9 @@ CONFIGS += cases(
     base="",
     files={"lora.yaml": json.dumps(YAML)},
 )
+THREE = {"EXPECTED_PROCESSES": "3"}
 ENGINES = [
-    Case(f"--deepspeed ds.json {flags}", rf"ds.json.*{says}", "full", files={"ds.json": content})
+    Case(f"--deepspeed ds.json {flags}", rf"ds.json.*{says}", "full", TRAIN, {"ds.json": content}, THREE)
     for content, flags, says in (
         ("{broken", "", "is broken JSON"),
         ("[]", "", "must hold an object, found list"),
@@ -360,7 +370,7 @@ ENGINES = [
         (
             {"train_batch_size": 16},
             "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
-            "=16, but --per_device_train_batch_size x gradient_accumulation_steps x 1 processes=8",
+            "=16, but --per_device_train_batch_size x gradient_accumulation_steps x 3 processes=24",
         ),
     )
 ] + cases(
@@ -410,7 +420,7 @@ CHECKPOINTS += [
     for name, content, says in (
         ("manifest.json", None, "is not whole: manifest.json is missing"),
         ("manifest.json", "{", "is not whole: manifest.json is broken"),
-        ("manifest.json", {"files": {}}, "settings"),
+        ("manifest.json", {"files": {}}, "settings|is not whole"),
         ("optimizer.pt", None, "is not whole: optimizer.pt is missing"),
         ("adapter_model.safetensors", b"cut", "is not whole: adapter_model.safetensors has 3 bytes instead of"),
     )
@@ -464,7 +474,8 @@ ENVIRONMENT = [
         ({"DEVICE_MEMORY": "much"}, "--plan", "DEVICE_MEMORY=much"),
     )
 ]
-ALL = [*NUMBERS, *FLAGS, *DATA, *MODELS, *CONFIGS, *ENGINES, *CHECKPOINTS, *ADAPTERS, *ENVIRONMENT]
+OF_OTHERS = [Case("--lora_rank 8", "unknown flag --lora_rank", program) for program in ("ptuning", "full")]
+ALL = [*NUMBERS, *FLAGS, *OF_OTHERS, *DATA, *MODELS, *CONFIGS, *ENGINES, *CHECKPOINTS, *ADAPTERS, *ENVIRONMENT]
 
 
 @pytest.fixture(scope="module")

@@ -68,25 +68,6 @@ def test_the_content_of_tokenized_rows_knows_no_file(tmp_path, demo_tokenizer):
     assert content("a/rows.json", ROWS, "test") != content("d.json", ROWS[:2], "test")
 
 
-@pytest.mark.parametrize(
-    ("file", "says"),
-    [
-        ("broken_line.json", r"broken_line.json, line 2: broken JSON"),
-        ("broken_array.json", r"broken_array.json, line 3: broken JSON"),
-        ("other_columns.json", r"line 1: no column 'content'; there are 'question', 'answer'"),
-        ("number.json", r"line 2: column 'summary' holds int 7, expected a string"),
-        ("nothing_to_learn.json", r"no row with a question and an answer: 3 rows lack one"),
-        ("empty.json", r"empty.json: no row .* there are no rows at all"),
-        ("no_objects.json", r"row 1: expected an object"),
-        ("broken.csv", r"line 3: this row has more or fewer fields"),
-        ("open_quote.csv", r"broken CSV"),
-    ],
-)
-def test_bad_files_are_named_with_their_line(file, says, demo_tokenizer):
-    with pytest.raises(UserError, match=says):
-        prepare(adgen(), BAD_INPUTS / file, demo_tokenizer)
-
-
 def test_history_becomes_rounds_and_must_be_pairs(tmp_path, demo_tokenizer):
     row = {"content": "颜色？", "summary": "白色。", "history": [["你好", "您好"]]}
     file = write_lines(tmp_path / "chat.json", [row, row | {"history": []}, row | {"history": None}])

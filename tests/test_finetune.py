@@ -73,12 +73,6 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
 
 
-def test_a_training_without_a_step_ends_like_any_other(tmp_path, capfd):
-    finetune(f"{TRAINING} --num_train_epochs 0", tmp_path)
-    assert "no step was left to train" in capfd.readouterr().out
-    assert SAVED <= files(tmp_path)
-
-
 def test_training_moves_the_prefix(whole_run):
     assert len(losses(whole_run)) == 6
     first, last = read_prefix(whole_run / "checkpoint-3"), read_prefix(whole_run / "checkpoint-6")
@@ -272,19 +266,6 @@ def test_base_and_tuned_model_are_never_in_memory_together(full_run, tmp_path, m
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "again" / name).read_text()
 
 
-def test_packed_weights_are_not_trained_themselves(tmp_path):
-    with pytest.raises(UserError, match="--quantization_bit: integers have no gradients to train"):
-        finetune_full(f"{FULL} --quantization_bit 4", tmp_path)
-
-
-def test_the_base_model_is_never_the_output_folder(tmp_path, demo_folder):
-    base = make_model_folder(tmp_path / "base", demo_folder)
-    weights = (base / "pytorch_model.bin").read_bytes()
-    with pytest.raises(UserError, match="is the base model, which would be overwritten"):
-        finetune(TRAINING.replace("--model_name_or_path demo", f"--model_name_or_path {base}"), base)
-    assert (base / "pytorch_model.bin").read_bytes() == weights
-
-
 def test_a_chosen_checkpoint_is_not_continued_with_other_settings(full_run):
     flags = FULL.replace("1e-3", "5e-3") + f" --resume_from_checkpoint {full_run / 'checkpoint-2'}"
     with pytest.raises(UserError, match="learning_rate was 0.001, now 0.005"):
@@ -327,11 +308,6 @@ def make_model_folder(path: Path, demo_folder: Path, without: str = "", config: 
 @pytest.mark.parametrize(
     ("without", "config", "says"),
     [
-        ("pytorch_model.bin", None, "has no weights"),
-        ("config.json", None, "no config.json"),
-        ("ice_text.model", None, "ice_text.model is missing"),
-        ("", {"model_type": "llama"}, "type 'llama': supported are ChatGLM-6B, ChatGLM2-6B"),
-        ("", {"vocab_size": 150528}, "old vocabulary of 150,528"),
         ("", {"hidden_size": 96}, "other shapes than its config.json says"),
     ],
 )
@@ -352,48 +328,6 @@ def test_truncated_weights_are_refused(tmp_path, demo_folder):
 def test_a_prefix_is_no_model(whole_run, tmp_path):
     with pytest.raises(UserError, match=r"no complete model: \d+ weights are missing"):
         finetune(f"{PREDICTION} --model_name_or_path {whole_run}", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--pre_seq_len 9 --ptuning_checkpoint {run}", "with --pre_seq_len 8, not 9"),
-        ("--prefix_projection --ptuning_checkpoint {run}", "--prefix_projection False, not True"),
-        ("--ptuning_checkpoint nowhere", "nowhere holds no prefix"),
-        ("--test_file nowhere.json", "no data file nowhere.json"),
-        ("--quantization_bit 3", "only 4 and 8"),
-        ("--prompt_column question", "no column 'question'; there are 'content', 'summary'"),
-        ("--model_name_or_path ./nowhere/model", "no model folder"),
-    ],
-)
-def test_contradicting_flags_are_refused(flags, says, whole_run, tmp_path):
-    with pytest.raises(UserError, match=says):
-        finetune(f"{PREDICTION} {flags.format(run=whole_run)}", tmp_path)
-
-
-EVALUATED = f"--eval_strategy steps --eval_steps 2 --validation_file {ROOT}/AdvertiseGen/dev.json"
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        ("--report_to wandb", f"--report_to wandb: wandb is not installed here: {sys.executable} -m pip install wandb"),
-        ("--report_to tensorboard swanlab comet_ml", "swanlab, comet_ml are not installed .* install swanlab comet-ml"),
-        ("--report_to mlflow,tensorboard", "mlflow is not installed"),
-        ("--report_to wandbb", "wandbb is no tracker; there are .*, tensorboard, .*, wandb"),
-        ("--report_to none wandb", "--report_to none,wandb: none is no tracker; it stands alone"),
-        (f"{EVALUATED} --metric_for_best_model f1", r"f1 \(BEST_METRIC\): there are loss and, .*, rouge-l, bleu-4"),
-        (f"{EVALUATED} --metric_for_best_model loss --greater_is_better true", "would keep the worst loss"),
-        (
-            "--load_best_model_at_end --save_strategy no",
-            "the best checkpoint by loss needs evaluations during training",
-        ),
-    ],
-)
-def test_what_the_training_can_not_report_or_keep_is_refused_before_the_model(flags, says, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.training.checks.open_model", None)
-    with pytest.raises(UserError, match=says):
-        finetune(f"{TRAINING} {flags}", tmp_path)
 
 
 @pytest.mark.parametrize("trackers", ["none", "all", "tensorboard"])

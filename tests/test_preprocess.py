@@ -264,7 +264,7 @@ def test_training_on_shards_equals_training_on_the_file(data, finished, tmp_path
 def test_training_refuses_what_does_not_fit(data, finished, folder, tmp_path):
     with pytest.raises(UserError, match="max_target_length was 16, now 24"):
         train(f"--train_datasets {finished} --max_target_length 24", tmp_path / "out")
-    with pytest.raises(UserError, match="--train_datasets replaces --train_file"):
+    with pytest.raises(UserError, match="the training data are in --train_file and in --train_datasets"):
         train(f"--train_datasets {finished} --train_file {data}", tmp_path / "out")
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json is missing"):

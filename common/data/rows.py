@@ -173,7 +173,8 @@ def read_whole(file: Path, text: str) -> Iterator[Row]:
             continue
         value, end = value_at(text, position)
         end = skip_space(text, end)
-        if position == begin and end == len(text) and (inside := find_rows(file, text, position)):
+        alone = position == begin and end == len(text) and text[position] == "{"
+        if alone and (inside := find_rows(file, text, position)):
             yield from read_array(file, text, inside, numbers)
             return
         line, counted = line + text.count("\n", counted, position), position
