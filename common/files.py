@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -81,7 +82,7 @@ def pickle_problem(file: Path) -> str:
     try:
         if not zipfile.is_zipfile(file):
             with open(file, "rb") as content:
-                return pickles_problem(io.BytesIO(content.read(LARGEST_TABLE)), size, OLD_PICKLES)
+                return pickles_problem(io.BytesIO(content.read(LARGEST_TABLE)), OLD_PICKLES)
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries):
@@ -89,15 +90,16 @@ def pickle_problem(file: Path) -> str:
             tables = [entry for entry in entries if entry.filename.endswith(".pkl")]
             if not tables or any(entry.file_size > LARGEST_TABLE for entry in tables):
                 return "holds no table of weights, or one that is too large"
-            problems = [pickles_problem(io.BytesIO(archive.read(entry)), size, 1) for entry in tables]
+            problems = [pickles_problem(io.BytesIO(archive.read(entry)), 1) for entry in tables]
             return next(filter(None, problems), "")
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, IndexError):
         return "has a broken table of contents"
 
 
-def pickles_problem(pickles: io.BytesIO, size: int, count: int) -> str:
-    """``pickle_problem`` of ``count`` pickles, one after the other, in a file of ``size`` bytes."""
+def pickles_problem(pickles: io.BytesIO, count: int) -> str:
+    """``pickle_problem`` of ``count`` pickles, one after the other."""
     for _ in range(count):
+        value: Any
         for instruction, value, _ in pickletools.genops(pickles):
             if instruction.name not in INSTRUCTIONS or "LONG_BIN" in instruction.name and value > LARGEST_TABLE:
                 return f"holds the instruction {instruction.name}, which no weights need"

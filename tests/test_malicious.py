@@ -96,7 +96,7 @@ def compress(folder: Path) -> None:
     file = folder / "pytorch_model.bin"
     with zipfile.ZipFile(file) as stored, zipfile.ZipFile(folder / "new", "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in stored.infolist():
-            archive.writestr(entry.filename, stored.read(entry) if entry.filename.endswith("pkl") else bytes(2**24))
+            archive.writestr(entry.filename, stored.read(entry) if entry.filename.endswith("pkl") else bytes(2**20))
     os.replace(folder / "new", file)
 
 

@@ -75,6 +75,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "_indices": "of a Dataset: the data report of a million rows takes 2 GB",
     "_fingerprint": "of a Dataset: the cache of --dataset_name does not notice other rows",
     "huggingface_hub.utils.hf_raise_for_status": "gated and missing models are told apart no longer",
+    "transformers.utils.chat_template_utils._compile_jinja_template": "chat templates lack tojson, raise_exception, …",
     "huggingface_hub.utils._http.default_client_factory": "offline mode and request ids are lost in a client of ours",
     "huggingface_hub.utils.validate_repo_id": "a name that no hub can have is looked up there",
     "huggingface_hub.utils.build_hf_headers": "private models are asked for without a token",

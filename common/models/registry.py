@@ -33,7 +33,7 @@ OTHER_WEIGHTS = (
     *(".bin", ".safetensors", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx"),
     *(".incomplete", ".aria2", ".crdownload", ".part"),  # of downloads that were broken off
 )
-RANGES = {  # of the numbers in config.json and generation_config.json: wider than those of any published model
+RANGES: dict[str, tuple[float, float]] = {  # of numbers in config.json and generation_config.json, wider than any known
     **dict.fromkeys(("num_layers", "num_hidden_layers"), (1, 1000)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "multi_query_group_num"), (1, 4096)),
     **dict.fromkeys(("kv_channels", "head_dim"), (4, 4096)),
@@ -43,16 +43,16 @@ RANGES = {  # of the numbers in config.json and generation_config.json: wider th
     **dict.fromkeys(("max_sequence_length", "seq_length", "max_position_embeddings"), (1, 2**30)),
     **dict.fromkeys(("max_length", "max_new_tokens"), (1, 2**30)),
     **dict.fromkeys(("min_length", "min_new_tokens", "pre_seq_len"), (0, 2**16)),
-    **dict.fromkeys(("layernorm_epsilon", "rms_norm_eps"), (1e-12, 1)),
-    **dict.fromkeys(("attention_dropout", "hidden_dropout"), (0, 1)),
+    **dict.fromkeys(("layernorm_epsilon", "rms_norm_eps"), (1e-12, 1.0)),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout"), (0.0, 1.0)),
     "rope_ratio": (1e-3, 1e6),
-    "rope_theta": (1, 1e12),
-    "partial_rotary_factor": (0.01, 1),
-    "initializer_range": (0, 10),
-    "temperature": (0, 100),
-    "top_p": (0, 1),
+    "rope_theta": (1.0, 1e12),
+    "partial_rotary_factor": (0.01, 1.0),
+    "initializer_range": (0.0, 10.0),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
     "top_k": (0, 2**22),
-    "repetition_penalty": (0, 100),
+    "repetition_penalty": (0.0, 100.0),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, 64)),
     "no_repeat_ngram_size": (0, 1000),
 }
@@ -185,7 +185,7 @@ def check_sizes(file: Path, spec: ModelSpec, content: dict[str, Any]) -> None:
     for name, value in content.items():
         kind = type(defaults.get(name))
         if name in RANGES and (value is not None or kind in (int, float)):
-            check_number(file, name, value, whole=kind is not float)
+            check_number(file, name, value)
         elif kind is bool and type(value) is not bool:
             raise UserError(f"{file}: {name} is {value!r:.60}, not true or false: copy or download the file again.")
         elif name.endswith("_token_id") and not is_token(value):
@@ -200,10 +200,10 @@ def check_sizes(file: Path, spec: ModelSpec, content: dict[str, Any]) -> None:
         )
 
 
-def check_number(file: Path, name: str, value: Any, whole: bool) -> None:
+def check_number(file: Path, name: str, value: Any) -> None:
     """Raises UserError if a value is not a number in the range of its name."""
     lowest, highest = RANGES[name]
-    if type(value) not in ((int,) if whole else (int, float)):
+    if type(value) not in (int, type(highest)):
         raise UserError(f"{file}: {name} is {value!r:.60}, not a number: copy or download the file again.")
     if not lowest <= value <= highest:  # nor is nan
         raise UserError(
@@ -225,7 +225,7 @@ def read_generation(path: Path, config: PreTrainedConfig) -> GenerationConfig:
     content = read_json(file) or {}
     for name, value in content.items():
         if name in RANGES and value is not None:
-            check_number(file, name, value, whole=name not in ("temperature", "top_p", "repetition_penalty"))
+            check_number(file, name, value)
         elif name.endswith("_token_id") and not is_token(value):
             raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
     try:

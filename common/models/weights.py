@@ -1,5 +1,6 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
+import zipfile
 from copy import deepcopy
 from pickle import UnpicklingError
 from typing import Any
@@ -83,6 +84,8 @@ def read_base(
 ) -> PreTrainedModel:
     """The model with its weights, as ``load_base`` says."""
     check_amount(folder)
+    for file in filter(zipfile.is_zipfile, folder.weights):
+        read_weights(file)  # mapped: raises UserError for tensors without bytes
     stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
     try:
         # Without a path, the Auto classes of transformers can't tell the class.
@@ -97,7 +100,7 @@ def read_base(
             generation_config=generation,
             output_loading_info=True,
         )
-    except UnpicklingError as error:
+    except (UnpicklingError, EOFError, LookupError, AttributeError) as error:
         raise UserError(
             f"the weights in {folder.path} can't be read: they must be tensors, not whole objects."
         ) from error
