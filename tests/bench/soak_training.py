@@ -305,9 +305,9 @@ def finish(trial: Trial, reached: Path | None = None) -> None:
         trial.problem("leftovers", ", ".join(sorted(extra)))
 
 
-def steps(log: Path) -> int:
-    """The step that a training reached, by its progress bar."""
-    return max((int(step) for step in re.findall(rf"\b(\d+)/{STEPS} \[", log.read_text(errors="replace"))), default=0)
+def steps(log: Path, total: int = STEPS) -> int:
+    """The step that a training of ``total`` steps reached, by its progress bar."""
+    return max((int(step) for step in re.findall(rf"\b(\d+)/{total} \[", log.read_text(errors="replace"))), default=0)
 
 
 def check_log(trial: Trial, log: Path) -> None:
