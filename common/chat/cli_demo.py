@@ -3,6 +3,7 @@
 python common/chat/cli_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
 """
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from common.errors import UserError, exit_on_user_error
 def main() -> None:
     """Answers questions until stop or the end of input; Ctrl-C ends an answer early."""
     args = chat_parser(__doc__.splitlines()[0]).parse_args()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # other bytes than UTF-8 are refused as a question, and no more
     model, tokenizer, _ = load_chat(args)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
     room = model.config.max_position_embeddings - args.max_new_tokens

@@ -37,8 +37,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, host: str, names: set[str], longest: int) -> None:
         self.app, self.names, self.longest = app, names, longest
-        self.own = {"localhost", host}
-        self.at_any_address = host == "0.0.0.0"
+        self.own = {"localhost", host.lower()}
+        self.at_any_address = host in ("", "0.0.0.0")
         if self.at_any_address:
             self.own.add(socket.gethostname().lower())
         ancestors = " ".join(f"{name} {name}:*" for name in sorted(names)) or "'none'"

@@ -129,7 +129,9 @@ def damages(trial: Trial) -> None:
         template = half_done(trial.method)
     shutil.copytree(template, trial.output)
     newest = trial.output / f"checkpoint-{checkpoints(trial.output)[-1]}"
-    file, kind = trial.rng.choice(sorted(filter(Path.is_file, newest.rglob("*")))), trial.rng.choice(list(DAMAGES))
+    pairs = list(itertools.product(sorted(filter(Path.is_file, newest.rglob("*"))), DAMAGES))
+    random.Random(os.environ["SEED"]).shuffle(pairs)
+    file, kind = pairs[int(trial.folder.name.rpartition("-")[2]) // len(METHODS) % len(pairs)]
     trial.done = f"{newest.name}/{file.name} {kind}"
     damaged = DAMAGES[kind](file.read_bytes(), trial.rng)
     file.unlink()
@@ -231,24 +233,25 @@ def effective_time(seed: str) -> bool:
     every = max(1, round(INTERVAL / step))
     settings = {"MAX_STEPS": str(every * INTERVALS), "SAVE_STEPS": str(every), "BATCH_SIZE": "16"}
     begin, kills, seconds = time.monotonic(), 0, dict[str, float]()
-    pause = KILL_EVERY * INTERVAL + killed.rng.uniform(0, INTERVAL)
+    next_kill = KILL_EVERY * every + killed.rng.randrange(every)  # a step within a save interval
     jobs = {trial.folder.name: start(trial, trial.folder / "log", **settings) for trial in (calm, killed)}
-    last = begin
     while len(seconds) < 2:
         for name, job in jobs.items():
-            if name not in seconds and (code := wait(job, 0.05)) is not None:
+            if name not in seconds and (code := wait(job, 0.1)) is not None:
                 seconds[name] = time.monotonic() - begin if code == 0 else math.nan
-        if "time-killed" not in seconds and time.monotonic() - last > pause:
+        if "time-killed" not in seconds and steps(killed.folder / "log", every * INTERVALS) >= next_kill:
             end_training(killed, jobs["time-killed"])
             jobs["time-killed"] = start(killed, killed.folder / "log", **settings)
-            kills, last = kills + 1, time.monotonic()
+            kills, next_kill = kills + 1, next_kill + KILL_EVERY * every
     equal = hashes(calm.output) == hashes(killed.output) != {}
+    interval = json.loads((calm.output / "train_results.json").read_text())["train_runtime"] / INTERVALS
     without, with_kills = seconds["time-calm"], seconds["time-killed"]
     lost = (with_kills - without) / max(1, kills)
+    share = 1 - lost / (KILL_EVERY * interval + lost)
     console.print(
-        f"effective training time: {100 * (1 - lost / pause):.0f}% with a kill every {pause:.0f} s, {KILL_EVERY} save "
-        f"intervals of {every} steps, {INTERVAL:.0f} s: {without:.0f} s without kills and {with_kills:.0f} s with "
-        f"{kills} of them ({lost:.0f} s each, of which a start takes most), side by side (ptuning, launch); results "
+        f"effective training time: {100 * share:.0f}% with a kill every {KILL_EVERY} save intervals of {every} steps, "
+        f"{interval:.0f} s: {without:.0f} s without kills, {with_kills:.0f} s with {kills}; {lost:.0f} s a kill, for a "
+        f"start and the steps since the last save. Side by side (ptuning, launch), results "
         f"{'equal' if equal else 'UNEQUAL'}"
     )
     return equal
@@ -336,7 +339,7 @@ def main() -> int:
     if "users" in words and not as_user(USERS[0]):
         console.print("users: left out, because only root can start programs of other users, and they must read Python")
         words.remove("users")
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    os.environ |= {"SEED": seed, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     forks.set_forkserver_preload(
         [
             "__main__",
@@ -350,6 +353,7 @@ def main() -> int:
     warm.join()
     until = time.monotonic() + 60 * minutes
     good = "time" not in words or effective_time(seed)
+    until = max(until, time.monotonic() + 20 * minutes)  # a third of them, where the machine is busy with other things
     trials, queue, turn = [], plan(seed, words, minutes), threading.Lock()
 
     def work() -> None:

@@ -77,6 +77,7 @@ def variables(trial: Trial, settings: dict[str, str]) -> dict[str, str]:
 def start(trial: Trial, log: Path, limit: int = 0, **settings: str):
     """Starts the training; returns its process. ``limit``: bytes that no file may exceed."""
     environ = variables(trial, settings)
+    log.touch()
     if trial.how == "fork":
         flags = ["--do_train", "--model_name_or_path", "demo", "--train_file", environ["TRAIN_FILE"], *FLAGS]
         flags += ["--output_dir", environ["OUTPUT_DIR"], "--max_steps", str(STEPS), "--save_steps", str(SAVE)]
@@ -283,7 +284,7 @@ def finish(trial: Trial, reached: Path | None = None) -> None:
             trial.problem("stuck", next(line for line in text.splitlines() if re.search("waiting for|is in use", line)))
         if code == 0:
             break
-        lines = [line for line in text.splitlines() if line.strip()] or [""]
+        lines = re.findall(r"^(?:error: |\w+Error).*", text, re.MULTILINE) or text.strip().splitlines() or [""]
         trial.problem("errors", f"start {attempt + 2} ended with {code}: {lines[-1][:200]}")
     else:
         return
@@ -305,9 +306,9 @@ def finish(trial: Trial, reached: Path | None = None) -> None:
         trial.problem("leftovers", ", ".join(sorted(extra)))
 
 
-def steps(log: Path) -> int:
-    """The step that a training reached, by its progress bar."""
-    return max((int(step) for step in re.findall(rf"\b(\d+)/{STEPS} \[", log.read_text(errors="replace"))), default=0)
+def steps(log: Path, total: int = STEPS) -> int:
+    """The step that a training of ``total`` steps reached, by its progress bar."""
+    return max((int(step) for step in re.findall(rf"\b(\d+)/{total} \[", log.read_text(errors="replace"))), default=0)
 
 
 def check_log(trial: Trial, log: Path) -> None:
