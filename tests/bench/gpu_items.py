@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,13 +286,6 @@ def toggle(model: PreTrainedModel) -> None:
     def count() -> int:
         return int((batch["input_ids"] != pad).sum())
 
-    def toggles() -> Iterator[tuple[str, Callable[[], None]]]:
-        yield "mask", lambda: both("an attention mask", step, partial(train_step, model, optimizer, masked))
-        search = partial(train_step, model, optimizer, searched)
-        yield "labels", lambda: both("4 x a search for the labels", partial(four, step), partial(four, search))
-        yield "tokens", lambda: both("4 x tokens counted after it", partial(four, step), partial(four, step, count))
-        yield "scaler", scaler
-
     def scaler() -> None:
         for weight in model.parameters():
             weight.data = weight.data if weight.requires_grad else weight.data.half()
@@ -302,8 +295,15 @@ def toggle(model: PreTrainedModel) -> None:
         )
         both("a loss scaler, base in fp16", off, on)
 
-    for _, work in steps_in_time(toggles(), reserve=14):
-        work()
+    search = partial(train_step, model, optimizer, searched)
+    toggles: dict[str, Callable[[], None]] = {
+        "mask": lambda: both("an attention mask", step, partial(train_step, model, optimizer, masked)),
+        "labels": lambda: both("4 x a search for the labels", partial(four, step), partial(four, search)),
+        "tokens": lambda: both("4 x tokens counted after it", partial(four, step), partial(four, step, count)),
+        "scaler": scaler,
+    }
+    for name in steps_in_time(toggles, reserve=14):
+        toggles[name]()
 
 
 def train_rows(model: Path, output_dir: Path, flags: str) -> list[float]:
