@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def cudnn() -> None:
 
     train(50)
     generate(30)
-    for way, on in steps_in_time([("not preferred", False), ("preferred", True)], reserve=20):
+    for way, on in steps_in_time([("not preferred", False), ("preferred", True)], reserve=60):
         torch.backends.cuda.enable_cudnn_sdp(on)
         for what, work, lengths in (
             ("a training step of 4 rows of up to 100 to 760 tokens", train, range(100, 768, 60)),
@@ -154,8 +154,11 @@ def train_demo(
     """Losses of a few steps without dropout, and greedy ids of 8 answers. ``start``: new parameters; empty: filled."""
     torch.manual_seed(0)
     model = load_base(open_model(demo), dtype, bits, device)
-    made = Lora(LoraArguments(lora_dropout=0.0)) if method == "lora" else PTuning(PrefixArguments(pre_seq_len=16))
+    made = Lora(LoraArguments()) if method == "lora" else PTuning(PrefixArguments(pre_seq_len=16))
     model = made.attach(model)
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):  # which each kind of device draws in its own way
+            part.p = 0.0
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in trained.items():
         weight.data.copy_(start.setdefault(name, weight.detach().cpu().clone()))
@@ -283,13 +286,6 @@ def toggle(model: PreTrainedModel) -> None:
     def count() -> int:
         return int((batch["input_ids"] != pad).sum())
 
-    def toggles() -> Iterator[tuple[str, Callable[[], None]]]:
-        yield "mask", lambda: both("an attention mask", step, partial(train_step, model, optimizer, masked))
-        search = partial(train_step, model, optimizer, searched)
-        yield "labels", lambda: both("4 x a search for the labels", partial(four, step), partial(four, search))
-        yield "tokens", lambda: both("4 x tokens counted after it", partial(four, step), partial(four, step, count))
-        yield "scaler", scaler
-
     def scaler() -> None:
         for weight in model.parameters():
             weight.data = weight.data if weight.requires_grad else weight.data.half()
@@ -299,8 +295,15 @@ def toggle(model: PreTrainedModel) -> None:
         )
         both("a loss scaler, base in fp16", off, on)
 
-    for _, work in steps_in_time(toggles(), reserve=4):
-        work()
+    search = partial(train_step, model, optimizer, searched)
+    toggles: dict[str, Callable[[], None]] = {
+        "mask": lambda: both("an attention mask", step, partial(train_step, model, optimizer, masked)),
+        "labels": lambda: both("4 x a search for the labels", partial(four, step), partial(four, search)),
+        "tokens": lambda: both("4 x tokens counted after it", partial(four, step), partial(four, step, count)),
+        "scaler": scaler,
+    }
+    for name in steps_in_time(toggles, reserve=14):
+        toggles[name]()
 
 
 def train_rows(model: Path, output_dir: Path, flags: str) -> list[float]:
