@@ -249,7 +249,7 @@ def check_optimizer(method: Method, args: TrainingArguments) -> None:
     loading = ("num_workers", "persistent_workers", "multiprocessing_context", "prefetch_factor")
     given = {name: value for name in loading if (value := vars(args)[f"dataloader_{name}"])}
     with tried(" ".join(f"--dataloader_{name} {value}" for name, value in given.items())):
-        DataLoader([0], **given)
+        DataLoader([0], **given)  # type: ignore[arg-type]
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise UserError(f"--use_liger_kernel: {sys.executable} -m pip install liger-kernel")
     if args.torch_compile:
