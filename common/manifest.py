@@ -35,18 +35,27 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def sealed(file: Path) -> dict[str, Any]:
+    """The entry of a file in a manifest, when the disk holds the file."""
+    flush(file)
+    return {"size": file.stat().st_size, "xxh3": digest(file)}
+
+
 def seal(folder: Path, **about: Any) -> None:
     """Writes the manifest of a folder with ``about`` in it, and returns when the disk holds all of it."""
     paths = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
-    files = {}
-    for file in filter(Path.is_file, paths):
-        flush(file)
-        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "xxh3": digest(file)}
+    files = {file.relative_to(folder).as_posix(): sealed(file) for file in paths if file.is_file()}
+    for each in filter(Path.is_dir, paths):
+        flush(each)
+    write_manifest(folder, files, **about)
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]], **about: Any) -> None:
+    """Writes a manifest of ``sealed`` files, with its own hash, and returns when the disk holds it."""
     content = about | {"files": files}
     write_json(folder / MANIFEST, content | {"xxh3": own_hash(content)})
     flush(folder / MANIFEST)
-    for each in [*filter(Path.is_dir, paths), folder]:
-        flush(each)
+    flush(folder)
 
 
 def own_hash(content: dict[str, Any]) -> str:

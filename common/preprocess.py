@@ -35,7 +35,7 @@ from common.files import clear, read_json, short_hash, write_json, written
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
 from common.locking import guard
-from common.manifest import MANIFEST, digest, flush
+from common.manifest import MANIFEST, sealed, write_manifest
 from common.models.registry import open_model
 from common.training.checkpoints import check_writable
 from common.training.choices import choose_text
@@ -119,7 +119,7 @@ def make_folder(folder: Path, split: Split, settings: dict[str, Any], own_args: 
             if not file.with_suffix(".json").exists():
                 clear(file)
         raise
-    write_manifest(folder, job, settings | findings)
+    seal_shards(folder, job, settings | findings)
 
 
 def drop_shards(folder: Path, key: str) -> None:
@@ -136,7 +136,7 @@ def drop_shards(folder: Path, key: str) -> None:
         clear(file.with_suffix(".json"))
 
 
-def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
+def seal_shards(folder: Path, job: Job, content: dict[str, Any]) -> None:
     """Writes summary and manifest of finished shards. Raises UserError if they hold no row, and SaveError."""
     shards = {file.name: read_json(file.with_suffix(".json")) or {} for file in job.files}
     totals: dict[str, Any] = {name: sum(shard[name] for shard in shards.values()) for name in COUNTS}
@@ -150,14 +150,7 @@ def write_manifest(folder: Path, job: Job, content: dict[str, Any]) -> None:
         others = [folder / SUMMARY, *(folder / "held_out").glob("*")]
         files = {name: {"size": shard["size"], "xxh3": shard["xxh3"]} for name, shard in shards.items()}
         files |= {file.relative_to(folder).as_posix(): sealed(file) for file in others}
-        write_json(folder / MANIFEST, {"files": files})
-        flush(folder)
-
-
-def sealed(file: Path) -> dict[str, Any]:
-    """The entry of a file in a manifest, when the disk holds the file."""
-    flush(file)
-    return {"size": file.stat().st_size, "xxh3": digest(file)}
+        write_manifest(folder, files)
 
 
 def shard_bounds(examples: int, count: int) -> list[int]:
