@@ -238,12 +238,20 @@ def start_run(
     """
     if start_over:
         remove_training(folder, files)
-    names = ("train_file", "test_file", "validation_file", "probe_file")
+    names = ("test_file", "validation_file", "probe_file")
     if data_args.held_out:  # the cache may be emptied
         shutil.copytree(str(data_args.validation_file), folder / "held_out", dirs_exist_ok=True)
         data_args.test_file = data_args.validation_file = str(folder / "held_out")
-    used = {name: ",".join(str(file.resolve()) for file in find_files(vars(data_args)[name] or "")) for name in names}
-    write_json(folder / SETTINGS_FILE, settings | used)
+    trained = {
+        "train_file": full_paths(data_args.train_file),
+        "train_datasets": data_args.train_datasets and str(Path(data_args.train_datasets).resolve()),
+    }
+    evaluated = {name: ",".join(full_paths(vars(data_args)[name])) for name in names}
+    write_json(folder / SETTINGS_FILE, settings | trained | evaluated)
+
+
+def full_paths(patterns: str | None) -> list[str]:
+    return [str(file.resolve()) for file in find_files(patterns or "")]
 
 
 def metrics_of(state: TrainerState) -> dict[str, Any]:
