@@ -41,8 +41,8 @@ REMOVED = {  # old flag -> why it has no effect
         "debug": "a loss that is no longer finite is reported by itself",
         "batch_eval_metrics": "answers are scored together",
         "sortish_sampler": "--train_sampling_strategy group_by_length puts rows of like length together",
-        "generation_max_length generation_num_beams generation_config": "answers are generated as --max_new_tokens, "
-        "--num_beams, --do_sample, --top_p and --temperature say",
+        "generation_config": "answers are generated as --max_new_tokens, --num_beams, --do_sample, --top_p and "
+        "--temperature say",
         "resize_position_embeddings": "rotary positions need no resizing",
         "use_fast_tokenizer": "there is one tokenizer, and it is fast",
         "forced_bos_token": "ChatGLM generates from its own <sop>",

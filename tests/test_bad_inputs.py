@@ -456,7 +456,7 @@ ADAPTERS = [
         program="ptuning",
         base=PREDICT,
     ),
-    Case("--ptuning_checkpoint prefix", "can't be read", "ptuning", files={"prefix/pytorch_model.bin": b"\x80\x02}q"}),
+    Case("--ptuning_checkpoint prefix", "broken table", "ptuning", files={"prefix/pytorch_model.bin": b"\x80\x02}q"}),
     *cases(
         ("--checkpoint nowhere", "no training in nowhere"),
         ("--checkpoint .", "no training in ."),
