@@ -37,6 +37,7 @@ KNOWN_TYPES = re.compile(
     r"|torch\._utils _rebuild_(tensor(_v2)?|parameter|from_type_v2)|torch\._tensor _rebuild_from_type_v2"
     r"|torch\.storage UntypedStorage|torch\.nn\.parameter Parameter|_codecs encode"
     r"|numpy(\._?core\.multiarray)? (_reconstruct|scalar|ndarray|dtype)|numpy\.dtypes \w+DType"
+    r"|torch_npu\.utils\.storage _rebuild_npu_tensor|torch_npu\.npu\._format Format"
     r"|deepspeed\.runtime\.zero\.config ZeroStageEnum|deepspeed\.utils\.tensor_fragment fragment_address"
     r"|deepspeed\.runtime\.fp16\.loss_scaler (LossScaler|DynamicLossScaler)"
 )

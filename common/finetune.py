@@ -69,7 +69,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         data = prepare(data_args, args, tokenizer)
         content = data["train"].content if args.do_train else None
         settings = checkpoints.settings_of(folder, method, model_args, data_args, args, content)
-        checkpoint = checkpoints.agreed_point(args, settings, method.files) if args.do_train else None
+        looks = args.do_train and (locks or not args.dry_run)
+        checkpoint = checkpoints.agreed_point(args, settings, method.files) if looks else None
         folder = fetch_weights(folder)
         if args.dry_run:
             return
@@ -83,7 +84,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.forecast = memory
         if args.do_train:
-            open_output(trainer, settings, data_args, start_over=args.overwrite_output_dir and checkpoint is None)
+            open_output(trainer, settings, data_args, checkpoint)
             with checkpoints.kept(output_dir), saved_at_signals(trainer):
                 train(trainer, data["train"], checkpoint)
         if args.do_eval or args.do_predict:
@@ -223,7 +224,9 @@ def judge_alone(
     return judge(build_trainer(method, model, tokenizer, data, data_args, args), data, data_args, "base")
 
 
-def open_output(trainer: FinetuneTrainer, settings: dict[str, Any], data_args: DataArguments, start_over: bool) -> None:
+def open_output(
+    trainer: FinetuneTrainer, settings: dict[str, Any], data_args: DataArguments, checkpoint: Path | None
+) -> None:
     """Prepares the output folder of a training. Raises SaveError if its disk has no room for a checkpoint."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
     size = 3 * sizes(trainer.model, args)[1] * 4  # of a checkpoint, with Adam's moments
@@ -232,7 +235,8 @@ def open_output(trainer: FinetuneTrainer, settings: dict[str, Any], data_args: D
     args.save_total_limit = None  # the Trainer would remove checkpoints by the times of their folders
     if args.process_index == 0:
         passes = {name: vars(args)[name] for name in PASSES}
-        checkpoints.start_run(folder, settings | passes, data_args, trainer.method.files, start_over)
+        start_over = args.overwrite_output_dir and checkpoint is None
+        checkpoints.start_run(folder, settings | passes, data_args, trainer.method.files, start_over, checkpoint)
 
 
 def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
@@ -249,6 +253,7 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
             print(f"continuing from {checkpoint}", flush=True)
     if checkpoint and args.engine.name != "DeepSpeed" and args.reads_weights:  # DeepSpeed reads its own shards
         trainer.load_trained(checkpoint)
+    trainer.resumed_from = checkpoint
     trainable = sizes(trainer.model, args)[1]
     report.reset_peak_memory()
     if args.early_stopping:
@@ -273,8 +278,8 @@ def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState
     if args.engine.name != "DDP" and (args.do_eval or args.do_predict):
         raise UserError(f"the training was finished before: {checkpoint}; evaluate it without {args.engine.name}.")
     if checkpoint.resolve() != output_dir.resolve():  # it was interrupted after its last step
-        best = args.load_best_model_at_end and state.best_global_step
-        result = checkpoint.with_name(f"checkpoint-{best}") if best else checkpoint
+        best = args.load_best_model_at_end and state.best_global_step and not checkpoints.is_result(checkpoint)
+        result = checkpoint.with_name(f"checkpoint-{state.best_global_step}") if best else checkpoint
         if args.should_save:
             with trainer.saves.result(state.global_step, state.best_global_step) as folder:
                 checkpoints.copy_trained(result, state, folder)

@@ -93,7 +93,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_file(path, self.server.repositories[repository][path])
         elif self.is_there(repository := "/".join(parts[:2])):
             path = "/".join(parts[4:])
-            content = self.server.repositories[repository][path]
+            content = self.server.repositories[repository].get(path)
+            if content is None:  # with headers as Hugging Face sends them
+                headers = {"X-Repo-Commit": str(self.server.commit), "ETag": 'W/"f-mY2VvLxuxB7KhsoOdQTlMTccuAQ"'}
+                self.send(404, b"Entry not found", headers | {"X-Error-Code": "EntryNotFound"})
+                return
             headers = {"X-Repo-Commit": str(self.server.commit), "ETag": f'"{git_sha1(content)}"'}
             if is_large(path):
                 other_host = f"http://localhost:{self.server.server_port}/cdn"

@@ -509,6 +509,11 @@ def test_a_commit_is_no_path(hub, tmp_path):
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_a_file_that_is_not_there_is_no_lie(hub):
+    with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
+        huggingface_hub.hf_hub_download(NAME, ".huggingface.yaml")
+
+
 def test_a_body_ends_at_its_announced_size(hub, folder):
     hub.more["config.json"] = b"x" * 2**20
     assert "sends more than the" in refusal(NAME)

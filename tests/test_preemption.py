@@ -60,7 +60,7 @@ def test_one_process_continues_bit_for_bit(whole, tmp_path, monkeypatch, capfd, 
         patch.setattr("sys.orig_argv", ["python", *command])
         assert run_program(command) == code
     said = capfd.readouterr().err.splitlines()
-    assert f"{number}: step {step} of {STEPS} is saved in {tmp_path / 'out'}. The same command continues:" in said
+    assert f"{number}: step {step} of {STEPS} is saved in {tmp_path / 'out'}. This command continues:" in said
     assert said[-1] == f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *command])}"
     assert signal.getsignal(signal.SIGTERM) == handlers
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{step}"]

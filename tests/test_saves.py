@@ -161,6 +161,15 @@ def test_another_training_of_the_same_kind_is_not_continued(method, trained, row
     assert weights(tmp_path / "out") == weights(trained)
 
 
+def test_a_training_from_an_earlier_checkpoint_sets_the_later_ones_aside(method, trained, out, rows):
+    chosen = ("--resume_from_checkpoint", str(out / "checkpoint-1"), "--save_total_limit", "2")
+    finetune(method, rows, out, *chosen)
+    assert {path.name for path in out.glob("checkpoint-*")} == {
+        *("checkpoint-2", "checkpoint-3", "checkpoint-2.aside", "checkpoint-3.aside")
+    }
+    assert weights(out / "checkpoint-3") == weights(trained / "checkpoint-3")
+
+
 @pytest.fixture(scope="module")
 def prefix(rows, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("prefix") / "out"

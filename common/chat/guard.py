@@ -135,12 +135,14 @@ def login(user: str, password: str) -> Callable[[str, str], Awaitable[bool]]:
         if waiting == MOST_WAITING:
             raise HTTPException(429, "too many visitors log in at once: try again in a minute.")
         waiting += 1
-        async with turn:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            right = secrets.compare_digest(f"{name}\n{word}".encode(), f"{user}\n{password}".encode())
-            wait = 0.0 if right else min(LONGEST_WAIT, max(FIRST_WAIT, 2 * wait))
-            due = time.monotonic() + wait
-        waiting -= 1
-        return right
+        try:
+            async with turn:
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                right = secrets.compare_digest(f"{name}\n{word}".encode(), f"{user}\n{password}".encode())
+                wait = 0.0 if right else min(LONGEST_WAIT, max(FIRST_WAIT, 2 * wait))
+                due = time.monotonic() + wait
+                return right
+        finally:  # also where the visitor has left
+            waiting -= 1
 
     return is_right

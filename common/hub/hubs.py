@@ -97,7 +97,7 @@ def check_answer(response: httpx2.Response) -> None:
     """
     headers, url = response.headers, response.request.url
     named = [headers.get("x-repo-commit")]
-    if named[0] is not None:
+    if named[0] is not None and response.status_code < 400:  # that of an error page is no hash
         named.append(headers.get("x-linked-etag") or headers.get("etag"))
     if re.search("/api/(?!resolve-cache/)", url.path) and "FilePath" not in url.params:
         limit = LARGEST_TEXT // (1000 if "content-encoding" in headers else 1)  # compressed bytes may become many

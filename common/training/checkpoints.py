@@ -1,5 +1,7 @@
 """The output folder: the settings of its training, and what a training continues from."""
 
+import os
+import re
 import shutil
 import socket
 import tempfile
@@ -15,11 +17,14 @@ from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
 from common.errors import OutOfMemory, SaveError, UserError, describe, differences, disk_problem, note, other_owner
 from common.files import check_states, read_json, write_json
-from common.manifest import MANIFEST, damage, read_manifest
+from common.manifest import damage, read_manifest
 from common.methods import Method
 from common.models.registry import ModelFolder
 from common.trained import COLUMNS, SETTINGS_FILE
 from common.training.saves import checkpoint_folders, put, remove_training, write_results
+
+# Files of a checkpoint that only a training needs.
+STATES = re.compile(r"optimizer\.|scheduler\.pt|scaler\.pt|rng_state|latest$|zero_to_|global_step")
 
 
 def settings_of(
@@ -54,6 +59,12 @@ def check_same(place: Path, earlier: dict[str, Any], settings: dict[str, Any], r
     """Raises UserError if a training had other settings. Files may lie elsewhere; their rows count."""
     if not (differing := differences(earlier, settings)):
         return
+    if "training_rows" not in earlier:
+        raise UserError(
+            f"{place} holds a training of an earlier version of these scripts, which recorded no hash of its rows: "
+            "train on from its weights in another --output_dir (--lora_checkpoint, --ptuning_checkpoint or "
+            "--model_name_or_path), or --overwrite_output_dir to start over."
+        )
     if differing.startswith("training_rows was"):
         differing = "TRAIN_FILE (--train_file) now gives other rows"
     raise UserError(f"{place} holds a training with other settings ({differing}): {remedy}.")
@@ -95,6 +106,9 @@ def kept(folder: Path) -> Iterator[None]:
 
 def agreed_point(args: TrainingArguments, settings: dict[str, Any], files: Iterable[str]) -> Path | None:
     """``resume_point`` of the first process, on all processes, which check that they can continue from there."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and (args.overwrite_output_dir or args.resume_from_checkpoint):
+        note("note: SLURM has started this job again, so it goes on from its newest checkpoint.")
+        args.overwrite_output_dir, args.resume_from_checkpoint = False, None
     found = resume_point(args, settings, files) if args.process_index == 0 else None
     if found := broadcast_object_list([found])[0]:
         check_checkpoint(args, found)
@@ -115,6 +129,8 @@ def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Itera
         if problem := damage(chosen, manifest) or lacks_states(chosen, args):
             raise UserError(f"--resume_from_checkpoint {chosen} is not whole: {problem}. Name another, or none.")
         check_same(chosen, (manifest or {}).get("settings", {}), settings, "choose another checkpoint, or none")
+        if problem := best_problem(chosen, args):
+            raise UserError(f"--resume_from_checkpoint {chosen}: {problem}. Name another, or none.")
         return chosen
     if args.overwrite_output_dir and not asked:
         return None
@@ -122,15 +138,17 @@ def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Itera
     recorded = recorded_settings(folder) if result or there or checkpoint_folders(folder) else None
     if recorded:
         check_same(folder, recorded, settings, "choose another --output_dir, or --overwrite_output_dir to start over")
-    problem = damage(folder, result)
-    if not problem and is_finished(folder, args):
+    finished = bool(result) and is_finished(folder, args)
+    problem = damage(folder, result) if finished or not result else ""  # an unfinished one is replaced anyway
+    if not problem and finished:
         return folder
     for checkpoint in usable_checkpoints(folder, args, setting_aside=bool(recorded)):
         if result and problem:
             note(f"note: the result in {folder} is not whole ({problem}): it is written again.")
         return checkpoint
-    if asked or problem and there:
-        problem = f"; of its result, {problem}" if there else ""
+    problem = damage(folder, result) if there else ""
+    if asked or problem:
+        problem = f"; of its result, {problem}" if problem else ""
         raise UserError(
             f"{folder} holds no whole checkpoint{problem}: choose another --output_dir, or --overwrite_output_dir to "
             "start over."
@@ -158,6 +176,20 @@ def lacks_states(checkpoint: Path, args: TrainingArguments) -> str:
     return "" if any(map(Path.is_file, states)) or is_finished(checkpoint, args) else "it holds no optimizer states"
 
 
+def is_result(folder: Path) -> bool:
+    return not folder.name.startswith("checkpoint-")
+
+
+def best_problem(checkpoint: Path, args: TrainingArguments) -> str:
+    """Why the best checkpoint until then can't be used, if it will be needed; "" if it can."""
+    best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_global_step
+    folder = checkpoint.with_name(f"checkpoint-{best}")
+    if not (args.load_best_model_at_end and best) or folder == checkpoint or is_result(checkpoint):
+        return ""
+    problem = damage(folder, read_manifest(folder))
+    return f"the best checkpoint until then, {folder}, is not whole: {problem}" if problem else ""
+
+
 def usable_checkpoints(folder: Path, args: TrainingArguments, setting_aside: bool) -> Iterator[Path]:
     """The whole checkpoints of a training, newest first; it names and renames each damaged one that it meets.
 
@@ -175,22 +207,16 @@ def usable_checkpoints(folder: Path, args: TrainingArguments, setting_aside: boo
             put(checkpoint, aside)
             note(f"note: {checkpoint} is damaged: {problem}. It is now {aside.name}; the one before it is used.")
             continue
-        if problem := lacks_states(checkpoint, args):
+        if problem := lacks_states(checkpoint, args) or best_problem(checkpoint, args):
             note(f"note: {checkpoint} is passed over: {problem}.")
-            continue
-        best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_global_step
-        best_folder = folder / f"checkpoint-{best}"
-        if args.load_best_model_at_end and best and damage(best_folder, read_manifest(best_folder)):
-            note(
-                f"note: {checkpoint} is passed over: the best checkpoint until then, {best_folder.name}, is not whole."
-            )
             continue
         yield checkpoint
 
 
 def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
-    if args.local_process_index == 0 and (problem := damage(checkpoint, read_manifest(checkpoint))):
+    looks = args.local_process_index == 0 and args.process_index != 0  # on another machine; the first has looked
+    if looks and (problem := damage(checkpoint, read_manifest(checkpoint))):
         raise UserError(
             f"{checkpoint} is not whole on this machine ({socket.gethostname()}): {problem}. Let all machines share "
             "the output folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."
@@ -230,14 +256,24 @@ def is_finished(folder: Path, args: TrainingArguments) -> bool:
 
 
 def start_run(
-    folder: Path, settings: dict[str, Any], data_args: DataArguments, files: Iterable[str], start_over: bool
+    folder: Path,
+    settings: dict[str, Any],
+    data_args: DataArguments,
+    files: Iterable[str],
+    start_over: bool,
+    checkpoint: Path | None,
 ) -> None:
     """Records the settings and the files for an evaluation, with held-out rows in ``folder``.
 
-    It removes the earlier training when starting over.
+    It removes the earlier training when starting over, and sets aside what came after the ``checkpoint``.
     """
     if start_over:
         remove_training(folder, files)
+    own = [path.resolve() for path in checkpoint_folders(folder)]
+    begun = checkpoint and checkpoint.resolve()
+    for later in own[own.index(begun) + 1 :] if begun in own else ():
+        put(later, later.with_name(f"{later.name}.aside"))
+        note(f"note: {later} is now {later.name}.aside, because the training goes on from {checkpoint}.")
     names = ("test_file", "validation_file", "probe_file")
     if data_args.held_out:  # the cache may be emptied
         shutil.copytree(str(data_args.validation_file), folder / "held_out", dirs_exist_ok=True)
@@ -264,8 +300,8 @@ def metrics_of(state: TrainerState) -> dict[str, Any]:
 
 def copy_trained(checkpoint: Path, state: TrainerState, folder: Path) -> None:
     """Copies the result of the training that ended with ``state``, without what only a training needs."""
-    trainer = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", MANIFEST)
-    states = shutil.ignore_patterns(*trainer, "latest", "zero_to_*", "global_step*")
-    shutil.copytree(checkpoint, folder, ignore=states, dirs_exist_ok=True)
+    for name in (read_manifest(checkpoint) or {"files": {}})["files"]:
+        if not STATES.match(name):
+            shutil.copy2(checkpoint / name, folder / name)
     state.save_to_json(str(folder / "trainer_state.json"))
     write_results(folder, "train", metrics_of(state))

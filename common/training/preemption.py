@@ -5,6 +5,7 @@ processes of a training end at the same step, although each hears of the signal 
 """
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -76,6 +77,8 @@ class Preemption(TrainerCallback):
             control.should_save = control.should_log = self.leaving = True
             if args.metric_for_best_model is None:  # it may take minutes: the next run makes up for it
                 control.should_evaluate = False
+            elif args.eval_strategy == "epoch" and float(state.epoch).is_integer():
+                control.should_evaluate = True  # which the Trainer would do only after it has left here
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         """Raises Abandoned in an evaluation that no other process takes part in, and no choice depends on."""
@@ -111,12 +114,12 @@ class Preemption(TrainerCallback):
         Raises SaveError if the checkpoint found no room.
         """
         state, folder = self.trainer.state, self.trainer.saves.folder
-        if state.global_step < state.max_steps and self.trainer.args.should_save:
-            if not (folder / f"checkpoint-{state.global_step}").is_dir():
-                raise SaveError(f"{signal.Signals(self.told).name}: step {state.global_step} is not saved; see above.")
+        there = (folder / f"checkpoint-{state.global_step}").is_dir()
+        if self.leaving and self.trainer.args.should_save and not there:
+            raise SaveError(f"{signal.Signals(self.told).name}: step {state.global_step} is not saved; see above.")
         note(
             f"{signal.Signals(self.told).name}: step {state.global_step} of {state.max_steps} is saved in "
-            f"{folder}. The same command continues:\n{this_command()}"
+            f"{folder}. This command continues:\n{this_command()}"
         )
         PartialState().wait_for_everyone()
         PartialState().destroy_process_group()
@@ -158,4 +161,5 @@ def this_command() -> str:
     """What started this training, as a shell reads it: its script, its launcher, or this program."""
     launched = {"EXIT_WHEN_PREEMPTED", "LOCAL_RANK"} & os.environ.keys()
     words = psutil.Process(os.getppid()).cmdline() if launched else sys.orig_argv
-    return os.environ.get("RESUME_COMMAND") or f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+    command = os.environ.get("RESUME_COMMAND") or f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+    return re.sub(r" --(overwrite_output_dir( true)?|resume_from_checkpoint[ =]\S+)(?= |$)", "", command)

@@ -4,6 +4,7 @@ OUTPUT_DIR/
   checkpoint-12/            sealed by a manifest with its step and the settings of its training
   manifest.json             that of the result, whose files lie beside it
   checkpoint-8.damaged/     set aside at a start, because a file was not as its manifest says
+  checkpoint-16.aside/      from before a training that the user continued from an earlier checkpoint
   .saving/                  a save on its way; what a kill leaves of it is removed at the next start
   .result/                  a sealed result on its way into the folder; the next start goes on with it
   .removed/                 a folder that is being removed
@@ -24,6 +25,7 @@ from common.manifest import MANIFEST, flush, read_manifest, seal
 from common.trained import ON_ITS_WAY
 
 SAVING, REMOVED = ".saving", ".removed"
+PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial|\w+_predictions\.partial")  # of files that are written in one step
 # What an evaluation says about a result, and a new result makes untrue.
 SCORES = ("eval_results.json", "predict_results.json", "generated_predictions.txt")
 
@@ -55,7 +57,8 @@ def put(source: Path, target: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Ends what a kill interrupted: a sealed result gets its place, and parts are removed."""
-    for part in (folder / SAVING, folder / REMOVED, *folder.glob("*.partial")):
+    parts = [path for path in folder.glob("*.partial") if path.is_file() and PARTIAL.fullmatch(path.name)]
+    for part in (folder / SAVING, folder / REMOVED, *parts):
         remove(part)
     publish(folder)
     combine_results(folder)
@@ -85,6 +88,8 @@ def remove_training(folder: Path, files: Iterable[str]) -> None:
     """Removes the checkpoints, the result and its scores; ``files``: names of a result without a manifest."""
     for checkpoint in checkpoint_folders(folder):
         print(f"starting over: {checkpoint} is deleted", flush=True)
+        remove(checkpoint)
+    for checkpoint in [*folder.glob("checkpoint-*.damaged"), *folder.glob("checkpoint-*.aside")]:
         remove(checkpoint)
     for name in {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *files, MANIFEST}:
         remove(folder / name)

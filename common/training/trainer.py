@@ -35,6 +35,7 @@ class FinetuneTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
     score_answers: Callable[[], dict[str, float]] | None = None
     saves: Saves  # of a training
+    resumed_from: Path | None = None  # the checkpoint
     sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
     forecast: Forecast | None = None
     size = "the first rows"  # of the last batch
@@ -255,9 +256,10 @@ class FinetuneTrainer(Trainer):
         """The Trainer would look for names that not every method writes, and where the folder lay before a move."""
         self.saves.wait()
         best = self.saves.folder / f"checkpoint-{self.state.best_global_step}"
-        if best.is_dir():  # else it lies where the training began
-            self.state.best_model_checkpoint = str(best)
+        if not best.is_dir() and self.resumed_from:  # it lies where the training began
+            best = self.resumed_from.with_name(best.name)
+        self.state.best_model_checkpoint = str(best)
         if self.is_deepspeed_enabled:  # it reads its own shards
             super()._load_best_model()
         else:
-            self.load_trained(Path(self.state.best_model_checkpoint))
+            self.load_trained(best)
