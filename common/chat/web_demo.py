@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -280,6 +281,7 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
     try:
         thread.join()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher may hand on the same Ctrl-C
         note("stopped")
     for child in psutil.Process().children():
         child.terminate()  # the tunnel of the public link

@@ -146,8 +146,9 @@ def ensure(files: list[Path]) -> None:
             note(f"creating {FOLDER} (once; minutes and 2 GB of disk; with CUDA about 6 GB, and 2.7 GB to download)")
             FOLDER.mkdir(exist_ok=True)
             RECORD.write_text(address)
-            # Links, because what a killed build has started may still run the Python that a copy would overwrite.
-            venv.EnvBuilder(with_pip=True, symlinks=True).create(FOLDER)
+            # What a killed build has started may still run its Python, which can be removed but not overwritten.
+            shutil.rmtree(FOLDER / "bin", ignore_errors=True)
+            venv.EnvBuilder(with_pip=True).create(FOLDER)
         note(f"installing {', '.join(file.name for file in files)}")
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         requirements = [*(f"--requirement={file}" for file in files), *torch_build(files, address)]
