@@ -177,10 +177,11 @@ def test_one_process_that_fails_ends_all(write, mark, capfd, second, code, says)
     assert errors.startswith(says) and len(errors.splitlines()) == 1
 
 
-# The program of a training as far as signals are concerned, and one that starts what never ends by itself.
+# The program of a training as far as signals are concerned, whose line stays whole beside that of another process; and
+# one that starts what never ends by itself.
 SAVES = """
 def save(code, _):
-    os.write(1, f"saves at {signal.Signals(code).name}\n".encode())  # whole, beside the other process
+    os.write(1, f"saves at {signal.Signals(code).name}\\n".encode())
     time.sleep(0.3 * int(rank))  # the others must be waited for
     sys.exit(int(os.environ["EXIT_WHEN_PREEMPTED"]))
 for end in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
