@@ -6,6 +6,7 @@ that name, and a file that changes later is noticed.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +72,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found if all(sound) and all(map(is_inside, files)) else None
 
 
-def damage(folder: Path, manifest: dict[str, Any] | None) -> str:
-    """What is wrong with a folder, as in "optimizer.pt has changed"; "" if it is as its manifest says."""
-    if manifest is None:
+def damage(folder: Path, only: str = "") -> str:
+    """What is wrong with a folder, as in "optimizer.pt has changed"; "" if it is as its manifest says.
+
+    ``only``: a pattern for the beginning of the names that matter.
+    """
+    if (manifest := read_manifest(folder)) is None:
         return f"{MANIFEST} is {'broken' if (folder / MANIFEST).exists() else 'missing'}"
     for name, entry in manifest["files"].items():
         file = folder / name
+        if not re.match(only, name):
+            continue
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != entry["size"]:

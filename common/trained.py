@@ -1,6 +1,5 @@
 """Finds a trained folder, its base model, and the settings that its training recorded."""
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 from common.errors import UserError, note
 from common.files import read_json
 from common.hub.hubs import is_hub_name
-from common.manifest import MANIFEST, damage, read_manifest
+from common.manifest import MANIFEST, damage
 from common.models.registry import is_local
 
 SETTINGS_FILE = "run_settings.json"
 ON_ITS_WAY = ".result"  # the folder in a trained folder that holds a whole result until all of it is in its place
-WEIGHTS = re.compile(r"(adapter_model|model|pytorch_model)[.-].*(bin|safetensors)")  # what an evaluation reads
+WEIGHTS = r"(adapter_model|model|pytorch_model)[.-].*(bin|safetensors)"  # what an evaluation reads
 RESULTS = (
     *("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("model.safetensors", "model.safetensors.index.json"),
@@ -49,11 +48,8 @@ def check_result(folder: Path) -> None:
     again = "give the command of its training again, which completes it"
     if (folder / ON_ITS_WAY).exists():
         raise UserError(f"{folder} holds parts of a result, because its last save was interrupted: {again}.")
-    if not (folder / MANIFEST).exists():  # of another program, or copied without it
-        return
-    if manifest := read_manifest(folder):
-        manifest = {"files": {name: entry for name, entry in manifest["files"].items() if WEIGHTS.match(name)}}
-    if problem := damage(folder, manifest):
+    sealed = (folder / MANIFEST).exists()  # by these scripts, and copied with it
+    if sealed and (problem := damage(folder, WEIGHTS)):
         raise UserError(f"the result in {folder} is damaged ({problem}): {again}.")
 
 

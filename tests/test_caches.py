@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 from test_data import ROWS, adgen, prepare, write_lines
-from test_preprocess import arguments, content, preprocess, write_rows
 
-from common.data.shards import load_shards, summary_of
-from common.errors import SaveError, UserError
-from common.manifest import damage, read_manifest
+from common.errors import SaveError
+from common.manifest import damage
 from common.training.evaluation import write_rows as write_answers
 
 
@@ -80,7 +78,7 @@ def test_damaged_rows_are_tokenized_again(how, name, cache, tmp_path, demo_token
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and re.match(rf"note: {folder}: {name} .*: the rows are tokenized again", lines[0]), lines
     assert rows() == (True, *expected)
-    assert not damage(folder, read_manifest(folder))
+    assert not damage(folder)
 
 
 def test_a_file_in_place_of_the_folder_is_replaced(cache, tmp_path, demo_tokenizer):
@@ -103,40 +101,6 @@ def test_no_file_is_read_again_that_is_as_it_was(cache, tmp_path, demo_tokenizer
     monkeypatch.undo()
     monkeypatch.setenv("CHATGLM_CACHE", str(cache))
     assert prepare(adgen(), file, demo_tokenizer).cached
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.json", 3300)
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "train_datasets"
-    preprocess(data, folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "name", ["shard-00001-of-00003.arrow", "summary.json", "manifest.json", "held_out/1-rows.jsonl"]
-)
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_folder_of_shards_is_named_and_mended(how, name, data, finished, tmp_path, demo_tokenizer, capsys):
-    """Only what is damaged is made again."""
-    folder = Path(shutil.copytree(finished, tmp_path / "train_datasets"))
-    load_shards(arguments(), folder, demo_tokenizer)
-    times = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.arrow")}
-    DAMAGES[how](folder / name)
-    with pytest.raises(UserError, match=rf"{folder}: {name} .*: copy it again, or run common/preprocess.sh again"):
-        load_shards(arguments(), folder, demo_tokenizer)
-    capsys.readouterr()
-    preprocess(data, folder)
-    kept = "2 of 3" if name.endswith(".arrow") else "3 of 3"
-    assert f"{kept} shards were finished before" in capsys.readouterr().out or kept == "3 of 3"
-    assert content(folder) == content(finished)
-    assert summary_of(folder) == summary_of(finished)
-    changed = {file.name for file in folder.glob("*.arrow") if file.stat().st_mtime_ns != times[file.name]}
-    assert changed == ({name} if name.endswith(".arrow") else set())
 
 
 @contextmanager
@@ -166,16 +130,6 @@ def test_a_full_disk_leaves_nothing_of_prepared_rows(cache, tmp_path, demo_token
     assert names(cache / "datasets") == before
     assert prepare(adgen(), small, demo_tokenizer).cached
     assert len(prepare(adgen(), large, demo_tokenizer).rows) == 900
-
-
-def test_a_full_disk_leaves_finished_shards(data, finished, tmp_path, capsys):
-    folder = tmp_path / "out"
-    with pytest.raises(SaveError, match=r"shard-0000\d-of-00003.arrow could not be written \(File too large\)"):
-        with full_disk(120_000):  # the third shard is the smallest
-            preprocess(data, folder, "--num_workers", "1")
-    assert not [name for name in names(folder) if name.endswith(".arrow") and name[:-5] + "json" not in names(folder)]
-    preprocess(data, folder)
-    assert content(folder) == content(finished)
 
 
 def test_a_full_disk_leaves_the_answers_of_before(tmp_path):

@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from test_caches import DAMAGES, full_disk, names
 from test_data import counts, prepare, write_lines
 
 from common.arguments import DataArguments, PrefixArguments
 from common.data.shards import load_shards, summary_of
 from common.encoding import encode_train
-from common.errors import UserError, exit_on_user_error
+from common.errors import SaveError, UserError, exit_on_user_error
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import load_tokenizer
@@ -269,3 +270,35 @@ def test_training_refuses_what_does_not_fit(data, finished, folder, tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json is missing"):
         train(f"--train_datasets {folder} --max_target_length 16", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00001-of-00003.arrow", "summary.json", "manifest.json", "held_out/1-rows.jsonl"]
+)
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_folder_of_shards_is_named_and_mended(how, name, data, finished, tmp_path, demo_tokenizer, capsys):
+    """Only what is damaged is made again."""
+    folder = Path(shutil.copytree(finished, tmp_path / "train_datasets"))
+    load_shards(arguments(), folder, demo_tokenizer)
+    times = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.arrow")}
+    DAMAGES[how](folder / name)
+    with pytest.raises(UserError, match=rf"{folder}: {name} .*: copy it again, or run common/preprocess.sh again"):
+        load_shards(arguments(), folder, demo_tokenizer)
+    capsys.readouterr()
+    preprocess(data, folder)
+    kept = "2 of 3" if name.endswith(".arrow") else "3 of 3"
+    assert f"{kept} shards were finished before" in capsys.readouterr().out or kept == "3 of 3"
+    assert content(folder) == content(finished)
+    assert summary_of(folder) == summary_of(finished)
+    changed = {file.name for file in folder.glob("*.arrow") if file.stat().st_mtime_ns != times[file.name]}
+    assert changed == ({name} if name.endswith(".arrow") else set())
+
+
+def test_a_full_disk_leaves_finished_shards(data, finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    with pytest.raises(SaveError, match=r"shard-0000\d-of-00003.arrow could not be written \(File too large\)"):
+        with full_disk(120_000):  # the third shard is the smallest
+            preprocess(data, folder, "--num_workers", "1")
+    assert not [name for name in names(folder) if name.endswith(".arrow") and name[:-5] + "json" not in names(folder)]
+    preprocess(data, folder)
+    assert content(folder) == content(finished)

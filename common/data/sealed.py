@@ -15,16 +15,15 @@ def problem_of(folder: Path) -> str:
 
     The hash of large files takes seconds, so no file is read again that was right and is as it was then.
     """
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if manifest is None:
-        return damage(folder, None)
+    if (manifest := read_manifest(folder)) is None:
+        return damage(folder)
     if SUMMARY not in manifest["files"]:
         return f"{MANIFEST} is broken"
     record = cache_folder() / "checked" / f"{short_hash(str(folder.resolve()).encode())}.json"
     seen = {"files": manifest["files"], "stamps": {name: stamp(folder / name) for name in manifest["files"]}}
     if read_json(record) == seen:
         return ""
-    problem = damage(folder, manifest)
+    problem = damage(folder)
     if not problem:
         record.parent.mkdir(exist_ok=True)
         write_json(record, seen)

@@ -7,7 +7,6 @@ On disk a prefix has the format of the official code: ``pytorch_model.bin`` with
 a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that no flag has to repeat them.
 """
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,9 +64,8 @@ class PTuning(Method):
         """Writes the prefix alone, in float32, and the config, in the format of the original code."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: x for name, x in (weights or model.state_dict()).items() if name.startswith(KEY_PREFIX)}
-        partial = folder / "pytorch_model.bin.partial"
-        torch.save({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, partial)
-        os.replace(partial, folder / "pytorch_model.bin")
+        whole = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+        torch.save(whole, folder / "pytorch_model.bin")
         model.config.save_pretrained(folder)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:

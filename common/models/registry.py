@@ -188,8 +188,8 @@ def check_sizes(file: Path, spec: ModelSpec, content: dict[str, Any]) -> None:
             check_number(file, name, value)
         elif kind is bool and type(value) is not bool:
             raise UserError(f"{file}: {name} is {value!r:.60}, not true or false: copy or download the file again.")
-        elif name.endswith("_token_id") and not is_token(value):
-            raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
+        elif name.endswith("_token_id"):
+            check_token(file, name, value)
     sizes = {name: content.get(name, value) for name, value in defaults.items() if type(value) is int}
     config = spec.config(**sizes) if spec.key != "glm" else default.from_dict(sizes)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
@@ -211,10 +211,11 @@ def check_number(file: Path, name: str, value: Any) -> None:
         )
 
 
-def is_token(value: Any) -> bool:
-    """Whether a value is the id of a token, several ids, or none."""
+def check_token(file: Path, name: str, value: Any) -> None:
+    """Raises UserError if a value is not the id of a token, several ids, or none."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    return len(ids) <= 1000 and all(type(each) is int and -1 <= each <= RANGES["vocab_size"][1] for each in ids)
+    if len(ids) > 1000 or not all(type(each) is int and -1 <= each <= RANGES["vocab_size"][1] for each in ids):
+        raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
 
 
 def read_generation(path: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -226,8 +227,8 @@ def read_generation(path: Path, config: PreTrainedConfig) -> GenerationConfig:
     for name, value in content.items():
         if name in RANGES and value is not None:
             check_number(file, name, value)
-        elif name.endswith("_token_id") and not is_token(value):
-            raise UserError(f"{file}: {name} is {value!r:.60}, not the number of a token.")
+        elif name.endswith("_token_id"):
+            check_token(file, name, value)
     try:
         return GenerationConfig.from_pretrained(path)
     except Exception as error:  # it checks the settings in many ways

@@ -125,10 +125,11 @@ def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Itera
     folder, asked = Path(args.output_dir), args.resume_from_checkpoint
     chosen = Path(asked) if asked and asked.lower() not in ("true", "yes", "1") else None
     if chosen:
-        manifest = read_manifest(chosen)
-        if problem := damage(chosen, manifest) or lacks_states(chosen, args):
+        if problem := damage(chosen) or lacks_states(chosen, args):
             raise UserError(f"--resume_from_checkpoint {chosen} is not whole: {problem}. Name another, or none.")
-        check_same(chosen, (manifest or {}).get("settings", {}), settings, "choose another checkpoint, or none")
+        check_same(
+            chosen, (read_manifest(chosen) or {}).get("settings", {}), settings, "choose another checkpoint, or none"
+        )
         if problem := best_problem(chosen, args):
             raise UserError(f"--resume_from_checkpoint {chosen}: {problem}. Name another, or none.")
         return chosen
@@ -139,14 +140,14 @@ def resume_point(args: TrainingArguments, settings: dict[str, Any], files: Itera
     if recorded:
         check_same(folder, recorded, settings, "choose another --output_dir, or --overwrite_output_dir to start over")
     finished = bool(result) and is_finished(folder, args)
-    problem = damage(folder, result) if finished or not result else ""  # an unfinished one is replaced anyway
+    problem = damage(folder) if finished or not result else ""  # an unfinished one is replaced anyway
     if not problem and finished:
         return folder
     for checkpoint in usable_checkpoints(folder, args, setting_aside=bool(recorded)):
         if result and problem:
             note(f"note: the result in {folder} is not whole ({problem}): it is written again.")
         return checkpoint
-    problem = damage(folder, result) if there else ""
+    problem = damage(folder) if there else ""
     if asked or problem:
         problem = f"; of its result, {problem}" if problem else ""
         raise UserError(
@@ -186,7 +187,7 @@ def best_problem(checkpoint: Path, args: TrainingArguments) -> str:
     folder = checkpoint.with_name(f"checkpoint-{best}")
     if not (args.load_best_model_at_end and best) or folder == checkpoint or is_result(checkpoint):
         return ""
-    problem = damage(folder, read_manifest(folder))
+    problem = damage(folder)
     return f"the best checkpoint until then, {folder}, is not whole: {problem}" if problem else ""
 
 
@@ -197,7 +198,7 @@ def usable_checkpoints(folder: Path, args: TrainingArguments, setting_aside: boo
     unless ``setting_aside``.
     """
     for checkpoint in reversed(checkpoint_folders(folder)):
-        if problem := damage(checkpoint, read_manifest(checkpoint)):
+        if problem := damage(checkpoint):
             if not setting_aside:
                 raise UserError(
                     f"{checkpoint} was not written by these scripts ({problem}): choose another --output_dir, and "
@@ -216,7 +217,7 @@ def usable_checkpoints(folder: Path, args: TrainingArguments, setting_aside: boo
 def check_checkpoint(args: TrainingArguments, checkpoint: Path) -> None:
     """Raises UserError for a checkpoint that this machine lacks or the engine can't continue with as many processes."""
     looks = args.local_process_index == 0 and args.process_index != 0  # on another machine; the first has looked
-    if looks and (problem := damage(checkpoint, read_manifest(checkpoint))):
+    if looks and (problem := damage(checkpoint)):
         raise UserError(
             f"{checkpoint} is not whole on this machine ({socket.gethostname()}): {problem}. Let all machines share "
             "the output folder, or train with --save_on_each_node (without --deepspeed or --fsdp)."

@@ -24,9 +24,9 @@ from transformers import TrainerCallback
 
 from common.errors import SaveError, note
 from common.launch.environment import die_with
+from common.launch.machines import ENDINGS
 from common.training.trainer import Abandoned, FinetuneTrainer
 
-ENDINGS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 ONE_KEYPRESS = 1.0  # seconds in which the same Ctrl-C may come twice, from the terminal and from the launcher
 LOOK_EVERY = 1.0  # seconds between two looks at whether another process was told to end
 
@@ -49,7 +49,7 @@ class Preemption(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # as nohup sets it
-        self.handlers = {number: signal.signal(number, self.hear) for number in {*ENDINGS} - ignored}
+        self.handlers = {number: signal.signal(number, self.hear) for number in ENDINGS - ignored}
         if args.dataloader_num_workers:
             os.register_at_fork(after_in_child=outlive_signals)
         if args.world_size > 1:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import SaveError, disk_problem, note
-from common.files import gb, read_json, write_json
+from common.files import clear, gb, read_json, write_json
 from common.manifest import MANIFEST, flush, read_manifest, seal
 from common.trained import ON_ITS_WAY
 
@@ -38,14 +38,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """Removes a file or a folder. A kill leaves a folder whole, or under a name that the next start removes."""
-    if path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink() and path.name != REMOVED:
         removed = path.with_name(REMOVED)
-        if path != removed:
-            remove(removed)
-            os.replace(path, removed)
-        shutil.rmtree(removed)
-    else:
-        path.unlink(missing_ok=True)
+        clear(removed)
+        os.replace(path, removed)
+        path = removed
+    clear(path)
 
 
 def put(source: Path, target: Path) -> None:
