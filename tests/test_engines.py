@@ -1,10 +1,6 @@
 """Two processes under every engine train what one process trains, save it whole, and go on from their checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from common.errors import UserError
 from common.flags import parse_arguments
 from common.launch.engines import guard_compilation, start_engine
 from common.loading import load_model
-from common.manifest import damage
 from common.methods.full import Full
 from common.models.registry import SPECS, ModelFolder, open_model
 from common.models.weights import load_base
@@ -134,34 +129,6 @@ def test_the_file_of_deepspeed_may_name_the_optimizer(one_process, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     found = train("full", "DDP", tmp_path / "out", "--deepspeed", str(tmp_path / "ds.json"))
     assert found == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_killed_process_ends_all_of_them(tmp_path):
-    """One sentence, nobody is left, and the checkpoint that was there is whole."""
-    output = tmp_path / "out"
-    command = command_of("full", "DDP", output, "--max_steps", "100000", "--save_steps", "2")
-    job = subprocess.Popen(
-        [sys.executable, str(ROOT / "common" / "launch" / "launcher.py"), *command],
-        env=os.environ | {"NUM_PROCESSES": "2", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        while not (output / "checkpoint-2").is_dir():
-            assert job.poll() is None
-            time.sleep(0.2)
-        family = psutil.Process(job.pid).children(recursive=True)
-        workers = [process for process in family if command[0] in process.cmdline()]
-        assert len(workers) == 2
-        workers[1].kill()
-        said = job.communicate(timeout=120)[0]
-    finally:
-        job.kill()
-    assert job.returncode == 1
-    assert "was killed by SIGKILL" in said and "Traceback" not in said
-    assert not [process for process in family if process.is_running()]
-    assert damage(output / "checkpoint-2") == ""
 
 
 def parse(*flags: str, **variables: str) -> TrainingArguments:

@@ -205,10 +205,10 @@ def finetune(method: str, flags: str, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", ["ptuning", "lora"])
-def test_20_steps_in_4_bit_follow_those_in_32(method, tmp_path):
+def test_10_steps_in_4_bit_follow_those_in_32(method, tmp_path):
     """Each mean over five steps within 3%."""
     whole, quantized = (
-        torch.tensor(finetune(method, f"--max_steps 20 {flags}", tmp_path / name)).view(4, 5).mean(1)
+        torch.tensor(finetune(method, f"--max_steps 10 {flags}", tmp_path / name)).view(2, 5).mean(1)
         for name, flags in (("whole", ""), ("quantized", "--quantization_bit 4"))
     )
     assert whole[-1] < 0.9 * whole[0]
