@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from common.errors import SaveError, UserError, disk_problem
 
 TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
-WRITTEN = (  # in an output folder
+PASSING = (".lock", "*.lock", "*.soft", "*.holder", "*.partial")  # written in an output folder by every program
+WRITTEN = (  # by a training
     *("*.json", "*.jsonl", "*.txt", "*.md", "*.model", "*.jinja", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.arrow"),
-    *(".lock", "*.lock", "*.soft", "*.holder", "*.partial", "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
+    *(*PASSING, "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
 )
 LARGEST_TABLE = 2**22  # bytes of the pickle that describes the tensors of a file: one of 6 billion weights has 2**16
 OLD_PICKLES = 5  # in a file of torch before 1.6, before the bytes of its tensors
@@ -210,20 +211,26 @@ def write_json(file: Path, content: dict) -> None:
         raise
 
 
-def check_no_links(folder: Path) -> None:
+def check_no_links(folder: Path, kinds: tuple[str, ...] = WRITTEN) -> None:
     """Raises UserError for a link under a name that a program writes in an output folder: it would write elsewhere.
 
     The folder itself may be a link, and so may a name that no program of ours writes.
     """
-    written = [path for kind in WRITTEN for path in folder.glob(kind)]
+    written = [path for kind in kinds for path in folder.glob(kind)]
     below = [path for path in written if path.is_dir() and not path.is_symlink() for path in path.rglob("*")]
     if link := next((path for path in [*written, *below] if path.is_symlink()), None):
-        raise UserError(f"{link} is a link to {os.readlink(link)}, which a training would overwrite: remove the link.")
+        raise UserError(f"{link} is a link to {os.readlink(link)}, which would be overwritten: remove the link.")
 
 
 def gb(size: float) -> str:
     """A number of bytes as text for people, in GB."""
     return f"{size / 1e9:,.1f} GB"
+
+
+def lack_of_room(folder: Path, needed: int) -> str:
+    """Why ``needed`` bytes of weights have no room in a folder; "" if they have."""
+    free = shutil.disk_usage(folder).free
+    return f"{free / 1e6:,.1f} MB are free and {needed / 1e6:,.1f} MB are needed" if free < needed else ""
 
 
 def clear(path: Path) -> None:

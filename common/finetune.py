@@ -24,6 +24,7 @@ from common.data.survey import columns_of, overlap, survey
 from common.data.tables import MODEL_INPUTS
 from common.encoding import has_roles
 from common.errors import UserError
+from common.files import check_no_links
 from common.launch.engines import sizes, start_engine
 from common.loading import tokenizer_of
 from common.locking import guard
@@ -62,6 +63,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
     with lock if locks else nullcontext():
+        if locks and args.do_train:
+            check_no_links(output_dir)
         if locks:
             tidy(output_dir)
         set_seed(args.seed)

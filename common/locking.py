@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from common.errors import UserError, describe, note, other_owner
-from common.files import check_no_links, read_json, short_hash, write_json
+from common.files import PASSING, check_no_links, read_json, short_hash, write_json
 
 WAIT_IN_SILENCE = 1.0  # seconds; most locks are free again by then
 REMIND_EVERY = 30.0  # seconds between two messages while waiting
@@ -92,11 +92,11 @@ def guard(kind: str, resource: str | Path, wait: bool = True, inside: bool = Fal
     """Holds the lock of a resource; messages name the resource and the process that it waits for.
 
     ``inside``: the lock lies in the folder itself, where jobs with another cache, or on another machine, find it too;
-    no link there may lead the job's writes elsewhere (UserError).
+    no link there may lead what is written on the way elsewhere (UserError).
     With ``wait=False`` it raises UserError if another process holds the lock.
     """
     if inside:
-        check_no_links(Path(resource))
+        check_no_links(Path(resource), PASSING)
     name, path = f"{kind} {resource}", Path(resource, ".lock") if inside else lock_file(kind, resource)
     lock, record = make_lock(path), path.with_suffix(".holder")
     hint = f"; if that is gone, delete {lock.lock_file}" if isinstance(lock, SoftFileLock) else ""

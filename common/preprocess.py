@@ -31,7 +31,7 @@ from common.data.sealed import SUMMARY, problem_of
 from common.data.shards import load_shards
 from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, sum_of, write_table
 from common.errors import UserError, differences, exit_on_user_error, note
-from common.files import clear, read_json, short_hash, write_json, written
+from common.files import check_no_links, clear, read_json, short_hash, write_json, written
 from common.flags import parse_dataclasses
 from common.loading import load_tokenizer
 from common.locking import guard
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = dataset.fingerprint(split) | {"num_shards": own_args.num_shards}
     folder = Path(own_args.output_dir)
     check_writable(folder)
+    check_no_links(folder)
     with guard("folder", folder, inside=True):
         problem = problem_of(folder)
         complete = {} if problem.startswith(SUMMARY) else read_json(folder / SUMMARY) or {}

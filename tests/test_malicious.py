@@ -26,10 +26,12 @@ from common.errors import UserError
 from common.files import check_no_links, check_states
 from common.loading import find_trained, load_model, load_tokenizer
 from common.locking import guard
+from common.manifest import seal
 from common.methods.adapter import is_plain
 from common.methods.lora import Lora, attach_lora
 from common.methods.prefix import KEY_PREFIX
 from common.models.registry import DEMOS
+from common.training.saves import publish, remove_training
 
 MEMORY = 4 * 2**30  # bytes above what the tests use themselves
 SECONDS = 10.0  # of CPU for one folder
@@ -367,10 +369,35 @@ def test_links_in_an_output_folder_are_not_written_through(tmp_path):
         (out / name).parent.mkdir(parents=True)
         (out / name).symlink_to(precious)
         with pytest.raises(UserError, match=f"{name} is a link to {precious}.*: remove the link"):
-            with guard("output folder", out, wait=False, inside=True):
-                pass
+            check_no_links(out)
+    (out / ".lock").symlink_to(precious)
+    with pytest.raises(UserError, match=f".lock is a link to {precious}"), guard("output folder", out, inside=True):
+        pass
+    (out / ".lock").unlink()
     assert precious.read_text() == "mine"
     (out / "checkpoint-3/optimizer.pt").unlink()
     (out / "best").symlink_to("checkpoint-3")  # nothing of ours writes there
     (tmp_path / "link").symlink_to(out)
     check_no_links(tmp_path / "link")
+
+
+def test_no_file_behind_a_link_is_replaced_or_removed(tmp_path):
+    """A manifest names it: that of a result which is to be replaced or removed, or that of a result on its way."""
+    out, precious = tmp_path / "out", tmp_path / "elsewhere" / "file"
+    for folder in (out, out / ".result", precious.parent):
+        (folder / "best").mkdir(parents=True)
+        (folder / "best" / "file").write_text("theirs")
+        seal(folder)
+    precious.write_text("mine")
+    shutil.rmtree(out / "best")
+    (out / "best").symlink_to(precious.parent)
+    says = pytest.raises(UserError, match="best is a link out of .*: remove the link")
+    with says:
+        remove_training(out, [])
+    with says:
+        publish(out)
+    shutil.rmtree(out / ".result" / "best")
+    seal(out / ".result")
+    with says:
+        publish(out)
+    assert precious.read_text() == "mine"

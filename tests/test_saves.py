@@ -238,7 +238,7 @@ def test_a_checkpoint_without_room_is_named_and_the_training_goes_on(prefix, row
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(next(free, 10**12)))
     finetune("ptuning", rows, tmp_path / "out")
     said = capsys.readouterr().err
-    assert f"warning: checkpoint-2 is not saved ({tmp_path / 'out'}: 0.0 GB are free" in said
+    assert f"warning: checkpoint-2 is not saved ({tmp_path / 'out'}: 0.0 MB are free" in said
     assert "checkpoint-1 stays the newest, and the training goes on" in said
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
     assert weights(tmp_path / "out") == weights(prefix)

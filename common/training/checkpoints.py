@@ -16,7 +16,7 @@ from transformers import TrainerState
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.sources import find_files
 from common.errors import OutOfMemory, SaveError, UserError, describe, differences, disk_problem, note, other_owner
-from common.files import check_states, read_json, write_json
+from common.files import check_states, lack_of_room, read_json, write_json
 from common.manifest import damage, read_manifest
 from common.methods import Method
 from common.models.registry import ModelFolder
@@ -83,12 +83,8 @@ def check_writable(folder: Path) -> None:
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises SaveError where less than ``needed`` bytes are free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SaveError(
-            f"the disk of {folder} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
-            "make room or choose another --output_dir."
-        )
+    if problem := lack_of_room(folder, needed):
+        raise SaveError(f"on the disk of {folder}, {problem}: make room or choose another --output_dir.")
 
 
 @contextmanager

@@ -12,15 +12,14 @@ OUTPUT_DIR/
 
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.errors import SaveError, disk_problem, note
-from common.files import clear, gb, read_json, write_json
+from common.errors import SaveError, UserError, disk_problem, note
+from common.files import clear, lack_of_room, read_json, write_json
 from common.manifest import MANIFEST, flush, read_manifest, seal
 from common.trained import ON_ITS_WAY
 
@@ -62,6 +61,14 @@ def tidy(folder: Path) -> None:
     combine_results(folder)
 
 
+def place(folder: Path, name: str) -> Path:
+    """Where a manifest's file lies. Raises UserError if a link leads it out of the folder."""
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path.parent} is a link out of {folder}, and its {MANIFEST} names {name}: remove the link.")
+    return path
+
+
 def publish(folder: Path) -> None:
     """Moves the files of a sealed result into the output folder, its manifest last, and removes those of the old one.
 
@@ -73,10 +80,11 @@ def publish(folder: Path) -> None:
         return
     old = (read_manifest(folder) or {"files": {}})["files"]
     for name in {*old, *SCORES} - manifest["files"].keys():
-        remove(folder / name)
+        remove(place(folder, name))
     for name in filter(lambda name: (new / name).exists(), manifest["files"]):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / name, folder / name)
+        target = place(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, target)
     os.replace(new / MANIFEST, folder / MANIFEST)
     flush(folder)
     remove(new)
@@ -90,7 +98,7 @@ def remove_training(folder: Path, files: Iterable[str]) -> None:
     for checkpoint in [*folder.glob("checkpoint-*.damaged"), *folder.glob("checkpoint-*.aside")]:
         remove(checkpoint)
     for name in {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *files, MANIFEST}:
-        remove(folder / name)
+        remove(place(folder, name))
 
 
 def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
@@ -121,9 +129,8 @@ class Saves:
     def begin(self) -> str:
         """Makes an empty folder for a checkpoint. Returns why there is no room for one, or ""."""
         self.wait()
-        free = shutil.disk_usage(self.folder).free
-        if free < self.size:
-            return f"{gb(free)} are free and a checkpoint needs {gb(self.size)}"
+        if problem := lack_of_room(self.folder, self.size):
+            return problem
         self.empty()
         return ""
 
