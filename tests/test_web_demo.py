@@ -342,6 +342,7 @@ def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
     assert answer_of(page, 1) == ""
     page.get_by_role("button", name="retry").click()
     wait_for(lambda: [answer_of(page, column) for column in (0, 1)] == expected)
+    settled_answer(page, 1)  # Gradio 6.31 loses what is sent in the moment in which it closes the stream of an answer
     page.get_by_role("button", name="undo").click()
     wait_for(lambda: page.locator("textarea").first.input_value() == QUESTION)
     assert page.locator("[data-testid=user]").count() == 0

@@ -109,10 +109,10 @@ class Chat(NamedTuple):
             gr.Warning(str(error), title="提示 / note")
 
     def ask_again(self, conversation: Conversation, *settings) -> Iterator[list]:
-        before = list(conversation)
-        for _, *columns in self.ask(take_back(conversation), conversation, *settings):
+        before, shown = list(conversation), 0
+        for shown, (_, *columns) in enumerate(self.ask(take_back(conversation), conversation, *settings)):
             yield [gr.skip(), *columns]
-        if len(conversation) < len(before):  # the question was refused
+        if not shown:  # the question was refused; a round that is gone later is one that the visitor took back
             conversation[:] = before
 
     def undo(self, conversation: Conversation) -> list:
