@@ -109,10 +109,11 @@ class Chat(NamedTuple):
             gr.Warning(str(error), title="提示 / note")
 
     def ask_again(self, conversation: Conversation, *settings) -> Iterator[list]:
-        before, shown = list(conversation), 0
-        for shown, (_, *columns) in enumerate(self.ask(take_back(conversation), conversation, *settings)):
+        before, states = list(conversation), 0
+        for _, *columns in self.ask(take_back(conversation), conversation, *settings):
+            states += 1
             yield [gr.skip(), *columns]
-        if not shown:  # the question was refused; a round that is gone later is one that the visitor took back
+        if states == 1:  # the question was refused; a round that is gone later is one that the visitor took back
             conversation[:] = before
 
     def undo(self, conversation: Conversation) -> list:
