@@ -4,6 +4,7 @@ A fixture with a 2 in its name is that of ``spec``: a test that uses one runs fo
 """
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
+gc.freeze()  # or each full collection of the tests looks at all that the libraries have made
 GOLDENS = CHATGLM.goldens
 # The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
 LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py", "test_launcher.py")
