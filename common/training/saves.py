@@ -61,12 +61,15 @@ def tidy(folder: Path) -> None:
     combine_results(folder)
 
 
-def place(folder: Path, name: str) -> Path:
-    """Where a manifest's file lies. Raises UserError if a link leads it out of the folder."""
-    path = folder / name
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path.parent} is a link out of {folder}, and its {MANIFEST} names {name}: remove the link.")
-    return path
+def places(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Where a manifest's files lie. Raises UserError if a link leads one of them out of the folder."""
+    found = {name: folder / name for name in names}
+    for name, path in found.items():
+        if not path.parent.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{path.parent} is a link out of {folder}, and its {MANIFEST} names {name}: remove the link."
+            )
+    return found
 
 
 def publish(folder: Path) -> None:
@@ -78,13 +81,12 @@ def publish(folder: Path) -> None:
     if (manifest := read_manifest(new)) is None:
         remove(new)
         return
-    old = (read_manifest(folder) or {"files": {}})["files"]
-    for name in {*old, *SCORES} - manifest["files"].keys():
-        remove(place(folder, name))
-    for name in filter(lambda name: (new / name).exists(), manifest["files"]):
-        target = place(folder, name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(new / name, target)
+    targets, old = places(folder, manifest["files"]), (read_manifest(folder) or {"files": {}})["files"]
+    for path in places(folder, {*old, *SCORES} - targets.keys()).values():
+        remove(path)
+    for name in filter(lambda name: (new / name).exists(), targets):
+        targets[name].parent.mkdir(parents=True, exist_ok=True)
+        os.replace(new / name, targets[name])
     os.replace(new / MANIFEST, folder / MANIFEST)
     flush(folder)
     remove(new)
@@ -92,13 +94,12 @@ def publish(folder: Path) -> None:
 
 def remove_training(folder: Path, files: Iterable[str]) -> None:
     """Removes the checkpoints, the result and its scores; ``files``: names of a result without a manifest."""
+    result = places(folder, {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *files, MANIFEST})
     for checkpoint in checkpoint_folders(folder):
         print(f"starting over: {checkpoint} is deleted", flush=True)
         remove(checkpoint)
-    for checkpoint in [*folder.glob("checkpoint-*.damaged"), *folder.glob("checkpoint-*.aside")]:
-        remove(checkpoint)
-    for name in {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *files, MANIFEST}:
-        remove(place(folder, name))
+    for path in [*folder.glob("checkpoint-*.damaged"), *folder.glob("checkpoint-*.aside"), *result.values()]:
+        remove(path)
 
 
 def write_results(folder: Path, split: str, metrics: dict[str, Any]) -> None:
