@@ -36,12 +36,14 @@ from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
 gc.freeze()  # or each full collection of the tests looks at all that the libraries have made
 GOLDENS = CHATGLM.goldens
-# The longest tests run first, so that no core is idle at the end; a file begins with its tests that share a training.
-LONGEST = ("test_scripts.py", "test_engines.py", "test_machines.py", "test_launcher.py")
+# The longest tests run first, so that no core is idle at the end. An idle worker takes tests from the end of another
+# one's list, in any order: a file whose tests share a server or a training must not lie there.
+LONGEST = ("scripts", "engines", "machines", "launcher", "web_demo", "memory", "preemption")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    first = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.name, len(LONGEST)))
 
 
 def write_poison(folder: Path) -> None:
