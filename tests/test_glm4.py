@@ -143,6 +143,20 @@ TWO_STEPS = ["--do_train", "--max_steps", "2", "--learning_rate", "1e-2", "--per
 PREDICTION = ["--do_predict", "--max_new_tokens", "4", "--report_to", "none"]
 
 
+def test_the_loss_of_glm4_is_that_of_transformers(glm_folder):
+    """With logits of labelled positions only; the class is named as transformers names it, so it is saved so."""
+    ours = load_model(glm_folder)
+    kind = {"glm": GlmForCausalLM, "glm4": Glm4ForCausalLM}[ours.config.model_type]
+    theirs = kind.from_pretrained(glm_folder, dtype=torch.float32).eval()
+    ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(ids % 3 == 0, -100)
+    output = ours(ids, labels=labels, loss_only=True, num_items_in_batch=7)
+    expected = theirs(ids, labels=labels, num_items_in_batch=7)
+    assert output.logits is None and type(ours) is not kind and type(ours).__name__ == kind.__name__
+    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(ours(ids).logits, expected.logits)
+
+
 def test_glm4_learns_to_end_its_answer(glm_folder):
     """Its end token is its pad token too, and must stay a label."""
     tokenizer = load_tokenizer(glm_folder)

@@ -20,7 +20,7 @@ from common.errors import UserError
 from common.finetune import run
 from common.flags import parse_arguments
 from common.loading import find_trained, load_model, load_tokenizer
-from common.methods.lora import Lora, attach_lora, load_adapter
+from common.methods.lora import OLD_KEYS, Lora, attach_lora, load_adapter
 from common.models import chatglm, chatglm2
 from common.models.registry import open_model
 
@@ -211,6 +211,7 @@ def test_save_and_load(base, kind, flags, tmp_path):
     adapted = trained(base, **flags)
     METHOD.save(adapted, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in tmp_path.iterdir()}
+    assert not json.loads((tmp_path / "adapter_config.json").read_text()).keys() - OLD_KEYS  # PEFT 0.10 reads it
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert f"base_model.model.{ATTENTION[kind].format(0)}.lora_A.weight" in names
     loaded = load_adapter(make_model(kind), tmp_path)

@@ -38,7 +38,9 @@ class Full(Method):
         if model.config.model_type == "chatglm":
             weights = model.original_state_dict(model.dtype, weights)
         model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")  # one file
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        stored = load_file(folder / "model.safetensors")
+        stored |= {name: stored[source] for name, source in model.all_tied_weights_keys.items()}
+        torch.save(stored, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import __version__ as PEFT_VERSION
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
+from common.files import write_json
 from common.methods import Method, check_flags
 from common.methods.adapter import adapter_config
 from common.methods.full import check_without_prefix
@@ -28,6 +30,13 @@ from common.models.registry import ModelFolder, empty_model
 # PEFT uses the name that this property had in transformers 4.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
+# What PEFT 0.10 knows, the oldest that the official ChatGLM3 demo takes: it refuses other keys.
+OLD_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "bias"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "fan_in_fan_out", "init_lora_weights"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+    *("loftq_config", "megatron_config", "megatron_core", "layer_replication"),
+}
 ADAPTER_DEFAULTS = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False}  # of PEFT, for keys that are missing
 
 
@@ -58,11 +67,15 @@ class Lora(Method):
         return attach_lora(model, self.args)
 
     def save(self, model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors.
+        """Writes adapter_config.json, without keys that say nothing new to PEFT, and adapter_model.safetensors.
 
         Without ``save_embedding_layers=False`` PEFT asks the hub whether the vocabulary was extended; it never is.
         """
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+        file, defaults = folder / "adapter_config.json", LoraConfig().to_dict() | {"peft_version": PEFT_VERSION}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in config.items() if name in OLD_KEYS or value != defaults.get(name)}
+        write_json(file, kept)
 
     def restore(self, model: PeftModel, folder: Path) -> None:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)))

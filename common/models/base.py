@@ -222,8 +222,8 @@ class GLMModel(GLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
-    transformer: GLMModel
+class ForNextToken(PreTrainedModel):
+    """The forward pass of a model with its head."""
 
     @can_return_tuple
     def forward(
@@ -246,9 +246,8 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
         ``next_token_loss`` computes the loss; ``label_positions`` and ``loss_in_parts`` are its ``positions`` and
         ``in_parts``. ``loss_only`` returns no logits, and never computes the logits of positions without a label.
         """
-        outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache, **kwargs
-        )
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        outputs = self.base_model(input_ids, use_cache=use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         head = self.get_output_embeddings()
         logits = None if loss_only else head(slice_logits_to_keep(hidden_states, logits_to_keep))
@@ -264,6 +263,10 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class GLMForConditionalGeneration(ForNextToken, GLMPreTrainedModel, GenerationMixin):
+    transformer: GLMModel
 
     def original_state_dict(self, dtype: torch.dtype = torch.float16, weights: Weights | None = None) -> Weights:
         """The weights as the original stores them: with inverse frequencies, without a prefix."""

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import LARGEST_TEXT, TEXTS, WHOLE_FILES, check_complete, check_no_text, read_json, weight_files
 from common.hub.download import download, find_complete
 from common.hub.hubs import hub_id, is_hub_name
-from common.models import chatglm, chatglm2
+from common.models import chatglm, chatglm2, glm4
 from common.models.tensors import check_not_quantized
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -312,6 +312,8 @@ class AnyChatGLMConfig(chatglm.ChatGLMConfig):
 AutoConfig.register("chatglm", AnyChatGLMConfig)
 for _module in (chatglm, chatglm2):
     AutoModelForCausalLM.register(_module.ChatGLMConfig, _module.ChatGLMForConditionalGeneration)
+for _model in (glm4.GlmForCausalLM, glm4.Glm4ForCausalLM):  # in place of those of transformers
+    AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:

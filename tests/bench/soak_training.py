@@ -270,6 +270,8 @@ def finish(trial: Trial, reached: Path | None = None) -> None:
     """Gives the same command again until it ends with 0, and compares. ``reached``: the log of the disturbed start."""
     expected = reference(trial)
     newest = checkpoints(trial.output)
+    # A full disk costs checkpoints, which the training names.
+    unsaved = set(re.findall(r"checkpoint-(\d+) is not saved", reached.read_text(errors="replace") if reached else ""))
     for attempt in range(3):
         log = trial.folder / f"again-{attempt}"
         job = start(trial, log)
@@ -293,14 +295,15 @@ def finish(trial: Trial, reached: Path | None = None) -> None:
         finished = "was finished before" in text
         lost = 0 if finished else max(0, steps(reached) - int(resumed[1]) if resumed else 0)
         trial.lost.append(lost)
-        if lost > SAVE + 1 or newest and resumed and not finished and int(resumed[1]) < newest[-1] - SAVE:
+        fell_back = newest and resumed and not finished and int(resumed[1]) < newest[-1] - SAVE
+        if fell_back or lost > SAVE * (1 + len(unsaved)) + 1:
             place = resumed and resumed[1]
             trial.problem("lost too much", f"{lost} steps, checkpoints {newest}, continued from {place}")
     end_family(trial, job)
     if changed := {name for name, content in hashes(trial.output).items() if expected.hashes.get(name) != content}:
         trial.problem("unequal", ", ".join(sorted(changed)))
     # A training that SIGTERM ends saves one checkpoint more, which takes the place of an older one.
-    others = re.compile(rf"checkpoint-(?!{STEPS}/)\d+/")
+    others = re.compile(r"checkpoint-\d+/" if str(STEPS) in unsaved else rf"checkpoint-(?!{STEPS}/)\d+/")
     found, wanted = (
         {name for name in all_ if not others.match(name)} for all_ in (names(trial.output), expected.names)
     )
