@@ -162,19 +162,11 @@ def test_every_process_is_told_its_rank_and_the_card_of_the_network(monkeypatch)
     assert {rank["GLOO_SOCKET_IFNAME"] for rank in told} == {"lo"}
 
 
-@pytest.mark.parametrize(
-    ("second", "code", "says"),
-    [
-        ("print('error: wrong', file=sys.stderr); sys.exit(2)", 2, "error: wrong"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "error: process 1 was killed by SIGKILL"),
-    ],
-)
-def test_one_process_that_fails_ends_all(write, mark, capfd, second, code, says):
-    told = launcher.every_rank(2, Machines(), "", 1)
-    assert launcher.run([str(write(second))], [rank | {MARK: mark, "OMP_NUM_THREADS": "3"} for rank in told]) == code
-    said, errors = capfd.readouterr()
-    assert sorted(said.splitlines()) == [f"rank {rank} [] threads 3" for rank in range(2)]
-    assert errors.startswith(says) and len(errors.splitlines()) == 1
+def test_one_process_that_fails_ends_all(launch, write):
+    run = launch(write("print('error: wrong', file=sys.stderr); sys.exit(2)"), NUM_PROCESSES="2")
+    said, errors = run.communicate(timeout=GUARD)
+    assert sorted(said.splitlines()) == [f"rank {rank} ['--flag'] threads 3" for rank in range(2)]
+    assert (run.returncode, errors) == (2, "error: wrong\n")
 
 
 # The program of a training as far as signals are concerned, whose line stays whole beside that of another process; and
