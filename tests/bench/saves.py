@@ -1,6 +1,6 @@
-"""What a save costs: whole trainings with a checkpoint after each step, sealed and only written, in turn.
+"""What a save costs: whole trainings with checkpoints, sealed and only written, in turn.
 
-    python tests/bench/saves.py [--pairs 3] [--steps 6] [--hidden 512]
+    python tests/bench/saves.py [--pairs 3] [--steps 12] [--every 4] [--hidden 512]
 
 Sealed: flushed to the disk and hashed by a thread while the training goes on, then renamed; as it is without the bench.
 Only written: neither flushed nor hashed. Full-parameter training, float32, one process; a step without a save is timed
@@ -65,14 +65,15 @@ def seconds(model: Path, output_dir: Path, *flags: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--every", type=int, default=4, help="steps between two saves; 1: there is no time to seal in")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model, which has 8 layers")
     args = parser.parse_args()
-    seal, steps = saves.seal, ["--max_steps", str(args.steps)]
+    seal, steps, every = saves.seal, ["--max_steps", str(args.steps)], ["--save_steps", str(args.every)]
     kinds = {
         "no checkpoint": (only_write, ["--save_strategy", "no"]),
-        "only written": (only_write, ["--save_steps", "1"]),
-        "sealed": (seal, ["--save_steps", "1"]),
+        "only written": (only_write, every),
+        "sealed": (seal, every),
     }
     found: dict[str, list[float]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory(dir=ROOT) as name:
