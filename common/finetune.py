@@ -63,9 +63,9 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
     with lock if locks else nullcontext():
-        if locks and args.do_train:
-            check_no_links(output_dir)
         if locks:
+            if args.do_train:
+                check_no_links(output_dir)
             tidy(output_dir)
         set_seed(args.seed)
         tokenizer = tokenizer_of(folder, model_args.tokenizer_name)

@@ -295,6 +295,14 @@ def test_two_jobs_do_not_share_an_output_folder(tmp_path):
     finetune(f"{TRAINING} --max_steps 1 --save_strategy no", tmp_path)  # the killed holder blocks nobody
 
 
+def test_a_training_writes_through_no_link(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_state.json").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="trainer_state.json is a link to .*: remove the link"):
+        finetune(f"{TRAINING} --max_steps 1", tmp_path / "out")
+    assert not (tmp_path / "precious").exists()
+
+
 def make_model_folder(path: Path, demo_folder: Path, without: str = "", config: dict | None = None) -> Path:
     shutil.copytree(demo_folder, path)
     if without:
