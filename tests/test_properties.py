@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import time
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from common.errors import UserError
 from common.finetune_hf import parse_config
 from common.methods.lora import Lora
 from common.models.registry import open_model
+from common.tokenizers.templates import SECONDS, compiled, render
 
 EXAMPLES = int(os.environ.get("FUZZ", "0"))
 few, many = (
@@ -272,3 +274,99 @@ def test_every_yaml_file_is_read_or_refused(tmp_path_factory, content):
         parse_config(folder / "lora.yaml", folder, "demo3", ["--use_cpu"])
     except UserError as error:
         assert "\n" not in str(error)
+
+
+GIVEN = [{"role": "user", "content": "你好", "tools": [{"name": "f"}]}, {"role": "assistant", "content": "hello"}]
+FILTERS = [*sorted(compiled("").environment.filters), "round", "slice", "wordwrap"]
+METHODS = """append keys values get format replace join split rsplit strip ljust zfill center expandtabs encode
+count find index splitlines translate title upper extend insert pop update setdefault isdigit partition items""".split()
+NAMES = """messages m x s f g n loop loop.index range namespace dict cycler joiner lipsum raise_exception strftime_now
+add_generation_prompt self none true messages[0] messages[0].content""".split()
+atoms = st.sampled_from(
+    [
+        *NAMES,
+        "0",
+        "1",
+        "-1",
+        "7",
+        "1000",
+        "1000000",
+        "10**9",
+        "9999999999",
+        "0.5",
+        "''",
+        "'ab'",
+        "'{:>9}'",
+        "'%9d'",
+        "[]",
+        "{}",
+    ]
+) | st.text(st.characters(codec="utf-8"), max_size=3).map(lambda text: json.dumps(text, ensure_ascii=False))
+
+
+def expressions(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    some = st.lists(inner, max_size=3).map(", ".join)
+    operators = st.sampled_from("+ - * / // % ** ~ == < in and or if is".split())
+    return (
+        st.builds("({} {} {})".format, inner, operators, inner)
+        | st.builds("({}|{}({}))".format, inner, st.sampled_from(FILTERS), some)
+        | st.builds("({}|map('{}', {}))".format, inner, st.sampled_from(FILTERS), inner)
+        | st.builds("{}.{}({})".format, inner, st.sampled_from(METHODS), some)
+        | st.builds("{}({})".format, inner, some)
+        | st.builds("{}[{}]".format, inner, inner)
+        | st.builds("[{}]".format, some)
+    )
+
+
+expression = st.recursive(atoms, expressions, max_leaves=5)
+
+
+def statements(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    each = st.builds("{{% for {} in {} %}}{}{{% endfor %}}".format, st.sampled_from("xmn"), expression, inner)
+    return (
+        each
+        | st.builds(
+            "{{% for x in range({}) recursive %}}{}{{{{ loop({}) }}}}{{% endfor %}}".format,
+            expression,
+            inner,
+            expression,
+        )
+        | st.builds("{{% if {} %}}{}{{% endif %}}".format, expression, inner)
+        | st.builds("{{% macro f(x) %}}{}{{{{ f(x) }}}}{{% endmacro %}}{{{{ f({}) }}}}".format, inner, expression)
+        | st.builds(
+            "{{% macro g(x) %}}{}{{{{ caller() }}}}{{% endmacro %}}{{% call g({}) %}}{}{{% endcall %}}".format,
+            inner,
+            expression,
+            inner,
+        )
+        | st.builds("{{% set s %}}{}{{% endset %}}".format, inner)
+        | st.builds("{{% filter {} %}}{}{{% endfilter %}}".format, st.sampled_from(FILTERS), inner)
+        | st.lists(inner, min_size=2, max_size=4).map("".join)
+    )
+
+
+templates = st.recursive(
+    st.builds("{{{{ {} }}}}".format, expression)
+    | st.builds("{{% set {} = {} %}}".format, st.sampled_from(["x", "s", "n"]), expression)
+    | st.builds("{{% set x = x {} %}}".format, st.sampled_from(["+ x", "* 9", "~ x", "* x", "+ [x]", "|string * 9"]))
+    | st.builds("{{% include {} %}}".format, expression),
+    statements,
+    max_leaves=6,
+)
+
+
+@few
+@given(
+    template=st.one_of(
+        templates,
+        templates.map(lambda text: "{% set x = 'ab' %}{% for n in range(9999) %}" + text + "{% endfor %}"),
+        texts,
+    )
+)
+def test_every_template_ends_in_time_and_memory(template):
+    begun = time.thread_time()
+    try:
+        assert isinstance(render(template, "a model", [{"messages": GIVEN, "x": 3, "s": "ab"}])[0], str)
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert time.thread_time() - begun < 3 * SECONDS

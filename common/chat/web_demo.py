@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -272,18 +273,21 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
     config = uvicorn.Config(
         guarded, log_level="warning", limit_concurrency=CONNECTIONS, ws="none", proxy_headers=False, server_header=False
     )
-    thread = threading.Thread(target=uvicorn.Server(config).run, args=([listener],), daemon=True)
-    thread.start()
+    over: SimpleQueue[None] = SimpleQueue()  # Ctrl-C may come twice at once: from the terminal and from the launcher
+    signal.signal(signal.SIGINT, lambda *_: over.put(None))
+
+    def run() -> None:
+        uvicorn.Server(config).run([listener])
+        over.put(None)
+
+    threading.Thread(target=run, daemon=True).start()
     if args.share == "true":
         share(args.host, port, guarded)
     login = f", user name {USER} and your PASSWORD" if password else ""
     url = f"http://{'localhost' if args.host == '0.0.0.0' else args.host}:{port}/"
     print(f"网页已就绪 / ready: {url} (Ctrl-C 结束 / ends it{login})", flush=True)
-    try:
-        thread.join()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher may hand on the same Ctrl-C
-        note("stopped")
+    over.get()
+    note("stopped")
     for child in psutil.Process().children():
         child.terminate()  # the tunnel of the public link
     # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.

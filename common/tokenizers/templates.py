@@ -25,7 +25,7 @@ LARGEST_TEXT = 2**26  # characters of a conversation
 SECONDS = 2.0  # of this thread's CPU for one conversation
 MEMORY = 2**29  # bytes for a few conversations
 AT_ONCE = 16  # conversations under one limit: to set it takes as long as to render one
-UNBOUNDED = {"lipsum", "urlize", "round", "slice", "wordwrap"}  # which compute for long in one step
+UNBOUNDED = {"lipsum", "urlize", "round", "slice", "wordwrap"}  # compute for long in one step: templates lack them
 PAGE = os.sysconf("SC_PAGE_SIZE")
 _memory = threading.Lock()  # held while the limit is set, which is one for all threads
 _clock = threading.local()
@@ -65,13 +65,14 @@ def compiled(source: str) -> Template:
     environment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset({"*"})
     environment.binop_table = environment.binop_table | {"*": product}
-    environment.filters = environment.filters | {TICK: tick}
+    environment.filters = {name: each for name, each in environment.filters.items() if name not in UNBOUNDED}
+    environment.filters[TICK] = tick
+    environment.globals = {name: each for name, each in environment.globals.items() if name not in UNBOUNDED}
     if len(source) > LONGEST:
         raise TemplateError(f"it has {len(source):,} characters")
     tree = environment.parse(source)
-    names = {node.name for node in tree.find_all((nodes.Name, nodes.Filter))} & UNBOUNDED
-    if names or tree.find(nodes.Pow):
-        raise TemplateError(f"it uses {', '.join(sorted(names)) or 'powers'}, which may take for ever")
+    if tree.find(nodes.Pow):
+        raise TemplateError("it uses powers, which may take for ever")
     for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
         call = nodes.Filter(nodes.Const(""), TICK, [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
