@@ -12,11 +12,11 @@ from typing import Literal, NewType
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Seq2SeqTrainingArguments
-from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import IntervalStrategy
 
 from common.bounds import check_values
+from common.declared import truth
 from common.devices import this_device
 from common.engine import Engine, engine_of, fsdp_config, read_config
 from common.models.precision import choose_precision, compute_dtype, half_dtype
@@ -136,6 +136,18 @@ class DataArguments:
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
         if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
             raise ValueError("--temperature must be above 0, --top_p above 0 and at most 1")
+
+
+@dataclass
+class PreprocessArguments:
+    output_dir: str = flag("Folder for the shards", "train_datasets")
+    num_shards: int = flag("Files to write; fewer where there are fewer than 1000 rows for each", 8)
+    num_workers: int | None = flag("Processes that work at the same time; default: one for each core")
+
+    def __post_init__(self):
+        for name in ("num_shards", "num_workers"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
+                raise ValueError(f"--{name} must be at least 1")
 
 
 @dataclass
@@ -289,7 +301,7 @@ def complete_batches(args: TrainingArguments) -> None:
     args.auto_checkpointing = word == "auto" and chooses
     if word is not None:
         try:
-            args.activation_checkpointing = Switch(word == "auto" or string_to_bool(str(word)))
+            args.activation_checkpointing = Switch(word == "auto" or truth(str(word)))
         except ArgumentTypeError as error:
             raise ValueError(f"--activation_checkpointing {word}: give true, false or auto") from error
 

@@ -1,19 +1,17 @@
 """The command line: parses flags into dataclasses, translates old flags, and names a wrong one in one sentence.
 
-A flag that transformers 5 renamed works under its old name too, with one line of advice.
+A flag that transformers 5 renamed works under its old name too, with one line of advice. Flags are read before torch is
+imported, which takes seconds; the dataclasses follow.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from transformers import HfArgumentParser
-
-from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.declared import declared, parser_of
 from common.errors import UserError, nearest, note
-from common.trained import evaluation_defaults
 
 RENAMED = {  # old flag -> new flag, and its value where the old one was a switch
     "evaluation_strategy": ("eval_strategy", None),
@@ -69,41 +67,62 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """(model, method, data, training) arguments of the command line; ``method_arguments`` is a method's dataclass.
 
-    ``defaults``: values of flags from a file; with --checkpoint the records of the training replace them.
-    Raises UserError for an unknown flag, naming the nearest known one, or for a bad value. Starts nothing.
+    Raises UserError like ``read_flags``, and for values that contradict each other. Starts nothing.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--checkpoint", nargs="?")  # without a value, the parser of all flags says so
-    first.add_argument("--model_name_or_path", nargs="?")
-    given = first.parse_known_args(argv)[0]
-    if given.checkpoint and not {"-h", "--help"} & set(argv):
-        own = {field.name for field in fields(method_arguments)}
-        defaults = evaluation_defaults(given.checkpoint, own, given.model_name_or_path)
+    return make_arguments(method_arguments, read_flags(method_arguments.__name__, argv, defaults))
+
+
+def read_flags(kind: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of all flags of a method, whose dataclass is named ``kind``. Imports neither torch nor transformers.
+
+    ``defaults``: values of flags from a file; with --checkpoint the records of the training replace them.
+    Raises UserError for an unknown flag, naming the nearest known one, or for a value that can't be read.
+    """
+    argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
+    kinds = "ModelArguments", kind, "DataArguments", "TrainingArguments"
     usage = "main.py --do_train --train_file FILE --output_dir FOLDER [--flag value ...]"
-    kinds = (ModelArguments, method_arguments, DataArguments, TrainingArguments)
-    return parse_dataclasses(kinds, usage, argv, defaults)
+    values = values_of(kinds, usage, argv, defaults)
+    if values["checkpoint"]:
+        from common.trained import evaluation_defaults
+
+        base = values_of(kinds, usage, argv, {"model_name_or_path": None})["model_name_or_path"]
+        values = values_of(kinds, usage, argv, evaluation_defaults(values["checkpoint"], declared(kind), base))
+    return values
 
 
-def parse_dataclasses(
-    kinds: tuple[type, ...], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
-) -> tuple[Any, ...]:
-    """One object of each dataclass, filled from the command line. Raises UserError like ``parse_arguments``."""
-    # With exit_on_error, argparse would list three hundred flags before its error.
-    parser = HfArgumentParser(kinds, usage=usage, allow_abbrev=False, exit_on_error=False)
+def values_of(
+    kinds: Iterable[str], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of all flags of the dataclasses that are named. Raises UserError like ``read_flags``."""
+    parser = parser_of(kinds, usage)
     parser.set_defaults(**defaults or {})
     argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
     try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        values, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (--help lists all flags).") from error
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
-        meant = nearest(flag.lstrip("-"), [field.name for kind in kinds for field in fields(kind) if field.init])
+        meant = nearest(flag.lstrip("-"), [name for kind in kinds for name in declared(kind)])
         raise UserError(f"unknown flag {flag}" + (f": did you mean --{meant}?" if meant else " (--help lists all)."))
-    return tuple(parsed)
+    return vars(values)
+
+
+def make_arguments(method_arguments: type, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The (model, method, data, training) arguments with the values of ``read_flags``. Raises UserError."""
+    from common.arguments import DataArguments, ModelArguments, TrainingArguments
+
+    return objects_of((ModelArguments, method_arguments, DataArguments, TrainingArguments), values)
+
+
+def objects_of(kinds: Iterable[type], values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """One object of each dataclass, filled with the values of its fields. Raises UserError if they don't fit."""
+    try:
+        return tuple(
+            kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values}) for kind in kinds
+        )
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error
 
 
 def translate_old_flags(argv: list[str]) -> list[str]:

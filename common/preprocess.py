@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from common.arguments import DataArguments, ModelArguments, flag
+from common.arguments import DataArguments, ModelArguments, PreprocessArguments
 from common.data import dataset
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut
@@ -32,7 +32,7 @@ from common.data.shards import load_shards
 from common.data.tables import COUNTS, ROWS_PER_BATCH, check_any, sum_of, write_table
 from common.errors import UserError, differences, exit_on_user_error, note
 from common.files import check_no_links, clear, read_json, short_hash, write_json, written
-from common.flags import parse_dataclasses
+from common.flags import objects_of, values_of
 from common.loading import load_tokenizer
 from common.locking import guard
 from common.manifest import MANIFEST, sealed, write_manifest
@@ -42,18 +42,6 @@ from common.training.choices import choose_text
 from common.training.report import print_prepared
 
 ROOM = "make room and start again, which keeps the finished shards, or choose another --output_dir"
-
-
-@dataclass
-class PreprocessArguments:
-    output_dir: str = flag("Folder for the shards", "train_datasets")
-    num_shards: int = flag("Files to write; fewer where there are fewer than 1000 rows for each", 8)
-    num_workers: int | None = flag("Processes that work at the same time; default: one for each core")
-
-    def __post_init__(self):
-        for name in ("num_shards", "num_workers"):
-            if vars(self)[name] is not None and vars(self)[name] < 1:
-                raise ValueError(f"--{name} must be at least 1")
 
 
 @dataclass
@@ -70,7 +58,8 @@ class Job:
 
 def main(argv: list[str] | None = None) -> None:
     usage = "preprocess.py --train_file FILE --model_name_or_path MODEL --output_dir FOLDER [--flag value ...]"
-    own_args, model_args, args = parse_dataclasses((PreprocessArguments, ModelArguments, DataArguments), usage, argv)
+    kinds = PreprocessArguments, ModelArguments, DataArguments
+    own_args, model_args, args = objects_of(kinds, values_of([kind.__name__ for kind in kinds], usage, argv))
     if not (args.train_file or args.dataset_name):
         raise UserError("nothing to do: give --train_file (or --dataset_name).")
     name = model_args.tokenizer_name or model_args.model_name_or_path

@@ -19,6 +19,8 @@ from accelerate.state import AcceleratorState
 from torch.torch_version import TorchVersion
 from transformers.utils import import_utils
 
+from common.launch import launcher
+
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver by downloading and "
     "installing a new version from the URL: http://www.nvidia.com/Download/index.aspx Alternatively, go to: "
@@ -116,6 +118,8 @@ def pretend(name: str) -> Iterator[Cards]:
             "mem_get_info": lambda device=None: (memory - 500_000_000, memory),
         }.items():
             patch.setattr(torch.cuda, function, answer)
+        if cards.driver and cards.count:
+            patch.setattr(launcher, "CARDS", ("null",))  # a device file that is here
         import_utils.is_torch_bf16_gpu_available.cache_clear()
         yield cards
     import_utils.is_torch_bf16_gpu_available.cache_clear()

@@ -1,10 +1,15 @@
 """The command line: official flags, old spellings, and bad values that are named in one sentence."""
 
 import os
+import re
+import subprocess
+import sys
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from conftest import ROOT
+from transformers import HfArgumentParser
 
 from common.arguments import (
     DataArguments,
@@ -12,9 +17,11 @@ from common.arguments import (
     LoraArguments,
     ModelArguments,
     PrefixArguments,
+    PreprocessArguments,
     TrainingArguments,
 )
 from common.bounds import BOUNDS
+from common.declared import parser_of
 from common.errors import UserError
 from common.flags import parse_arguments
 
@@ -145,3 +152,52 @@ def test_every_flag_that_is_a_number_has_its_bounds():
     }
     unread = {"local_rank", "generation_max_length", "generation_num_beams"}
     assert numbers - BOUNDS.keys() == unread | {"quantization_bit"}  # which has two values
+
+
+@pytest.mark.parametrize("kind", [PrefixArguments, LoraArguments, FullArguments, PreprocessArguments])
+def test_the_flags_that_the_sources_declare_are_those_of_the_dataclasses(kind):
+    """transformers makes its parser of the dataclasses, and imports torch for that."""
+    kinds = kind, ModelArguments, DataArguments, *([TrainingArguments] if kind != PreprocessArguments else [])
+    theirs = HfArgumentParser(kinds, usage="", allow_abbrev=False)
+    ours = parser_of([each.__name__ for each in kinds], "")
+    attributes = ("option_strings", "dest", "nargs", "const", "choices", "default", "required", "help")
+
+    def described(parser):
+        found = {action.option_strings[0]: vars(action) for action in parser._actions}
+        found = {name: {key: about[key] for key in attributes} for name, about in found.items()}
+        for name, about in found.items():
+            about["choices"] = list(about["choices"] or [])
+            if name.startswith("--no_"):
+                del about["default"]  # that of the switch counts, which comes first
+        return found
+
+    expected, found = described(theirs), described(ours)
+    if kind != PreprocessArguments:
+        del expected["--parallelism_config"]  # an object, which words can't say
+        for name in ("--log_level", "--log_level_replica"):
+            expected[name]["choices"] = []  # transformers computes them; ``check_values`` knows them
+        expected["--optim"]["default"] = "==SUPPRESS=="  # computed too: the dataclass fills it in
+        expected["--debug"]["default"] = ""  # which has no effect
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lora_rang", "3"], "unknown flag --lora_rang: did you mean --lora_rank?"),
+        (["--do_train", "--train_file", "nowhere.json"], "no data file nowhere.json"),
+        (["--do_train", "--train_file", "rows.json", "--prompt_column", "q"], "no column 'q'; there are 'a', 'b'"),
+        (["--help"], ""),
+    ],
+)
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path, flags, said):
+    (tmp_path / "rows.json").write_text('{"a": "1", "b": "2"}')
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "lora/main.py", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert said in ended.stderr
+    assert not re.search(r"\| +(torch|transformers|datasets)$", ended.stderr, re.MULTILINE)
+    assert ended.returncode == (2 if said else 0)

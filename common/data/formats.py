@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from common.data.messages import check_text, is_empty, is_round, is_sharegpt, json_of, read_messages, tools_text
-from common.data.rows import RowError
+from common.data.rows import RowError, flag_of, missing, named
 from common.encoding import has_roles
 from common.tokenizers.base import Turn
 
@@ -234,21 +234,6 @@ class FormatReader:
 def find(names: Iterable[str], known: Collection[str]) -> list[str]:
     """Those of the names that are known, in any case."""
     return [name for name in names if name.strip().lower() in known]
-
-
-def flag_of(flag: str) -> str:
-    return f"--{flag}_column or {flag.upper()}_COLUMN"
-
-
-def missing(row: dict[str, Any], column: str, flag: str) -> RowError:
-    return RowError(f"no column {column}; there are {', '.join(map(repr, row))} (set {flag_of(flag)})")
-
-
-def named(row: dict[str, Any], column: str, flag: str) -> str:
-    """The column of a flag. Raises RowError that names the existing columns where it is missing."""
-    if column not in row:
-        raise missing(row, repr(column), flag)
-    return column
 
 
 def is_list(value: Any) -> bool:

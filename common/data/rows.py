@@ -38,6 +38,21 @@ class Row(NamedTuple):
     excerpt: str = ""  # the beginning of a bad row's text, at most 60 characters
 
 
+def flag_of(flag: str) -> str:
+    return f"--{flag}_column or {flag.upper()}_COLUMN"
+
+
+def missing(row: dict[str, Any], column: str, flag: str) -> RowError:
+    return RowError(f"no column {column}; there are {', '.join(map(repr, row))} (set {flag_of(flag)})")
+
+
+def named(row: dict[str, Any], column: str, flag: str) -> str:
+    """The column of a flag. Raises RowError that names the existing columns where it is missing."""
+    if column not in row:
+        raise missing(row, repr(column), flag)
+    return column
+
+
 def read_rows(file: Path, text_unit: str = "file") -> Iterator[Row]:
     """The rows of a JSON, CSV, text or Parquet file; values are as the file has them.
 

@@ -35,6 +35,8 @@ from common.launch.machines import ENDINGS, Machines, Peers, deaf, number, read_
 PREEMPTED = 75  # the exit code of a training that a signal has ended, after it has saved a checkpoint
 FROM_A_TERMINAL = 128  # SI_KERNEL of Linux: Ctrl-C, which all processes have heard
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux
+# The device files of NVIDIA's cards, under WSL, of AMD, Ascend, Intel and Cambricon.
+CARDS = ("nvidia*", "dxg", "kfd", "davinci*", "dri/renderD*", "accel*", "cambricon*")
 # The variables that choose the visible devices of NVIDIA, AMD, Ascend and Intel.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
@@ -45,11 +47,12 @@ def count_processes() -> int:
     Raises UserError if the environment asks for more GPUs than it has, and for GPUs that can't be used.
     """
     if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
-        return 1  # only a look at the devices needs torch, whose import takes seconds
+        return 1
+    found = 0
+    if os.environ.get("NUM_GPUS") != "0" and any(file for name in CARDS for file in Path("/dev").glob(name)):
+        from common.devices import count_devices  # it imports torch, which takes seconds
 
-    from common.devices import count_devices
-
-    found = count_devices()
+        found = count_devices()
     gpus = number(os.environ, "NUM_GPUS", found)
     processes = number(os.environ, "NUM_PROCESSES", max(1, gpus))
     if processes < 1:
