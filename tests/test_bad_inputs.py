@@ -119,8 +119,14 @@ FLAGS = cases(
     ("--ddp_backend tcp", "ddp_backend.*invalid choice: 'tcp'"),
     ("--dataset_name some/data", "the training data are in --train_file and in --dataset_name: give one of them"),
     ("--train_datasets .", "the training data are in --train_file and in --train_datasets: give one of them"),
-    ("--conversation_column content --history_column summary", "--conversation_column can't be used with --history_column"),
-    ("--conversation_column content --text_column summary", "--conversation_column can't be used with .* --text_column"),
+    (
+        "--conversation_column content --history_column summary",
+        "--conversation_column can't be used with --history_column",
+    ),
+    (
+        "--conversation_column content --text_column summary",
+        "--conversation_column can't be used with .* --text_column",
+    ),
     ("--do_sample --temperature 0", "--temperature must be above 0, --top_p above 0 and at most 1"),
     ("--do_sample --top_p 0", "--temperature must be above 0, --top_p above 0 and at most 1"),
     ("--label_smoothing_factor 0.1", "--label_smoothing_factor is not supported"),

@@ -209,7 +209,7 @@ def plan_of(case: Case, layers: int) -> Plan:
     key = case.method.name, str(case.setup), layers
     if key not in PLANS:
         config = type(case.folder.config).from_dict(case.folder.config.to_dict() | {"num_layers": layers})
-        PLANS[key] = PLAN(case._replace(folder=replace(case.folder, config=config)))
+        PLANS[key] = PLAN(case._replace(folder=replace(case.folder, config=config), known=[]))
     return PLANS[key]
 
 

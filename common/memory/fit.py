@@ -3,6 +3,7 @@
 import os
 import warnings
 from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     folder: ModelFolder
     method: Method
     setup: Setup
+    known: list[tuple[Setup, Counter[str]]]  # the peaks of steps that were predicted before, with this method
 
     def plan(self) -> Plan:
         with torch.device("meta"), warnings.catch_warnings():
@@ -60,10 +62,11 @@ class Case(NamedTuple):
             model.name_or_path = str(self.folder.path)
             quantize(model, self.setup.bits, self.setup.dtype)
             model = self.method.attach(model)
-        return predict(model, self.setup)
+        return predict(model, self.setup, self.known)
 
     def changed(self, method: Method | None = None, **setup: Any) -> "Case":
-        return self._replace(method=method or self.method, setup=replace(self.setup, **setup))
+        changed = self._replace(setup=replace(self.setup, **setup))
+        return changed._replace(method=method, known=[]) if method else changed
 
 
 class Forecast(NamedTuple):
@@ -90,7 +93,7 @@ def forecast(
 
     Raises UserError for a pass that no machine can hold: to predict it would take minutes.
     """
-    case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args))
+    case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args), known=[])
     setup = case.setup
     rows = max(setup.batch_size, setup.evaluation_batch_size, setup.generation_batch_size)
     if (tokens := rows * (setup.source_length + setup.target_length)) > MOST_TOKENS:

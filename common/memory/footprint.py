@@ -253,14 +253,14 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
 
 
 @torch.no_grad()
-def loss_step(model: PreTrainedModel, setup: Setup) -> None:
+def loss_step(model: PreTrainedModel, setup: Setup, *_: Any) -> None:
     """The loss of a batch without gradients."""
     model.eval()
     model(**labelled_batch(setup, setup.evaluation_batch_size), **setup.engine.loss_flags)
 
 
 @torch.no_grad()
-def answer_step(model: PreTrainedModel, setup: Setup) -> None:
+def answer_step(model: PreTrainedModel, setup: Setup, *_: Any) -> None:
     """Of an answer the first token, and the last one with all others cached."""
     model.eval()
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
@@ -288,34 +288,45 @@ def labelled_batch(setup: Setup, rows: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids, "label_positions": ids.new_empty(rows * labels)}
 
 
-def predict(model: PreTrainedModel, setup: Setup) -> Plan:
-    """The peak of one process. ``model``: on the meta device, quantized, with the parameters to train."""
-    config = model.config
+def steps_of(setup: Setup) -> Iterator[tuple[Callable, Setup]]:
+    """The steps of a training or an evaluation, each with the settings that decide its memory."""
+    alone = replace(setup, processes=1, answers_in_training=False)
+    passive = replace(alone, batch_size=0, autocast=None, checkpointing=False, accumulates=False)
+    if setup.batch_size:
+        yield training_step, replace(alone, evaluation_batch_size=0, generation_batch_size=0, answer_length=0)
+    if setup.evaluation_batch_size:
+        yield loss_step, replace(passive, generation_batch_size=0, answer_length=0)
+    if setup.generation_batch_size:
+        yield answer_step, replace(passive, evaluation_batch_size=0)
+
+
+def peak_of(step: Callable, model: PreTrainedModel, setup: Setup) -> Counter[str]:
+    """The bytes at the peak of a step, by kind, beside what is stored all the time."""
+    with kernels_of(setup) as cast_weights:
+        with Allocations(model, model.config.vocab_size, setup.gpu) as allocations:
+            step(model, setup, allocations, cast_weights)
+        model.zero_grad()
+    return allocations.peak
+
+
+def predict(model: PreTrainedModel, setup: Setup, known: list[tuple[Setup, Counter[str]]]) -> Plan:
+    """The peak of one process. ``model``: on the meta device, quantized, with the parameters to train.
+
+    ``known``: the peaks of its steps with the settings that were predicted before, because each takes a second.
+    """
     stored: Counter[str] = Counter()
     for tensor in {id(tensor): tensor for tensor in stored_tensors(model)}.values():
         stored["trained weights" if tensor.requires_grad else "weights"] += tensor.nbytes
     trains = bool(setup.batch_size or setup.answers_in_training)
     states = Counter({"optimizer states": 8 * model.num_parameters(only_trainable=True) * trains})
     peaks = [stored]
-    with kernels_of(setup) as cast_weights:
-        if setup.batch_size:
-            with Allocations(model, config.vocab_size, setup.gpu) as allocations:
-                training_step(model, setup, allocations, cast_weights)
-            peaks.append(stored + states + allocations.peak)
-            model.zero_grad()
-            del allocations
-    for step, rows, in_training in (
-        (loss_step, setup.evaluation_batch_size, True),
-        (answer_step, setup.generation_batch_size, setup.answers_in_training),
-    ):
-        if not rows:
-            continue
-        with kernels_of(replace(setup, batch_size=0, autocast=None)):
-            with Allocations(model, config.vocab_size, setup.gpu) as allocations:
-                step(model, setup)
-            peaks.append(stored + allocations.peak + (states if in_training else Counter()))
-            if step is answer_step and not setup.gpu and setup.dtype == torch.float32:
-                peaks[-1]["workspace"] += config.vocab_size * config.hidden_size * 4  # the packed head of evaluation.py
+    for step, own in steps_of(setup):
+        peak = next((peak for other, peak in known if other == own), None)
+        if peak is None:
+            known.append((own, peak := peak_of(step, model, own)))
+        peaks.append(stored + peak + (states if step is not answer_step or setup.answers_in_training else Counter()))
+        if step is answer_step and not setup.gpu and setup.dtype == torch.float32:
+            peaks[-1]["workspace"] += model.config.vocab_size * model.config.hidden_size * 4  # evaluation.py packs it
     return spread(max(peaks, key=Counter.total), model, setup)
 
 

@@ -87,7 +87,7 @@ def mix_of(data: Prepared) -> str:
 
 def print_plan(memory: Forecast, args: TrainingArguments) -> None:
     """The predicted memory of a process by kind, the settings that decide it, and whether it fits."""
-    (folder, method, setup), plan, available = memory
+    (folder, method, setup, _), plan, available = memory
     sizes_of = {**dict(plan.largest()), "a process on its device": plan.total}
     sizes_of |= {f"{name}, beside that": size for name, size in margins(plan, setup).items()}
     if setup.gpu:

@@ -266,7 +266,7 @@ def plan(kind: str, bits: int | None) -> None:
     spec = SPECS[kind]
     folder = ModelFolder(kind, Path(kind), spec, config_of(kind), bits=None, weights=())
     for setting in steps_in_time(SETTINGS, reserve=5):
-        total = Case(folder, new_method(setting.method), setup_of(setting, bits)).plan().total
+        total = Case(folder, new_method(setting.method), setup_of(setting, bits), known=[]).plan().total
         say(setting=str(setting), predicted=total)
 
 
