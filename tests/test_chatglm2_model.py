@@ -438,3 +438,25 @@ def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
     assert largest == [4, 4, 4, 2] + [2, 4, 4, 4]  # 14 labelled positions, in the forward and the backward pass
     torch.testing.assert_close(loss.next_token_loss(head, hidden_states, labels, in_parts=False), whole)
     assert largest[8:] == [14]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", [4, 64])
+def test_a_frozen_head_computes_its_logits_once(dtype, part, monkeypatch):
+    """The loss and the gradient are those of cross_entropy, also where float16 takes small probabilities for 0."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 4096, bias=False, dtype=dtype).requires_grad_(False)
+    hidden_states = torch.randn(2, 10, 8, dtype=dtype, requires_grad=True)
+    labels = torch.randint(4096, (2, 10))
+    labels[:, :3] = -100
+    rows, targets = hidden_states[:, 2:-1].flatten(0, 1).double(), labels[:, 3:].flatten()
+    exact = torch.nn.functional.cross_entropy(rows @ head.weight.double().T, targets)
+    (expected,) = torch.autograd.grad(exact, hidden_states)
+    monkeypatch.setattr(loss, "LARGEST_PART", 4096 * part)
+    found = loss.next_token_loss(head, hidden_states, labels)
+    (gradient,) = torch.autograd.grad(2.0**14 * found, hidden_states)
+    assert found.dtype == torch.float32
+    error = max(4 * torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=error, atol=0)
+    limit = {"rtol": error, "atol": error * expected.abs().max().item()}
+    torch.testing.assert_close(gradient / 2.0**14, expected, **limit)

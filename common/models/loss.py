@@ -4,7 +4,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LARGEST_PART = 2**25  # logits in memory at once: 0.4 GB, because their gradients need three copies in float32
+LARGEST_PART = 2**25  # logits in memory at once: 0.4 GB where their gradients need three copies in float32
+UPSCALE = 2.0**10  # of probabilities, most of which float16 would take for 0
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """The summed cross-entropy behind a head without a gradient of its own, from rows [n, hidden] and targets [n].
+
+    The forward pass computes the gradient of the rows beside the loss, in the memory of the logits: nothing is computed
+    twice, and no copy of the logits is kept. ``largest``: labels per part.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, largest: int) -> Tensor:
+        total = torch.zeros((), device=rows.device)
+        of_rows = []
+        for part, wanted in zip(rows.split(largest), targets[:, None].split(largest), strict=True):
+            logits = nn.functional.linear(part, weight).float()
+            logits -= logits.amax(-1, keepdim=True)
+            at_target = logits.gather(1, wanted)
+            sums = logits.exp_().sum(-1, keepdim=True)
+            total += (sums.log() - at_target).sum()
+            logits *= UPSCALE / sums
+            logits.scatter_add_(1, wanted, torch.full_like(at_target, -UPSCALE))
+            of_rows.append((logits.to(weight.dtype) @ weight).div_(UPSCALE))
+        ctx.save_for_backward(torch.cat(of_rows))
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (of_rows,) = ctx.saved_tensors
+        return (of_rows.float() * gradient).to(of_rows.dtype), None, None, None
 
 
 def next_token_loss(
@@ -22,8 +52,9 @@ def next_token_loss(
     in the flattened batch that predict a label, as the collator finds them before they would make a GPU wait;
     num_items_in_batch: the number of labels in the whole accumulated batch.
 
-    Without ``logits`` the head computes them for labelled positions. For many positions it computes them in parts,
-    and again in the backward pass, so that memory holds only one part.
+    Without ``logits`` the head computes them for labelled positions; of many positions in parts, so that memory holds
+    only one of them. ``FrozenHeadLoss`` does that for a frozen head; another one computes them again in the backward
+    pass.
 
     ``in_parts=False`` calls the head once. A sharded head needs it: each call gathers the head, all processes must
     call it equally often, and their numbers of labels differ.
@@ -39,7 +70,10 @@ def next_token_loss(
         row_logits = head(rows) if logits is None else rows
         return nn.functional.cross_entropy(row_logits.float(), targets, reduction="sum")
 
-    if logits is not None or not in_parts or len(wanted) <= largest:
+    frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    if logits is None and in_parts and frozen and rows.requires_grad and torch.is_grad_enabled():
+        total = FrozenHeadLoss.apply(rows, head.weight, wanted, largest)
+    elif logits is not None or not in_parts or len(wanted) <= largest:
         total = summed_loss(rows, wanted)
     else:
         parts = zip(rows.split(largest), wanted.split(largest), strict=True)
