@@ -156,7 +156,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     gradient_accumulation_steps: int = flag("Batches of one step of the optimizer (1)")
     rows_per_step: int | None = flag("Rows of a step on each device: the flags above that are not given are chosen")
     per_device_eval_batch_size: Rows = flag(
-        "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64", Rows(8)
+        "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64, as with 1",
+        Rows(8),
     )
     activation_checkpointing: Switch = flag(
         "Compute activations a second time instead of keeping them; auto: if the training does not fit without",
@@ -294,8 +295,9 @@ def complete_batches(args: TrainingArguments) -> None:
     args.per_device_train_batch_size = Rows(rows)
     if args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = max(1, step // rows)
-    args.auto_answers = args.per_device_eval_batch_size == "auto"
-    args.per_device_eval_batch_size = Rows(8 if args.auto_answers else int(args.per_device_eval_batch_size))
+    word = str(args.per_device_eval_batch_size)
+    args.auto_answers = word in ("auto", "1")  # 1: the official commands say so, and greedy answers are the same
+    args.per_device_eval_batch_size = Rows(8 if word == "auto" else int(word))
     args.answer_batch_size = args.per_device_eval_batch_size
     word = args.activation_checkpointing
     args.auto_checkpointing = word == "auto" and chooses

@@ -34,6 +34,7 @@ OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.jso
 
 def test_the_official_flags_mean_what_they_meant():
     model_args, prefix_args, data_args, args = parse_arguments(PrefixArguments, OFFICIAL_TRAIN.split())
+    assert (args.per_device_eval_batch_size, args.auto_answers) == (1, True)  # as many together as fit
     assert (model_args.model_name_or_path, model_args.quantization_bit) == ("chatglm-6b", 4)
     assert (prefix_args.pre_seq_len, prefix_args.prefix_projection, prefix_args.ptuning_checkpoint) == (
         128,
