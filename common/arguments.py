@@ -295,9 +295,9 @@ def complete_batches(args: TrainingArguments) -> None:
     args.per_device_train_batch_size = Rows(rows)
     if args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = max(1, step // rows)
-    word = str(args.per_device_eval_batch_size)
-    args.auto_answers = word in ("auto", "1")  # 1: the official commands say so, and greedy answers are the same
-    args.per_device_eval_batch_size = Rows(8 if word == "auto" else int(word))
+    rows_word = str(args.per_device_eval_batch_size)
+    args.auto_answers = rows_word in ("auto", "1")  # 1: the official commands say so, and greedy answers are the same
+    args.per_device_eval_batch_size = Rows(8 if rows_word == "auto" else int(rows_word))
     args.answer_batch_size = args.per_device_eval_batch_size
     word = args.activation_checkpointing
     args.auto_checkpointing = word == "auto" and chooses

@@ -233,14 +233,16 @@ def train_messages(
     start = adapter.start_ids()
     limit = max_source_length + max_target_length + 1
     for index, messages in enumerate(adapter.encode_turns(conversations)):
-        kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
-        answered = sum(len(message.ids) for message in messages if message.turn.loss)
-        asked = sum(len(message.ids) for message in messages) - answered + len(start) + 1
+        answered = sum(len(header) + len(body) for turn, header, body in messages if turn.loss)
+        asked = sum(len(header) + len(body) for turn, header, body in messages if not turn.loss) + len(start) + 1
+        kept, truncated = messages, False
+        if asked + answered > limit:
+            kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # whether the next token ends a trained turn
-        for message in kept:
-            given = len(message.header) or 1  # tokens at the start of a turn that the model does not write
-            ids, learned = message.ids, message.turn.loss
+        for turn, header, body in kept:
+            given = len(header) or 1  # tokens at the start of a turn that the model does not write
+            ids, learned = header + body, turn.loss
             input_ids += ids
             labels += [-100] * given + ids[given:] if learned else [-100] * len(ids)
             if ends_answer and ids:
