@@ -296,7 +296,8 @@ def complete_batches(args: TrainingArguments) -> None:
     if args.gradient_accumulation_steps is None:
         args.gradient_accumulation_steps = max(1, step // rows)
     rows_word = str(args.per_device_eval_batch_size)
-    args.auto_answers = rows_word in ("auto", "1")  # 1: the official commands say so, and greedy answers are the same
+    # The official commands say 1, and greedy answers are the same; several processes need the way out that 1 is.
+    args.auto_answers = rows_word == "auto" or rows_word == "1" and chooses and args.processes == 1
     args.per_device_eval_batch_size = Rows(8 if rows_word == "auto" else int(rows_word))
     args.answer_batch_size = args.per_device_eval_batch_size
     word = args.activation_checkpointing

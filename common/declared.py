@@ -69,7 +69,7 @@ def declared(kind: str) -> dict[str, Flag]:
     found: dict[str, Flag | None] = {}
     for file, name in places:
         found |= dict(fields_of(file, name))  # an own field replaces an inherited one
-    return {name: flag for name, flag in found.items() if flag}
+    return {name: flag for name, flag in found.items() if flag and kind_of(flag)}
 
 
 def fields_of(file: Path, kind: str) -> Iterator[tuple[str, Flag | None]]:
@@ -146,20 +146,22 @@ def spellings(name: str) -> list[str]:
     return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
 
 
-def add(parser: argparse.ArgumentParser, flag: Flag) -> None:
-    """Adds a flag as transformers' HfArgumentParser does, unless words can't say its value.
-
-    --a_b and --a-b are the same; a switch that is on has --no_a_b and --no-a-b too.
-    """
+def kind_of(flag: Flag) -> str:
+    """The one of its types that words say; "" where they can say none."""
     kinds = [kind for kind in flag.kinds if kind != "None"]
     if len(flag.kinds) == len(kinds) == 2:  # what is not text is meant, and given as text
         kinds.remove("str")
-    kind, of = (*kinds[0].rstrip("]").split("[", 1), "")[:2]
-    values = choices().get(kind)
-    if kind == "Literal":
-        values = list(ast.literal_eval(f"({of},)"))
-    elif kind not in TYPES and not values and kind != "list":
-        return
+    name = kinds[0].partition("[")[0]
+    return kinds[0] if name in TYPES or name in choices() or name in ("Literal", "list") else ""
+
+
+def add(parser: argparse.ArgumentParser, flag: Flag) -> None:
+    """Adds a flag as transformers' HfArgumentParser does.
+
+    --a_b and --a-b are the same; a switch that is on has --no_a_b and --no-a-b too.
+    """
+    kind, _, of = kind_of(flag).rstrip("]").partition("[")
+    values = list(ast.literal_eval(f"({of},)")) if kind == "Literal" else choices().get(kind)
     about: dict[str, Any] = {"choices": values} if values else {}
     if kind == "list":
         about = {"nargs": "+"}

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from common.arguments import DataArguments, FullArguments, LoraArguments, PrefixArguments, TrainingArguments
+from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
+from common.declared import declared
 from common.errors import UserError, exit_on_user_error, nearest
 from common.finetune import run
 from common.flags import REMOVED, RENAMED, current_flag, parse_arguments
@@ -78,7 +79,7 @@ def check_keys(file: Path, section: str, given: dict[str, Any], known: Collectio
 def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[str, Any]:
     """The flags of the data. A file is trained on or evaluated if it is named."""
     data = dict(config["data_config"])
-    known = {*DATA_FILES, "num_proc", *DataArguments.__dataclass_fields__} - SET_ELSEWHERE
+    known = {*DATA_FILES, "num_proc", *declared("DataArguments")} - SET_ELSEWHERE
     check_keys(file, "data_config.", data, known)
     data.pop("num_proc", None)  # sentencepiece uses all cores by itself
     if not {"prompt_column", "conversation_column", "text_column"} & data.keys():
@@ -99,7 +100,7 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
 
 def training_defaults(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     training = dict(config["training_args"])
-    check_keys(file, "training_args.", training, [*TrainingArguments.__dataclass_fields__, *RENAMED, *REMOVED])
+    check_keys(file, "training_args.", training, [*declared("TrainingArguments"), *RENAMED, *REMOVED])
     generation = training.pop("generation_config", None) or {}
     check_keys(file, "training_args.generation_config.", generation, GENERATION)
     training = dict(filter(None, (current_flag(name, value) for name, value in training.items())))
@@ -124,7 +125,7 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     if kind not in list(METHODS) or peft and kind is None:
         raise UserError(f"{file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
     arguments, method, renamed = METHODS[kind]
-    check_keys(file, "peft_config.", peft, [*renamed, *arguments.__dataclass_fields__, *IGNORED])
+    check_keys(file, "peft_config.", peft, [*renamed, *declared(arguments.__name__), *IGNORED])
     if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
     defaults: dict[str, Any] = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}

@@ -6,7 +6,7 @@ imported, which takes seconds; the dataclasses follow.
 
 import argparse
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -73,9 +73,10 @@ def parse_arguments(
 
 
 def read_flags(kind: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The values of all flags of a method, whose dataclass is named ``kind``. Imports neither torch nor transformers.
+    """The values of all flags of a method, whose dataclass is named ``kind``.
 
-    ``defaults``: values of flags from a file; with --checkpoint the records of the training replace them.
+    ``defaults``: values of flags from a file; with --checkpoint the records of the training replace them. Only those
+    need torch.
     Raises UserError for an unknown flag, naming the nearest known one, or for a value that can't be read.
     """
     argv = translate_old_flags(sys.argv[1:] if argv is None else argv)
@@ -91,7 +92,7 @@ def read_flags(kind: str, argv: list[str] | None = None, defaults: Mapping[str, 
 
 
 def values_of(
-    kinds: Iterable[str], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
+    kinds: Collection[str], usage: str, argv: list[str] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """The values of all flags of the dataclasses that are named. Raises UserError like ``read_flags``."""
     parser = parser_of(kinds, usage)
@@ -119,7 +120,8 @@ def objects_of(kinds: Iterable[type], values: Mapping[str, Any]) -> tuple[Any, .
     """One object of each dataclass, filled with the values of its fields. Raises UserError if they don't fit."""
     try:
         return tuple(
-            kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values}) for kind in kinds
+            kind(**{field.name: values[field.name] for field in fields(kind) if field.init and field.name in values})
+            for kind in kinds
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split()).rstrip(".") + ".") from error

@@ -21,9 +21,10 @@ from common.arguments import (
     TrainingArguments,
 )
 from common.bounds import BOUNDS
+from common.data.look import check_files
 from common.declared import parser_of
 from common.errors import UserError
-from common.flags import parse_arguments
+from common.flags import parse_arguments, read_flags
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
 --response_column summary --overwrite_cache --model_name_or_path chatglm-6b --output_dir output --overwrite_output_dir
@@ -188,6 +189,7 @@ def test_the_flags_that_the_sources_declare_are_those_of_the_dataclasses(kind):
         (["--lora_rang", "3"], "unknown flag --lora_rang: did you mean --lora_rank?"),
         (["--do_train", "--train_file", "nowhere.json"], "no data file nowhere.json"),
         (["--do_train", "--train_file", "rows.json", "--prompt_column", "q"], "no column 'q'; there are 'a', 'b'"),
+        (["--parallelism_config", "x"], "unknown flag --parallelism_config (--help lists all)."),
         (["--help"], ""),
     ],
 )
@@ -202,3 +204,19 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path, flags, said):
     assert said in ended.stderr
     assert not re.search(r"\| +(torch|transformers|datasets)$", ended.stderr, re.MULTILINE)
     assert ended.returncode == (2 if said else 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "flags"),
+    [
+        ('{"a": "1"}', "--do_predict --test_file rows.json --prompt_column a --response_column b"),  # questions alone
+        ('{"a": [], "b": "1"}', "--do_train --train_file rows.json --conversation_column a --prompt_column c"),
+        ('{"text": "1"}', "--do_train --train_file rows.json --text_column text --prompt_column c"),
+        ("broken", "--do_train --train_file rows.json --prompt_column a"),  # which is told with all bad rows
+        ('{"a": "1"}', "--do_train --train_file rows.json --prompt_column b --skip_bad_rows"),
+    ],
+)
+def test_the_first_look_asks_for_columns_that_are_read(tmp_path, monkeypatch, first, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(first)
+    check_files(read_flags("LoraArguments", flags.split()))

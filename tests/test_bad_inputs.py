@@ -299,6 +299,8 @@ CONFIGS = [
             "unknown key training_args.learnin_rate: did you mean learning_rate",
         ),
         (changed("peft_config", lora_alfa=1), "unknown key peft_config.lora_alfa: did you mean lora_alpha?"),
+        (changed("training_args", lacks_gpu=True), "unknown key training_args.lacks_gpu"),  # a field that is no flag
+        (changed("data_config", held_out=True), "unknown key data_config.held_out"),
         (changed("data_config", train_fil="x"), "unknown key data_config.train_fil: did you mean train_file?"),
         (json.dumps(YAML | {"max_inputs": 1}), "unknown key max_inputs: did you mean max_input_length?"),
         (

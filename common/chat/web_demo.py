@@ -277,8 +277,10 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
     signal.signal(signal.SIGINT, lambda *_: over.put(None))
 
     def run() -> None:
-        uvicorn.Server(config).run([listener])
-        over.put(None)
+        try:
+            uvicorn.Server(config).run([listener])
+        finally:
+            over.put(None)
 
     threading.Thread(target=run, daemon=True).start()
     if args.share == "true":

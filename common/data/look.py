@@ -9,20 +9,32 @@ from common.data.sources import find_files
 from common.errors import UserError
 
 JOBS = {"do_train": "train_file", "do_eval": "validation_file", "do_predict": "test_file"}
-COLUMNS = ("prompt", "response", "history", "conversation", "text")
 
 
 def check_files(flags: Mapping[str, Any]) -> None:
     """Raises UserError for a file that is missing, or whose first row lacks a column that a flag names."""
-    columns = {column: name for column in COLUMNS if (name := flags[f"{column}_column"])}
     for job, file_flag in JOBS.items():
         if job == "do_train" and flags["train_datasets"] or not (flags[job] or flags["do_train"]):
             continue
         files = find_files(flags[file_flag] or "")
-        for file in files[:1] if columns and not flags["skip_bad_rows"] else ():
-            for row in islice(read_rows(file, flags["text_unit"]), 1):
-                try:
-                    for column, name in columns.items():
-                        named(row.content, name, column)
-                except RowError as error:
-                    raise UserError(f"{row.place}: {error}.") from error
+        columns = columns_of(flags, job)
+        # A bad row is reported with all others, when all are read.
+        looks = flags[job] and columns and not flags["skip_bad_rows"]
+        for row in islice(read_rows(files[0], flags["text_unit"]), 1) if files and looks else ():
+            try:
+                for column, name in {} if row.problem else columns.items():
+                    named(row.content, name, column)
+            except RowError as error:
+                raise UserError(f"{row.place}: {error}.") from error
+
+
+def columns_of(flags: Mapping[str, Any], job: str) -> dict[str, str]:
+    """The columns that a job reads, as far as flags name them: {"prompt": "question"}."""
+    given = {column: flags[f"{column}_column"] for column in ("text", "conversation", "prompt", "history", "response")}
+    given = {column: name for column, name in given.items() if name}
+    alone = next((column for column in ("text", "conversation") if column in given), None)
+    if alone:
+        return {} if alone == "text" and job == "do_predict" else {alone: given[alone]}
+    if job == "do_predict":  # a question needs no answer
+        given.pop("response", None)
+    return given

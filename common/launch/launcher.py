@@ -35,8 +35,9 @@ from common.launch.machines import ENDINGS, Machines, Peers, deaf, number, read_
 PREEMPTED = 75  # the exit code of a training that a signal has ended, after it has saved a checkpoint
 FROM_A_TERMINAL = 128  # SI_KERNEL of Linux: Ctrl-C, which all processes have heard
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER of Linux
-# The device files of NVIDIA's cards, under WSL, of AMD, Ascend, Intel and Cambricon.
-CARDS = ("nvidia*", "dxg", "kfd", "davinci*", "dri/renderD*", "accel*", "cambricon*")
+# The device files of NVIDIA's cards, under WSL, of AMD, Ascend, Intel, Cambricon, Moore Threads and Gaudi.
+CARDS = ("nvidia*", "dxg", "kfd", "davinci*", "dri/renderD*", "accel*", "cambricon*", "mtgpu*", "hl*")
+PCI_CLASSES = ("0x03", "0x12")  # displays and accelerators: NVIDIA's files may be made when CUDA starts
 # The variables that choose the visible devices of NVIDIA, AMD, Ascend and Intel.
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
@@ -49,7 +50,7 @@ def count_processes() -> int:
     if os.environ.get("NUM_PROCESSES") == "1" and "NUM_GPUS" not in os.environ:
         return 1
     found = 0
-    if os.environ.get("NUM_GPUS") != "0" and any(file for name in CARDS for file in Path("/dev").glob(name)):
+    if os.environ.get("NUM_GPUS") != "0" and may_have_cards():
         from common.devices import count_devices  # it imports torch, which takes seconds
 
         found = count_devices()
@@ -61,6 +62,14 @@ def count_processes() -> int:
         if count > found:
             raise UserError(f"{name}={count}, but {found} GPUs are visible here.")
     return processes
+
+
+def may_have_cards() -> bool:
+    """Whether this machine shows any sign of an accelerator."""
+    classes = (file.read_text() for file in Path("/sys/bus/pci/devices").glob("*/class"))
+    return any(True for name in CARDS for _ in Path("/dev").glob(name)) or any(
+        found.startswith(PCI_CLASSES) for found in classes
+    )
 
 
 def set_environment(processes: int, machines: Machines) -> None:

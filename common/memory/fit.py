@@ -104,6 +104,7 @@ def forecast(
     available = card_memory(args) or free_memory(args)
     if args.do_train and (args.batch_sizes or args.auto_checkpointing):
         case = choose_passes(case, args, data_args, available)
+    args.auto_answers = args.auto_answers and not (args.per_device_eval_batch_size == 1 and data_args.do_sample)
     if args.auto_answers and case.setup.generation_batch_size:
         case = choose_answers(case, args, available)
     return Forecast(case, case.plan(), available)

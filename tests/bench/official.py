@@ -76,7 +76,9 @@ ROWS = {
     "answers3": Row(
         "ChatGLM3-6B, LoRA, an answer of 64 tokens, batch 16", "V3", "common/finetune_hf.py", "answers.yaml", "answers"
     ),
-    "encoding": Row("ChatGLM-6B, a row of question and answer", "V1", "ptuning/main.py", STEPS + " --pre_seq_len 128", "encoding"),
+    "encoding": Row(
+        "ChatGLM-6B, a row of question and answer", "V1", "ptuning/main.py", STEPS + " --pre_seq_len 128", "encoding"
+    ),
     "encoding3": Row("ChatGLM3-6B, a row of a conversation", "V3", "common/finetune_hf.py", "lora.yaml", "encoding"),
     "help": Row("--help", "V1", "ptuning/main.py", "--help", "start"),
     "wrong": Row("a wrong flag", "V1", "ptuning/main.py", STEPS + " --pre_seq_length 128", "start"),
