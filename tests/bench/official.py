@@ -8,7 +8,7 @@ Nothing of theirs is here; whoever wants the comparison sets it up once, and nam
                  ChatGLM2-6B; V3: finetune_demo/finetune_hf.py of ChatGLM3
     V1_MODEL     a folder with their model code, a config.json and weights, as small as one likes
 What has no variables is left out, and named. A step: the median over all but the first, of all rounds. Tokens are real
-ones, no pads. Encoding: a program with 20,000 rows and one step, less the same with 100 rows.
+ones, no pads.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CLOCK = Path(__file__).with_name("official_clock.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_DISABLED": "true"}
 ONE_THREAD |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 PADS = {"V1": "3", "V2": "0", "V3": "0"}
-COMMON = """--train_file {data}/{train} --validation_file {data}/dev.json --test_file {data}/dev.json
+COMMON = """--train_file {data}/train.json --validation_file {data}/dev.json --test_file {data}/dev.json
 --prompt_column content --response_column summary --overwrite_cache --model_name_or_path {model}
 --overwrite_output_dir --output_dir {output}
 --max_source_length 64 --max_target_length 64 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1
@@ -58,7 +58,7 @@ class Row(NamedTuple):
     generation: str
     program: str  # ours
     flags: str
-    measure: str = "steps"  # or answers, encoding, start
+    measure: str = "steps"  # or answers, start
 
 
 ROWS = {
@@ -76,10 +76,6 @@ ROWS = {
     "answers3": Row(
         "ChatGLM3-6B, LoRA, an answer of 64 tokens, batch 16", "V3", "common/finetune_hf.py", "answers.yaml", "answers"
     ),
-    "encoding": Row(
-        "ChatGLM-6B, a row of question and answer", "V1", "ptuning/main.py", STEPS + " --pre_seq_len 128", "encoding"
-    ),
-    "encoding3": Row("ChatGLM3-6B, a row of a conversation", "V3", "common/finetune_hf.py", "lora.yaml", "encoding"),
     "help": Row("--help", "V1", "ptuning/main.py", "--help", "start"),
     "wrong": Row("a wrong flag", "V1", "ptuning/main.py", STEPS + " --pre_seq_length 128", "start"),
     "missing": Row("a missing file", "V1", "ptuning/main.py", STEPS.replace("dev.json", "nowhere.json"), "start"),
@@ -87,13 +83,11 @@ ROWS = {
 
 
 def write_data(folder: Path) -> None:
-    """The shipped rows: 1,000 to train on, 50 to answer, 20,000 variations to encode; the same as conversations."""
+    """The shipped rows: 1,000 to train on and 50 to answer; the same as conversations."""
     shipped = [json.loads(line) for name in ("train", "dev") for line in open(ROOT / f"AdvertiseGen/{name}.json")]
-    rows = [
-        {"content": row["content"], "summary": row["summary"] + "。" * (index // len(shipped))}
-        for index, row in enumerate((shipped * 100)[:20000])
-    ]
-    for name, part in {"train": rows[:1000], "dev": rows[-50:], "few": rows[:100], "many": rows}.items():
+    rows = (shipped * 10)[:1050]
+    (folder / "conversations").mkdir()
+    for name, part in {"train": rows[:1000], "dev": rows[1000:]}.items():
         (folder / f"{name}.json").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part))
         talks = [
             {
@@ -104,37 +98,33 @@ def write_data(folder: Path) -> None:
             }
             for row in part
         ]
-        (folder / "conversations").mkdir(exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in talks)
         (folder / "conversations" / f"{name}.json").write_text(text)
 
 
-def command_of(row: Row, ours: bool, folder: Path, train: str) -> list[str]:
-    """One of the two programs with its flags; ``train``: the name of its file of training rows."""
+def command_of(row: Row, ours: bool, folder: Path) -> list[str]:
+    """One of the two programs with its flags."""
     python = sys.executable if ours else os.environ[f"{row.generation}_PYTHON"]
     program = str(ROOT / row.program) if ours else os.environ[f"{row.generation}_MAIN"]
     model, output = os.environ[f"{row.generation}_MODEL"], folder / "out"
     if not row.flags.endswith(".yaml"):
-        flags = row.flags.format(data=folder, model=model, output=output, train=train).split()
+        flags = row.flags.format(data=folder, model=model, output=output).split()
         return [python, program, *flags]
     config = json.loads(json.dumps(LORA))
     config["training_args"]["output_dir"] = str(output)
-    config["data_config"]["train_file"] = train
     if row.measure == "answers":
         config["training_args"] |= {"max_steps": 1, "evaluation_strategy": "steps", "eval_steps": 1}
-    elif row.measure == "encoding":
-        config["training_args"]["max_steps"] = 1
     if ours and row.measure != "answers":
         del config["data_config"]["val_file"]  # we would evaluate; theirs can't do without
     (folder / row.flags).write_text(yaml.safe_dump(config))
     return [python, program, str(folder / "conversations"), model, str(folder / row.flags), *(["no"] if ours else [])]
 
 
-def run(row: Row, ours: bool, folder: Path, train: str = "train.json") -> dict:
+def run(row: Row, ours: bool, folder: Path) -> dict:
     """What the clock noted of one program, and the CPU seconds of all of it."""
     record = folder / "record.json"
     record.unlink(missing_ok=True)
-    python, *command = command_of(row, ours, folder, train)
+    python, *command = command_of(row, ours, folder)
     caches = {"CHATGLM_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
     clock = [] if row.measure == "start" else [str(CLOCK), str(record)]
     subprocess.run(["rm", "-rf", folder / "out", folder / "hf", folder / "cache"], check=True)
@@ -154,11 +144,8 @@ def run(row: Row, ours: bool, folder: Path, train: str = "train.json") -> dict:
 
 
 def times_of(row: Row, ours: bool, folder: Path) -> tuple[list[float], float, float]:
-    """(CPU seconds of each step, answer, row or start; real tokens of a step; peak memory in bytes) of one run."""
-    found = run(row, ours, folder, "few.json" if row.measure == "encoding" else "train.json")
-    if row.measure == "encoding":
-        many = run(row, ours, folder, "many.json")
-        return [(many["seconds"] - found["seconds"]) / 19900], 0, many["memory"]
+    """(CPU seconds of each step, answer or start; real tokens of a step; peak memory in bytes) of one run."""
+    found = run(row, ours, folder)
     if row.measure == "answers":
         answers = found["answers"]
         return [sum(seconds for seconds, _ in answers) / sum(rows for _, rows in answers)], 0, found["memory"]
@@ -194,8 +181,7 @@ def main() -> None:
             ]
             tokens = " / ".join(f"{statistics.mean(run[1] for run in found[ours]):,.0f}" for ours in found)
             memory = " / ".join(f"{max(run[2] for run in found[ours]) / 1e9:.2f}" for ours in found)
-            scale, unit = (1e6, " µs") if row.measure == "encoding" else (1, "")
-            cells = (f"{theirs * scale:,.2f}{unit}", f"{own * scale:,.2f}{unit}")
+            cells = (f"{theirs:.2f}", f"{own:.2f}")
             ratios = (f"{theirs / own:.2f}x", f"{min(pairs):.2f}x", f"{max(pairs):.2f}x")
             table.add_row(row.what, *cells, *ratios, tokens, memory)
             print(f"{name}: {cells}, {ratios}, {tokens} tokens, {memory} GB", flush=True)
