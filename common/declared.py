@@ -60,6 +60,7 @@ def library(file: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
+@cache
 def declared(kind: str) -> dict[str, Flag]:
     """The flags of a dataclass of common/arguments.py: the fields that may be given, also those that it inherits."""
     places = [(OURS, kind)]

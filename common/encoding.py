@@ -204,7 +204,7 @@ def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[Encoded
     rest = messages[len(system) :]
     for first in (0, *(index for index, message in enumerate(rest) if message.turn.role == "user")):
         kept = system + rest[first:]
-        excess = sum(len(message.ids) for message in kept) - room
+        excess = sum(message.length for message in kept) - room
         if excess <= 0:
             return kept, False
     return cut_given(kept, excess, keep), True
@@ -233,16 +233,14 @@ def train_messages(
     start = adapter.start_ids()
     limit = max_source_length + max_target_length + 1
     for index, messages in enumerate(adapter.encode_turns(conversations)):
-        answered = sum(len(header) + len(body) for turn, header, body in messages if turn.loss)
-        asked = sum(len(header) + len(body) for turn, header, body in messages if not turn.loss) + len(start) + 1
-        kept, truncated = messages, False
-        if asked + answered > limit:
-            kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
+        kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
+        answered = sum(message.length for message in messages if message.turn.loss)
+        asked = sum(message.length for message in messages) - answered + len(start) + 1
         input_ids, labels = list(start), [-100] * len(start)
         ends_answer = False  # whether the next token ends a trained turn
-        for turn, header, body in kept:
-            given = len(header) or 1  # tokens at the start of a turn that the model does not write
-            ids, learned = header + body, turn.loss
+        for message in kept:
+            given = len(message.header) or 1  # tokens at the start of a turn that the model does not write
+            ids, learned = message.ids, message.turn.loss
             input_ids += ids
             labels += [-100] * given + ids[given:] if learned else [-100] * len(ids)
             if ends_answer and ids:
@@ -270,7 +268,7 @@ def answers_to_messages(
             if is_answer:
                 header = turns[0].header
                 answer = ids_of(turns)[len(header) :]
-                asked = len(start) + sum(len(message.ids) for message in before) + len(header)
+                asked = len(start) + sum(message.length for message in before) + len(header)
                 origin = Origin(index, asked, len(answer))
                 kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
                 truncated = cut or len(answer) > max_target_length

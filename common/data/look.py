@@ -1,7 +1,6 @@
 """A first look at the data files, without torch: a missing file or column is said at once."""
 
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 from common.data.rows import RowError, named, read_rows
@@ -17,18 +16,20 @@ def check_files(flags: Mapping[str, Any]) -> None:
         if job == "do_train" and flags["train_datasets"] or not (flags[job] or flags["do_train"]):
             continue
         files = find_files(flags[file_flag] or "")
-        columns = columns_of(flags, job)
-        # A bad row is reported with all others, when all are read.
-        looks = flags[job] and columns and not flags["skip_bad_rows"]
-        for row in islice(read_rows(files[0], flags["text_unit"]), 1) if files and looks else ():
-            try:
-                for column, name in {} if row.problem else columns.items():
-                    named(row.content, name, column)
-            except RowError as error:
-                raise UserError(f"{row.place}: {error}.") from error
+        columns = columns_to_read(flags, job)
+        if not (files and columns and flags[job]) or flags["skip_bad_rows"]:
+            continue
+        row = next(read_rows(files[0], flags["text_unit"]), None)
+        if row is None or row.problem:  # a bad row is reported with all others, when all are read
+            continue
+        try:
+            for column, name in columns.items():
+                named(row.content, name, column)
+        except RowError as error:
+            raise UserError(f"{row.place}: {error}.") from error
 
 
-def columns_of(flags: Mapping[str, Any], job: str) -> dict[str, str]:
+def columns_to_read(flags: Mapping[str, Any], job: str) -> dict[str, str]:
     """The columns that a job reads, as far as flags name them: {"prompt": "question"}."""
     given = {column: flags[f"{column}_column"] for column in ("text", "conversation", "prompt", "history", "response")}
     given = {column: name for column, name in given.items() if name}

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -66,10 +67,9 @@ def count_processes() -> int:
 
 def may_have_cards() -> bool:
     """Whether this machine shows any sign of an accelerator."""
+    files = chain.from_iterable(Path("/dev").glob(name) for name in CARDS)
     classes = (file.read_text() for file in Path("/sys/bus/pci/devices").glob("*/class"))
-    return any(True for name in CARDS for _ in Path("/dev").glob(name)) or any(
-        found.startswith(PCI_CLASSES) for found in classes
-    )
+    return any(files) or any(found.startswith(PCI_CLASSES) for found in classes)
 
 
 def set_environment(processes: int, machines: Machines) -> None:

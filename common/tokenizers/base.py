@@ -34,6 +34,11 @@ class EncodedTurn(NamedTuple):
     def ids(self) -> list[int]:
         return self.header + self.body
 
+    @property
+    def length(self) -> int:
+        """In tokens."""
+        return len(self.header) + len(self.body)
+
 
 class SentencePieceTokenizer(PreTrainedTokenizer):
     """Reads its vocabulary with sentencepiece. Pads batches on the left, as text generation needs it."""
