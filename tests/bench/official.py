@@ -14,10 +14,12 @@ ones, no pads.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +112,7 @@ def command_of(row: Row, ours: bool, folder: Path) -> list[str]:
     if not row.flags.endswith(".yaml"):
         flags = row.flags.format(data=folder, model=model, output=output).split()
         return [python, program, *flags]
-    config = json.loads(json.dumps(LORA))
+    config = deepcopy(LORA)
     config["training_args"]["output_dir"] = str(output)
     if row.measure == "answers":
         config["training_args"] |= {"max_steps": 1, "evaluation_strategy": "steps", "eval_steps": 1}
@@ -127,7 +129,8 @@ def run(row: Row, ours: bool, folder: Path) -> dict:
     python, *command = command_of(row, ours, folder)
     caches = {"CHATGLM_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
     clock = [] if row.measure == "start" else [str(CLOCK), str(record)]
-    subprocess.run(["rm", "-rf", folder / "out", folder / "hf", folder / "cache"], check=True)
+    for name in ("out", "hf", "cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     with open(folder / "log", "wb") as log:
         started = subprocess.Popen(
             [python, *clock, *command],
