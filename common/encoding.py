@@ -5,14 +5,16 @@ ChatGLM3-6B and GLM-4 read messages that begin with a role token; one row trains
 """
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, Ids, SentencePieceTokenizer, Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from common.tokenizers.glm4 import GLM4Adapter
@@ -32,11 +34,28 @@ class Origin(NamedTuple):
 
 
 class TrainRow(NamedTuple):
-    input_ids: list[int]
-    labels: list[int]  # -100: no loss
+    """A row in pieces, which a table joins to columns all at once."""
+
+    pieces: list[Ids]
+    learned: list[bool]  # whether the tokens of each piece have labels
     truncated: bool = False
     dropped_turns: int = 0
     origin: Origin = Origin(0, 0, 0)
+
+    @property
+    def input_ids(self) -> list[int]:
+        return np.concatenate(self.pieces).tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """-100: no loss."""
+        mask = np.repeat(self.learned, [len(piece) for piece in self.pieces])
+        return np.where(mask, np.concatenate(self.pieces), -100).tolist()
+
+    @property
+    def columns(self) -> dict[str, list[int]]:
+        """As ``train_batch`` takes them."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
 class EvalRow(NamedTuple):
@@ -47,8 +66,8 @@ class EvalRow(NamedTuple):
     origin: Origin = Origin(0, 0, 0)
 
 
-Answers = Iterator[tuple[list[int], list[int], bool, int, Origin]]
-"""(prompt, answer, truncated, dropped turns, origin): the prompt with its special tokens, the answer without."""
+Answers = Iterator[tuple[list[Ids], Ids, bool, int, Origin]]
+"""(prompt in pieces, answer, truncated, dropped turns, origin): the prompt with its special tokens."""
 
 
 def conversation_of(query: str, response: str, history: History = ()) -> list[Turn]:
@@ -88,10 +107,10 @@ def encode_eval(
     else:
         answers = answers_to_rounds(tokenizer, closed, max_source_length - 2, max_target_length - 2, special=(2, 2))
     rows = []
-    for prompt_ids, answer_ids, truncated, dropped, origin in answers:
-        text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+    for prompt, answer_ids, truncated, dropped, origin in answers:
+        text = tokenizer.decode(answer_ids.tolist(), skip_special_tokens=True).strip()
         reference = None if open_ended[origin.conversation] and not text else text
-        rows.append(EvalRow(prompt_ids, reference, truncated, dropped, origin))
+        rows.append(EvalRow(np.concatenate(prompt).tolist(), reference, truncated, dropped, origin))
     return rows
 
 
@@ -120,15 +139,14 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) ->
     Every block begins with the start tokens of the model, and the last block of a text ends with the end token.
     """
     adapter = with_methods(tokenizer)
-    start = adapter.start_ids()
+    start = as_ids(adapter.start_ids())
     size = block_size - len(start)
     rows = []
-    for index, ids in enumerate(adapter.encode_batch(texts)):
-        ids = [*ids, tokenizer.eos_token_id]
+    for index, text in enumerate(adapter.encode_batch(texts)):
+        ids = np.append(text, np.int32(tokenizer.eos_token_id))
         for begin in range(0, len(ids), size):
             block = ids[begin : begin + size]
-            origin = Origin(index, 0, len(block))
-            rows.append(TrainRow(start + block, [-100] * len(start) + block, origin=origin))
+            rows.append(TrainRow([start, block], [False, True], origin=Origin(index, 0, len(block))))
     return rows
 
 
@@ -164,6 +182,8 @@ def answers_to_rounds(
         rounds += [(index, pairs[:i], *pairs[i]) for i, answer in enumerate(turns[1::2]) if answer.loss]
     prompts = tokenizer.encode_batch([tokenizer.build_prompt(query, history) for _, history, query, _ in rounds])
     answers = tokenizer.encode_batch([answer for *_, answer in rounds])
+    wrapped = tokenizer.build_inputs_with_special_tokens([-1])
+    before, after = as_ids(wrapped[: wrapped.index(-1)]), as_ids(wrapped[wrapped.index(-1) + 1 :])
     for (index, history, query, _), prompt, answer_ids in zip(rounds, prompts, answers, strict=True):
         origin = Origin(index, len(prompt) + special[0], len(answer_ids) + special[1])
         dropped = 0
@@ -171,23 +191,22 @@ def answers_to_rounds(
             dropped += 1
             prompt = tokenizer.encode_batch([tokenizer.build_prompt(query, history[dropped:])])[0]
         truncated = len(prompt) > max_prompt or len(answer_ids) > max_answer
-        prompt_ids = tokenizer.build_inputs_with_special_tokens(prompt[:max_prompt])
-        yield prompt_ids, answer_ids[:max_answer], truncated, 2 * dropped, origin
+        yield [before, prompt[:max_prompt], after], answer_ids[:max_answer], truncated, 2 * dropped, origin
 
 
 def train_rounds(
     tokenizer: RoundsTokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> Iterator[TrainRow]:
     """One row per trained answer."""
-    # Special tokens that the official script counts in the prompt's length and in the answer's, and those of the
-    # prompt that have a label: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
-    in_prompt, in_answer, labelled = (1, 2, 1) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0, 0)
+    # Special tokens that the official script counts in the prompt's length and in the answer's. Labels are right of the
+    # bar: "prompt [gMASK] | <sop> answer <eop>" and "[gMASK] sop prompt | answer </s>".
+    in_prompt, in_answer = (1, 2) if isinstance(tokenizer, ChatGLMTokenizer) else (2, 0)
     limits = max_source_length - in_prompt, max_target_length - in_answer
+    end = as_ids([tokenizer.eos_token_id])
     answers = answers_to_rounds(tokenizer, conversations, *limits, special=(in_prompt, in_answer))
-    for prompt_ids, answer, truncated, dropped, origin in answers:
-        input_ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
-        first = len(prompt_ids) - labelled  # the first label
-        yield TrainRow(input_ids, [-100] * first + input_ids[first:], truncated, dropped, origin)
+    for (before, prompt, after), answer, truncated, dropped, origin in answers:
+        pieces = [before, prompt, after[:1], after[1:], answer, end]
+        yield TrainRow(pieces, [False, False, False, True, True, True], truncated, dropped, origin)
 
 
 # Messages: ChatGLM3-6B and GLM-4
@@ -202,9 +221,9 @@ def fit(messages: list[EncodedTurn], room: int, keep: int) -> tuple[list[Encoded
     """
     system = [message for message in messages if message.turn.role == "system"]
     rest = messages[len(system) :]
-    for first in (0, *(index for index, message in enumerate(rest) if message.turn.role == "user")):
+    for first in sorted({0, *(index for index, message in enumerate(rest) if message.turn.role == "user")}):
         kept = system + rest[first:]
-        excess = sum(message.length for message in kept) - room
+        excess = length_of(kept) - room
         if excess <= 0:
             return kept, False
     return cut_given(kept, excess, keep), True
@@ -216,8 +235,18 @@ def cut_given(messages: list[EncodedTurn], excess: int, keep: int) -> list[Encod
     Given are questions, system prompts and tool results that are not trained; they keep ``keep`` tokens together.
     """
     lengths = {i: len(body) for i, (turn, _, body) in enumerate(messages) if turn.role != "assistant" and not turn.loss}
-    for _ in range(min(excess, sum(lengths.values()) - keep)):
-        lengths[max(lengths, key=lambda i: lengths[i])] -= 1
+    excess = min(excess, sum(lengths.values()) - keep)
+    if excess <= 0:
+        return messages
+
+    def saved(longest: int) -> int:
+        return sum([max(0, length - longest) for length in lengths.values()])
+
+    longest = bisect_left(range(max(lengths.values())), True, key=lambda length: saved(length) <= excess)
+    more = excess - saved(longest)  # messages that lose one token more
+    for i, length in lengths.items():
+        if length >= longest:
+            lengths[i], more = longest - (more > 0), more - 1
     return [message._replace(body=message.body[: lengths.get(i)]) for i, message in enumerate(messages)]
 
 
@@ -229,27 +258,29 @@ def train_messages(
     The role token of a trained turn has no label. The token after the turn has one, because it ends the turn. If the
     last round alone is too long, its given messages are cut to ``max_source_length`` tokens, then the end of the row.
     """
-    adapter, end = with_methods(tokenizer), tokenizer.eos_token_id
-    start = adapter.start_ids()
+    adapter = with_methods(tokenizer)
+    start, end = as_ids(adapter.start_ids()), as_ids([tokenizer.eos_token_id])
     limit = max_source_length + max_target_length + 1
     for index, messages in enumerate(adapter.encode_turns(conversations)):
-        kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
-        answered = sum(message.length for message in messages if message.turn.loss)
-        asked = sum(message.length for message in messages) - answered + len(start) + 1
-        input_ids, labels = list(start), [-100] * len(start)
+        answered = length_of([message for message in messages if message.turn.loss])
+        asked = length_of(messages) - answered + len(start) + 1
+        kept, truncated = messages, False
+        if asked + answered > limit:
+            kept, truncated = fit(messages, limit - len(start) - 1, keep=max_source_length)
+        pieces, learned = [start], [False]
         ends_answer = False  # whether the next token ends a trained turn
-        for message in kept:
-            given = len(message.header) or 1  # tokens at the start of a turn that the model does not write
-            ids, learned = message.ids, message.turn.loss
-            input_ids += ids
-            labels += [-100] * given + ids[given:] if learned else [-100] * len(ids)
-            if ends_answer and ids:
-                labels[-len(ids)] = ids[0]
-            ends_answer = learned
-        input_ids.append(end)
-        labels.append(end if ends_answer else -100)
-        origin = Origin(index, asked, answered)
-        yield TrainRow(input_ids[:limit], labels[:limit], truncated, len(messages) - len(kept), origin)
+        for turn, header, body in kept:
+            if not len(header):  # GLM-4's are part of the body, but for answers
+                header, body = body[:1], body[1:]
+            pieces += (header, body) if len(header) < 2 else (header[:1], header[1:], body)
+            learned += (ends_answer, turn.loss) if len(header) < 2 else (ends_answer, False, turn.loss)
+            ends_answer = turn.loss
+        pieces.append(end)
+        learned.append(ends_answer)
+        if truncated:
+            before = accumulate(map(len, pieces), initial=0)
+            pieces = [piece[: max(0, limit - length)] for piece, length in zip(pieces, before, strict=False)]
+        yield TrainRow(pieces, learned, truncated, len(messages) - len(kept), Origin(index, asked, answered))
 
 
 def answers_to_messages(
@@ -260,22 +291,31 @@ def answers_to_messages(
     Successive turns of the assistant (a thought, then a call) are one answer: the model writes them without a stop.
     """
     adapter = with_methods(tokenizer)
-    start = adapter.start_ids()
+    start = as_ids(adapter.start_ids())
     for index, messages in enumerate(adapter.encode_turns(conversations)):
         before: list[EncodedTurn] = []
         for is_answer, run in groupby(messages, lambda message: message.turn.role == "assistant" and message.turn.loss):
             turns = list(run)
             if is_answer:
                 header = turns[0].header
-                answer = ids_of(turns)[len(header) :]
-                asked = len(start) + sum(message.length for message in before) + len(header)
+                answer = np.concatenate(pieces_of(turns)[1:])
+                asked = len(start) + length_of(before) + len(header)
                 origin = Origin(index, asked, len(answer))
                 kept, cut = fit(before, max_source_length - len(start) - len(header), keep=0)
                 truncated = cut or len(answer) > max_target_length
-                prompt_ids, dropped = start + ids_of(kept) + header, len(before) - len(kept)
-                yield prompt_ids, answer[:max_target_length], truncated, dropped, origin
+                prompt, dropped = [start, *pieces_of(kept), header], len(before) - len(kept)
+                yield prompt, answer[:max_target_length], truncated, dropped, origin
             before += turns
 
 
-def ids_of(messages: Iterable[EncodedTurn]) -> list[int]:
-    return [token for message in messages for token in message.ids]
+def pieces_of(messages: Iterable[EncodedTurn]) -> list[Ids]:
+    return [piece for _, header, body in messages for piece in (header, body)]
+
+
+def length_of(messages: Iterable[EncodedTurn]) -> int:
+    """In tokens."""
+    return sum([len(header) + len(body) for _, header, body in messages])
+
+
+def as_ids(ids: Sequence[int]) -> Ids:
+    return np.array(ids, np.int32)

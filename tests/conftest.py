@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from common.encoding import EvalRow, TrainRow
 from common.models import chatglm, chatglm2
 from common.tokenizers.base import SentencePieceTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
@@ -73,6 +74,15 @@ def make_tiny_folder(spec: Spec, folder: Path) -> Path:
 
 def load_tiny_model(spec: Spec, folder: Path) -> PreTrainedModel:
     return spec.model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def encoded(tokenizer: SentencePieceTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+
+
+def whole(rows: Iterable[TrainRow | EvalRow]) -> list[tuple]:
+    """All that a row says, so that rows can be compared."""
+    return [(row.input_ids, row.labels, *row[2:]) if isinstance(row, TrainRow) else tuple(row) for row in rows]
 
 
 def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:

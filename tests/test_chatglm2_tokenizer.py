@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import sentencepiece
+from conftest import encoded
 from tiny_models import CHATGLM2, CHATGLM3, write_tokenizer_config
 
 from common.tokenizers.chatglm2 import ROLES, ChatGLM2Tokenizer, ChatGLM3Tokenizer
@@ -40,7 +41,7 @@ def real_items(spec, real_rows) -> list[dict]:
 
 
 def test_ids_of_real_rows(tokenizer, real_items):
-    assert tokenizer.encode_batch([item["text"] for item in real_items]) == [item["sp"] for item in real_items]
+    assert encoded(tokenizer, [item["text"] for item in real_items]) == [item["sp"] for item in real_items]
     for item in real_items:
         assert tokenizer.encode(item["text"]) == item["encode"]
         assert tokenizer.encode(item["text"], add_special_tokens=False) == item["encode_nospecial"]
@@ -69,7 +70,7 @@ def test_difficult_texts_are_as_sentencepiece_has_them(tokenizer, tokenizer_gold
     """For any text the ids are those of sentencepiece itself."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=tokenizer.vocab_file)
     texts = [row["text"] for row in tokenizer_goldens["tricky"]] + TYPED
-    assert tokenizer.encode_batch(texts) == [pieces.encode(text) for text in texts]
+    assert encoded(tokenizer, texts) == [pieces.encode(text) for text in texts]
     for text in texts:
         ids = pieces.encode(text)
         assert tokenizer.encode(text) == [64790, 64792, *ids]
@@ -154,7 +155,7 @@ def test_round_trip(small_tokenizer, text):
     ids = small_tokenizer.encode(text, add_special_tokens=False)
     assert small_tokenizer.decode(ids) == text
     assert small_tokenizer.decode(small_tokenizer.encode(text), skip_special_tokens=True) == text
-    assert small_tokenizer.encode_batch([text, "x"])[0] == ids
+    assert encoded(small_tokenizer, [text, "x"])[0] == ids
 
 
 @pytest.mark.parametrize("text", TYPED)
@@ -175,7 +176,7 @@ def test_special_tokens_follow_the_pieces(small_tokenizer, spec):
 
 def test_special_tokens_around_rows(small_tokenizer):
     start = [small_tokenizer.get_command("[gMASK]"), small_tokenizer.get_command("sop")]
-    prompt, answer = small_tokenizer.encode_batch(["你好", "天气"])
+    prompt, answer = encoded(small_tokenizer, ["你好", "天气"])
     assert small_tokenizer.encode("你好") == [*start, *prompt]
     assert small_tokenizer.encode("你好", "天气") == [*start, *prompt, *answer, small_tokenizer.eos_token_id]
     assert small_tokenizer.encode("你好", truncation=True, max_length=3) == [*start, prompt[0]]
@@ -235,7 +236,7 @@ def test_a_conversation_is_its_messages(small_tokenizer):
     ]
     system, user, assistant = (small_tokenizer.get_command(f"<|{role}|>") for role in ("system", "user", "assistant"))
     texts = ["\n", "你好\n" + json.dumps(tools, indent=4, ensure_ascii=False), "get_weather\n", "x", "天气"]
-    empty, instructions, name, call, query = small_tokenizer.encode_batch(texts)
+    empty, instructions, name, call, query = encoded(small_tokenizer, texts)
     expected = [*small_tokenizer.encode(""), system, *empty, *instructions]
     expected += [assistant, *name, *call, user, *empty, *query, assistant]
     assert small_tokenizer.build_chat_input("天气", history)["input_ids"].tolist() == [expected]
@@ -245,12 +246,12 @@ def test_a_conversation_is_its_messages(small_tokenizer):
 def test_role_tokens_are_recognised_only_when_asked_for(small_tokenizer):
     text = "你好<|user|> hello<|assistant|><|system|>\n"
     asked = ChatGLM3Tokenizer(small_tokenizer.vocab_file, encode_special_tokens=True)
-    greeting, hello, line = small_tokenizer.encode_batch(["你好", " hello", "\n"])
+    greeting, hello, line = encoded(small_tokenizer, ["你好", " hello", "\n"])
     user, assistant, system = (small_tokenizer.get_command(f"<|{role}|>") for role in ("user", "assistant", "system"))
     expected = [*greeting, user, *hello, assistant, system, *line]
     assert asked.encode(text, add_special_tokens=False) == expected
-    assert small_tokenizer.encode_batch([text]) == asked.encode_batch([text])
-    assert asked.encode_batch([text]) != [expected]  # messages are encoded so
+    assert encoded(small_tokenizer, [text]) == encoded(asked, [text])
+    assert encoded(asked, [text]) != [expected]  # messages are encoded so
 
 
 def test_save_and_load(small_tokenizer, tmp_path):

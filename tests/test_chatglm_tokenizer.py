@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import encoded
 
 from common.tokenizers.chatglm import ChatGLMTokenizer
 
@@ -28,15 +29,15 @@ def texts(tokenizer_goldens) -> list[dict]:
 
 def test_ids_of_texts(tokenizer, texts):
     assert [row["text"] for row in texts if tokenizer.encode(row["text"], add_special_tokens=False) != row["ids"]] == []
-    assert [row["text"] for row in texts if tokenizer.encode_batch([row["text"]]) != [row["ids"]]] == []
-    assert tokenizer.encode_batch([row["text"] for row in texts]) == [row["ids"] for row in texts]
+    assert [row["text"] for row in texts if encoded(tokenizer, [row["text"]]) != [row["ids"]]] == []
+    assert encoded(tokenizer, [row["text"] for row in texts]) == [row["ids"] for row in texts]
 
 
 def test_ids_of_real_rows(tokenizer, real_rows):
     """The columns of 120 rows of the real AdvertiseGen."""
     rows = [column for row in real_rows("tokenizer.json")["dev"] for column in row.values() if isinstance(column, dict)]
     assert len(rows) == 240
-    assert tokenizer.encode_batch([row["text"] for row in rows]) == [row["ids"] for row in rows]
+    assert encoded(tokenizer, [row["text"] for row in rows]) == [row["ids"] for row in rows]
     for row in rows:
         assert tokenizer.encode(row["text"]) == row["ids_special"]
         assert tokenizer.decode(row["ids"]) == row["decode"]
@@ -140,8 +141,8 @@ def test_encode_batch_equals_encode(demo_tokenizer):
     plain = WHITE_SPACE + UNCOMMON + ["", " "]
     for batch in (plain, [*plain, "a [MASK] b", "x<eop>y"]):
         singles = [demo_tokenizer.encode(text, add_special_tokens=False) for text in batch]
-        assert demo_tokenizer.encode_batch(batch) == singles
-    assert demo_tokenizer.encode_batch([]) == []
+        assert encoded(demo_tokenizer, batch) == singles
+    assert encoded(demo_tokenizer, []) == []
 
 
 def test_special_tokens_around_rows(demo_tokenizer):

@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import encoded
 
 from common.arguments import DataArguments
 from common.data.dataset import Prepared, prepare_dataset
@@ -92,7 +93,7 @@ def test_plain_text_becomes_blocks_that_lose_nothing(tmp_path, demo_tokenizer, s
     assert counts(prepared, "dropped", "truncated", "unlabelled") == [2, 0, 0]
     assert all(len(ids) <= 16 for ids in prepared.rows["input_ids"])
     together = [token for ids in prepared.rows["input_ids"] for token in ids[2:]]
-    ids = demo_tokenizer.encode_batch([lines[0], lines[2]])
+    ids = encoded(demo_tokenizer, [lines[0], lines[2]])
     assert together == [*ids[0], demo_tokenizer.eos_token_id, *ids[1], demo_tokenizer.eos_token_id]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_arrays, load_real_tokenizer
+from conftest import encoded, load_arrays, load_real_tokenizer, whole
 from tiny_models import CHATGLM2, CHATGLM3
 
 from common.data.collator import left_pad, train_batch
@@ -22,7 +22,7 @@ PAIR = [conversation_of(CONTENT, SUMMARY)]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_batch([text])[0]
+    return encoded(tokenizer, [text])[0]
 
 
 def pairs(contents: Sequence[str], summaries: Sequence[str]) -> list[list[Turn]]:
@@ -63,7 +63,7 @@ def original3(tmp_path_factory) -> ChatGLM3Tokenizer:
 def test_official_training_rows(real_tokenizer, dev_rows, model_goldens):
     """Every row is equal if padded to 64 + 64, as in the official script."""
     rows = encode_train(real_tokenizer, pairs(dev_rows[0][:4], dev_rows[1][:4]), 64, 64)
-    batch = train_batch([row._asdict() for row in rows], real_tokenizer.pad_token_id, length=128)
+    batch = train_batch([row.columns for row in rows], real_tokenizer.pad_token_id, length=128)
     assert torch.equal(batch["input_ids"], model_goldens["train_64_64/input_ids"])
     assert torch.equal(batch["labels"], model_goldens["train_64_64/labels"])
     assert rows[0].input_ids == model_goldens["train_single_nopad/input_ids"][0].tolist()
@@ -93,7 +93,7 @@ def test_official_conversation(real_tokenizer, generation_goldens):
 def check_official_rows(rows, case: str, pad_to: int) -> None:
     """The rows equal the first rows of a golden, padded as in the official script of ChatGLM2: with labels of -100."""
     golden = load_arrays(original(f"chatglm2-6b/{case}.npz"))
-    batch = train_batch([row._asdict() for row in rows], pad_token_id=0, length=pad_to)
+    batch = train_batch([row.columns for row in rows], pad_token_id=0, length=pad_to)
     assert torch.equal(batch["input_ids"], golden["input_ids"][: len(rows)])
     assert torch.equal(batch["labels"], golden["labels"][: len(rows)])
 
@@ -219,7 +219,7 @@ def test_rows_keep_their_order(demo_tokenizer):
     contents, summaries = [f"类型#裙{i}" for i in range(5)], [f"好看{i}" for i in range(5)]
     rows = encode_train(demo_tokenizer, pairs(contents, summaries), 64, 64)
     alone = [encode_train(demo_tokenizer, [pair], 64, 64)[0] for pair in pairs(contents, summaries)]
-    assert [row[:4] for row in rows] == [row[:4] for row in alone]
+    assert [row[:4] for row in whole(rows)] == [row[:4] for row in whole(alone)]
     assert [row.origin.conversation for row in rows] == list(range(5))
 
 
@@ -276,7 +276,7 @@ def test_every_trained_answer_is_a_row_of_rounds(rounds_tokenizer):
     first = conversation_of(*contents[:2])
     last = conversation_of(*contents[4:], history=[contents[:2], contents[2:4]])
     alone = encode_train(rounds_tokenizer, [first, last, first], 200, 64)
-    assert [row[:4] for row in train] == [row[:4] for row in alone]
+    assert [row[:4] for row in whole(train)] == [row[:4] for row in whole(alone)]
     assert [row.origin.conversation for row in train] == [0, 0, 1]
     rows = encode_eval(rounds_tokenizer, [THREE_ROUNDS], 200, 64)
     assert [row.reference for row in rows] == ["hello", "白色"]
@@ -297,7 +297,7 @@ def test_too_long_rounds_lose_the_oldest_first(rounds_tokenizer):
         for dropped, length in enumerate(lengths):
             short = encode(rounds_tokenizer, [conversation_of(query, answer, history[dropped:])], 200, 64)[0]
             found = encode(rounds_tokenizer, chat, length + specials, 64)[0]
-            assert found == short._replace(dropped_turns=2 * dropped, origin=found.origin)
+            assert whole([found]) == whole([short._replace(dropped_turns=2 * dropped, origin=found.origin)])
         cut = encode(rounds_tokenizer, chat, lengths[2] + specials - 1, 64)[0]
         assert (cut.truncated, cut.dropped_turns) == (True, 4)
 
@@ -315,8 +315,8 @@ def test_a_subclass_of_a_tokenizer_encodes_like_its_base(demo_tokenizer, tokeniz
     for tokenizer in (demo_tokenizer, tokenizer2, tokenizer3):
         subclass = type("Subclass", (type(tokenizer),), {})(tokenizer.vocab_file)
         for encode in (encode_train, encode_eval):
-            assert encode(subclass, [THREE_ROUNDS], 64, 64) == encode(tokenizer, [THREE_ROUNDS], 64, 64)
-        assert encode_texts(subclass, ["hello"], 64) == encode_texts(tokenizer, ["hello"], 64)
+            assert whole(encode(subclass, [THREE_ROUNDS], 64, 64)) == whole(encode(tokenizer, [THREE_ROUNDS], 64, 64))
+        assert whole(encode_texts(subclass, ["hello"], 64)) == whole(encode_texts(tokenizer, ["hello"], 64))
         assert stop_ids(subclass) == stop_ids(tokenizer)
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common.arguments import DataArguments
-from common.data.tables import mask_pads
+from common.data.dataset import prepare_dataset
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
@@ -157,11 +157,12 @@ def test_the_loss_of_glm4_is_that_of_transformers(glm_folder):
     torch.testing.assert_close(ours(ids).logits, expected.logits)
 
 
-def test_glm4_learns_to_end_its_answer(glm_folder):
+def test_glm4_learns_to_end_its_answer(glm_folder, tmp_path):
     """Its end token is its pad token too, and must stay a label."""
     tokenizer = load_tokenizer(glm_folder)
-    row = mask_pads(DataArguments(), tokenizer, encode_train(tokenizer, [conversation_of("a", "b")], 16, 16))[0]
-    assert row.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    (tmp_path / "rows.json").write_text('{"prompt": "a", "response": "b"}')
+    [row] = prepare_dataset(DataArguments(), str(tmp_path / "rows.json"), tokenizer, "train").rows
+    assert row["labels"][-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
 
 
 def test_lora_on_glm4_trains_and_answers(glm_folder, tmp_path, monkeypatch):

@@ -2,11 +2,21 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from common.data.messages import check_text, is_empty, is_round, is_sharegpt, json_of, read_messages, tools_text
+from common.data.messages import (
+    check_text,
+    is_empty,
+    is_round,
+    is_sharegpt,
+    json_of,
+    plain_turns,
+    read_messages,
+    tools_text,
+)
 from common.data.rows import RowError, flag_of, missing, named
 from common.encoding import has_roles
 from common.tokenizers.base import Turn
@@ -114,8 +124,13 @@ class FormatReader:
     def read_conversation(self, row: dict[str, Any], shape: Shape) -> list[Turn]:
         """The turns of a list of messages, after those of the row's system prompt and tools."""
         unread: set[str] = set()
-        messages = json_of(f"column {shape.main!r}", row[shape.main])
-        turns = [*given_turns(row, shape), *read_messages(messages, shape.main, unread)]
+        messages = row[shape.main]
+        turns = plain_turns(messages)
+        if turns is None:
+            messages = json_of(f"column {shape.main!r}", messages)
+            turns = read_messages(messages, shape.main, unread)
+        if shape.has_more:
+            turns = [*given_turns(row, shape), *turns]
         name = name_of_messages(messages, shape.main)
         if not self.name:
             self.name = name
@@ -125,9 +140,10 @@ class FormatReader:
         self.unread.update(unread)
         if self.asking:
             return ending_with_question(turns)
-        self.empty_answers += sum(map(is_unanswered, turns))
-        turns = without_empty_answers(turns)
-        return turns if any(turn.loss for turn in turns) else []
+        if not all(map(attrgetter("content"), turns)):
+            self.empty_answers += sum(map(is_unanswered, turns))
+            turns = without_empty_answers(turns)
+        return turns if any(map(attrgetter("loss"), turns)) else []
 
     def find_shape(self, row: dict[str, Any], filled: list[str]) -> Shape:
         """The shape of a row by the flags, or else by its keys; ``filled`` are the keys that hold something."""
@@ -321,7 +337,7 @@ def check_roles(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], asking: b
     ChatGLM-6B and ChatGLM2-6B know two roles, in alternation; only a conversation ``asking`` may end with a question.
     Thoughts need a chat template that writes them.
     """
-    if any(turn.reasoning_content for turn in turns) and not has_thoughts(tokenizer):
+    if any(map(attrgetter("reasoning_content"), turns)) and not has_thoughts(tokenizer):
         raise RowError(
             "reasoning_content: this model has no part for thoughts: remove the field, or use a model that thinks"
         )

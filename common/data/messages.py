@@ -31,7 +31,12 @@ ROLES = {
     "tool_call": "call",
 }
 KNOWN_ROLES = "system, user, assistant, observation, tool, human, gpt, function_call, function, developer"
-PLAIN_FIELDS, PLAIN_ROLES = {"role", "content"}, ("system", "user", "assistant")
+FOLLOWERS = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("user", "assistant"),
+    "assistant": ("user", "assistant"),
+}
 ROLE_FIELDS, CONTENT_FIELDS = ("role", "from"), ("content", "value")
 REASONING_FIELDS = ("reasoning_content", "reasoning")
 # The fields of a message that decide tokens, beside role, content and reasoning.
@@ -114,8 +119,7 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
     spoken, before = False, ""  # whether a turn other than the system prompt was read; the role of the last message
     for number, message in enumerate(messages, 1):
         try:
-            plain = is_plain(message)
-            role = message["role"] if plain else role_of(message)
+            role = role_of(message)
             if role == "system" and number > 1:
                 raise RowError("a system message comes first and only once")
             if role not in ("system", "user") and not spoken:
@@ -123,10 +127,7 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
             if role == before == "call":
                 raise RowError("two calls in a row, but the model waits for the result before the next")
             spoken, before = spoken or role != "system", role
-            if plain:
-                turns.append(Turn(role, check_text("content", message["content"]), loss=role == "assistant"))
-            else:
-                turns += read_message(role, message, learn_observations, column, unread)
+            turns += read_message(role, message, learn_observations, column, unread)
         except RowError as error:
             raise RowError(f"message {number}: {error}") from error
     if not spoken:
@@ -134,14 +135,23 @@ def read_messages(value: Any, column: str, unread: set[str]) -> list[Turn]:
     return turns
 
 
-def is_plain(message: Any) -> bool:
-    """Whether it is {"role": …, "content": …} as most are: its turn is clear without a look at all other fields."""
-    return (
-        isinstance(message, dict)
-        and message.keys() == PLAIN_FIELDS
-        and isinstance(message["content"], str)
-        and message["role"] in PLAIN_ROLES
-    )
+def plain_turns(messages: Any) -> list[Turn] | None:
+    """The turns of messages with a role and a text each, as most are; None where there is more to look at."""
+    turns: list[Turn] = []
+    before = ""
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict) or len(message) != 2:
+            return None
+        role, text = message.get("role"), message.get("content")
+        if role not in FOLLOWERS[before] or not isinstance(text, str) or not text:
+            return None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return None
+        turns.append(Turn(role, text, "", role == "assistant"))
+        before = role
+    return turns if before in ("user", "assistant") else None
 
 
 def is_sharegpt(messages: list[Any]) -> bool:

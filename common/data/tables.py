@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 from datasets import Features, List, Value
-from transformers import PreTrainedTokenizerBase
+from numpy.typing import NDArray
 from xxhash import xxh3_64
 
 from common.arguments import DataArguments
@@ -42,28 +42,14 @@ def lengths_of(args: DataArguments, split: str) -> list[int]:
 
 
 def encode(split: Split, table: str, contents: list) -> list[TrainRow] | list[EvalRow]:
-    """The rows of a table that examples give; rows without any label, or to compare without a reference, are left."""
+    """The rows of a table that examples give; rows to compare without a reference are left out."""
     lengths = lengths_of(split.args, split.name)
     if split.args.text_column:
         return encode_texts(split.tokenizer, contents, *lengths)
     if table == "questions":
         rows = encode_eval(split.tokenizer, contents, *lengths)
         return [row for row in rows if row.reference is not None] if split.name == "validation" else rows
-    return mask_pads(split.args, split.tokenizer, encode_train(split.tokenizer, contents, *lengths))
-
-
-def mask_pads(args: DataArguments, tokenizer: PreTrainedTokenizerBase, rows: list[TrainRow]) -> list[TrainRow]:
-    """Removes the labels of pad tokens within rows, as the official scripts do, unless the pad is also the end token.
-
-    Plain text, which the official scripts do not know, keeps all labels.
-    """
-    pad = tokenizer.pad_token_id
-    if not args.ignore_pad_token_for_loss or pad == tokenizer.eos_token_id:
-        return rows
-    return [
-        row._replace(labels=[-100 if label == pad else label for label in row.labels]) if pad in row.labels else row
-        for row in rows
-    ]
+    return encode_train(split.tokenizer, contents, *lengths)
 
 
 def write_table(
@@ -88,22 +74,12 @@ def write_table(
                     counts["first_dropped"] = counts["first_dropped"] or first
                     counts["dropped"] += len(batch) - len(whole)
                 encoded = encode(split, table, [example.content for example in whole])
-                questions = [questions_of(example.content) for example in whole]
-                cells = []
-                for row in encoded:
-                    index, asked, answered = row.origin
-                    # Most rows end with a label, and nothing else of them needs to be looked at.
-                    if isinstance(row, TrainRow) and row.labels[-1] < 0 and max(row.labels) < 0:
-                        counts["unlabelled"] += 1
-                        continue
-                    origin, question = whole[index], next(questions[index])
-                    cells.append((*row[:2], origin.file, origin.line, origin.row, question, asked, answered))
-                counts["rows"] += len(cells)
-                counts["truncated"] += sum(row.truncated for row in encoded)
-                counts["shortened"] += sum(row.dropped_turns > 0 for row in encoded)
-                values = zip(*cells, strict=True) if cells else [()] * len(schema)
-                columns = [to_arrow(column, field.type) for column, field in zip(values, schema, strict=True)]
-                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+                columns = table_of(split, schema, whole, encoded)
+                counts["rows"] += len(columns)
+                counts["unlabelled"] += len(encoded) - len(columns)
+                counts["truncated"] += sum([row.truncated for row in encoded])
+                counts["shortened"] += sum([row.dropped_turns > 0 for row in encoded])
+                writer.write_batch(columns)
                 hashes.append(xxh3_64(seed=first_batch + len(hashes)))
                 for ids in (column for column in columns if pyarrow.types.is_list(column.type)):
                     hashes[-1].update(ids.offsets.to_numpy())
@@ -113,18 +89,62 @@ def write_table(
     return counts | {"content": sum_of(found.intdigest() for found in hashes)}
 
 
+def table_of(
+    split: Split, schema: pyarrow.Schema, examples: Sequence[Example], rows: Sequence[Any]
+) -> pyarrow.RecordBatch:
+    """The columns of encoded rows (TrainRow or EvalRow), without rows that have no label."""
+    if not rows:
+        return pyarrow.record_batch({name: [] for name in schema.names}, schema=schema)
+    found = [row.origin.conversation for row in rows]
+    questions = [questions_of(example.content) for example in examples]
+    columns: dict[str, Any] = {
+        "file": [examples[index].file for index in found],
+        "line": [examples[index].line for index in found],
+        "row": [examples[index].row for index in found],
+        "question": [next(questions[index]) for index in found],
+        "asked": [row.origin.asked for row in rows],
+        "answered": [row.origin.answered for row in rows],
+    }
+    has_label = None
+    if "labels" in schema.names:
+        columns["input_ids"], columns["labels"], has_label = token_columns(rows, token_without_loss(split))
+    else:
+        columns["prompt_ids"] = [row.prompt_ids for row in rows]
+        columns["reference"] = [row.reference for row in rows]
+    batch = pyarrow.record_batch(columns, schema=schema)
+    return batch if has_label is None or has_label.all() else batch.filter(pyarrow.array(has_label))
+
+
+def token_without_loss(split: Split) -> int:
+    """The pad token, which the official scripts do not learn within rows either; -1 for none.
+
+    It is learned where it is also the end token, and in plain text, which the official scripts do not know.
+    """
+    pad, args = split.tokenizer.pad_token_id, split.args
+    learned = not args.ignore_pad_token_for_loss or pad == split.tokenizer.eos_token_id or args.text_column
+    return -1 if learned else pad
+
+
+def token_columns(
+    rows: Sequence[TrainRow], without_loss: int
+) -> tuple[pyarrow.Array, pyarrow.Array, NDArray[np.bool_]]:
+    """(token ids, labels, whether a row has a label)."""
+    pieces = list(chain.from_iterable([row.pieces for row in rows]))
+    lengths = np.fromiter(map(len, pieces), np.int32, len(pieces))
+    values = np.concatenate(pieces)
+    learned = np.repeat(list(chain.from_iterable([row.learned for row in rows])), lengths)
+    labels = np.where(learned & (values != without_loss), values, np.int32(-100))
+    first_pieces = np.cumsum([0, *(len(row.pieces) for row in rows[:-1])])
+    lengths = np.add.reduceat(lengths, first_pieces)
+    offsets = np.cumsum([0, *lengths], dtype=np.int32)
+    has_label = np.logical_or.reduceat(labels != -100, offsets[:-1])
+    as_lists = pyarrow.ListArray.from_arrays
+    return as_lists(offsets, values), as_lists(offsets, labels), has_label
+
+
 def sum_of(hashes: Iterable[int | str]) -> str:
     """16 hex digits; the hashes are numbers, or sums before them."""
     return f"{sum(found if isinstance(found, int) else int(found, 16) for found in hashes) % 2**64:016x}"
-
-
-def to_arrow(column: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:
-    """A column; lists of ids go through numpy, which takes half the time."""
-    if not pyarrow.types.is_list(kind):
-        return pyarrow.array(column, kind)
-    offsets = np.cumsum([0, *map(len, column)], dtype=np.int32)
-    values = np.fromiter(chain.from_iterable(column), np.int32, offsets[-1])
-    return pyarrow.ListArray.from_arrays(offsets, values)
 
 
 def check_any(summary: Mapping[str, Any], args: DataArguments, source: str) -> None:

@@ -211,7 +211,8 @@ def pretrain(
         if pieces:
             examples[: batch_size // 8] = [echo_example(rng, pieces) for _ in range(batch_size // 8)]
         rows = encode_train(tokenizer, examples, max_source_length=192, max_target_length=128)
-        loss = model(**train_batch([row._asdict() for row in rows], tokenizer.pad_token_id), loss_only=True).loss
+        batch = train_batch([row.columns for row in rows], tokenizer.pad_token_id)
+        loss = model(**batch, loss_only=True).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

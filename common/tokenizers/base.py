@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizer
 
 
@@ -21,23 +23,20 @@ class Turn(NamedTuple):
 
 
 Conversation = Sequence[Turn]
+Ids = NDArray[np.int32]
+"""Token ids, one dimension."""
 
 
 class EncodedTurn(NamedTuple):
     """A turn and its token ids. A prompt ends with the answer's header (the role token); the model writes the body."""
 
     turn: Turn
-    header: list[int]
-    body: list[int]
+    header: Ids
+    body: Ids
 
     @property
     def ids(self) -> list[int]:
-        return self.header + self.body
-
-    @property
-    def length(self) -> int:
-        """In tokens."""
-        return len(self.header) + len(self.body)
+        return [*self.header.tolist(), *self.body.tolist()]
 
 
 class SentencePieceTokenizer(PreTrainedTokenizer):

@@ -3,11 +3,12 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
+import numpy as np
 from transformers import BatchEncoding
 
-from common.tokenizers.base import Conversation, EncodedTurn, SentencePieceTokenizer, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, Ids, SentencePieceTokenizer, Turn
 
 ROLES = ("system", "user", "assistant", "observation")
 
@@ -36,9 +37,9 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     def tokenize(self, text: str, **kwargs) -> list[str]:
         return self._tokenize(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without added special tokens, from one call to sentencepiece."""
-        return self.sp_model.encode(list(texts), num_threads=self.num_threads)
+        return self.sp_model.encode(list(texts), return_type="numpy", num_threads=self.num_threads)
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return self.sp_model.decode([index for index in token_ids if self.is_text(index)])
@@ -105,11 +106,16 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
         """Every turn with its token ids: the header is the role token, the body metadata line and content."""
         turns = [turn for conversation in conversations for turn in conversation]
-        roles = {role: [self.get_command(f"<|{role}|>")] for role in ROLES}
-        lines = {name: self.encode_batch([f"{name}\n"])[0] for name in {turn.metadata for turn in turns}}
-        contents = iter(self.encode_batch([turn.content for turn in turns]))
+        roles = {role: np.array([self.get_command(f"<|{role}|>")], np.int32) for role in ROLES}
+        texts = [text for turn in turns for text in (f"{turn.metadata}\n", turn.content)]
+        different = list(dict.fromkeys(texts))  # a system prompt may come with each conversation
+        ids = dict(zip(different, self.encode_batch(different), strict=True))
+        pieces = [ids[text] for text in texts]
+        joined = np.concatenate([np.empty(0, np.int32), *pieces])  # all at once, which is faster than one by one
+        ends = list(accumulate(map(len, pieces)))[1::2]
+        bodies = (joined[begin:end] for begin, end in pairwise([0, *ends]))
         return [
-            [EncodedTurn(turn, roles[turn.role], lines[turn.metadata] + next(contents)) for turn in conversation]
+            [EncodedTurn(turn, roles[turn.role], next(bodies)) for turn in conversation]
             for conversation in conversations
         ]
 

@@ -1,14 +1,15 @@
 """The tokenizer of GLM-4 with the methods of ours."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, Ids, Turn
 from common.tokenizers.templates import render
 
 EXPRESSION = re.compile(rb'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"')
@@ -28,6 +29,18 @@ def check_expressions(file: Path) -> None:
             raise UserError(f"{file} splits texts by {expression[:80]!r}, which may take for ever: download it again.")
 
 
+Kind = tuple[str, str, str, bool]
+"""What decides how a template writes a turn beside its content: the role before, role, metadata, whether it thinks."""
+
+
+class Form(NamedTuple):
+    """A turn as a template writes it: its header, its body up to the content, and the rest."""
+
+    header: str
+    begin: str
+    end: str
+
+
 class GLM4Adapter:
     """Wraps the tokenizer that transformers loads, and encodes turns through its chat template."""
 
@@ -45,22 +58,39 @@ class GLM4Adapter:
         roles = [vocabulary[role] for role in ("<|user|>", "<|observation|>") if role in vocabulary]
         return [self.tokenizer.eos_token_id, *roles]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text, without added special tokens."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, without added special tokens. Equal texts are encoded once."""
+        different = list(dict.fromkeys(texts))
+        found = self.tokenizer.backend_tokenizer.encode_batch_fast(different, add_special_tokens=False)
+        ids = {text: np.array(each.ids, np.int32) for text, each in zip(different, found, strict=True)}
+        return [ids[text] for text in texts]
 
     def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
-        """Every turn with its token ids. Raises UserError if the template rewrites earlier turns."""
-        return [self.encode_conversation(conversation) for conversation in conversations]
+        """Every turn with its token ids. Raises UserError if the template rewrites earlier turns.
 
-    def encode_conversation(self, turns: Conversation) -> list[EncodedTurn]:
-        """Each turn is the text that the template adds to the text of the turns before it."""
+        The template writes each conversation once. What it wrote is told apart by the form of turns of the same kind,
+        if they give the same text; else it writes the conversation again up to each turn.
+        """
+        start, *wholes = self.render([([], False), *((turns, False) for turns in conversations)])
+        forms: dict[Kind, Form] = {}
+        texts: list[tuple[str, str]] = []
+        for turns, whole in zip(conversations, wholes, strict=True):
+            found = texts_by_form(turns, forms)
+            if found is None or start + "".join([header + body for header, body in found]) != whole:
+                found = self.texts_of(turns)
+                forms |= forms_of(turns, found)
+            texts += found
+        ids = iter(self.encode_batch([text for both in texts for text in both]))
+        return [[EncodedTurn(turn, next(ids), next(ids)) for turn in turns] for turns in conversations]
+
+    def texts_of(self, turns: Conversation) -> list[tuple[str, str]]:
+        """(header, body) of each turn: the text that the template adds to the text of the turns before it."""
         asked = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         texts = self.render(
             [(turns[:end], False) for end in range(len(turns) + 1)] + [(turns[:end], True) for end in asked]
         )
         headers = dict(zip(asked, texts[len(turns) + 1 :], strict=True))
-        encoded = []
+        found = []
         for index, turn in enumerate(turns):
             before, after = texts[index], texts[index + 1]
             header = headers.get(index, before).removeprefix(before)
@@ -74,8 +104,8 @@ class GLM4Adapter:
                     f"the chat template of {self.tokenizer.name_or_path} leaves out the thoughts of an answer: remove "
                     "them, or use another model."
                 )
-            encoded.append(EncodedTurn(turn, *self.encode_batch([header, body])))
-        return encoded
+            found.append((header, body))
+        return found
 
     def render(self, conversations: Sequence[tuple[Conversation, bool]]) -> list[str]:
         """The texts that the chat template makes of conversations, which may be empty; True: an answer follows."""
@@ -85,6 +115,34 @@ class GLM4Adapter:
             for turns, asks in conversations
         ]
         return render(self.tokenizer.get_chat_template(), self.tokenizer.name_or_path, values)
+
+
+def kind_of(turn: Turn, before: str) -> Kind:
+    return before, turn.role, turn.metadata, bool(turn.reasoning_content) or "</think>" in turn.content
+
+
+def texts_by_form(turns: Conversation, forms: Mapping[Kind, Form]) -> list[tuple[str, str]] | None:
+    """(header, body) of each turn; None where a form is missing."""
+    found, before = [], ""
+    for turn in turns:
+        form = forms.get(kind_of(turn, before))
+        if form is None:
+            return None
+        found.append((form.header, form.begin + turn.content + form.end))
+        before = turn.role
+    return found
+
+
+def forms_of(turns: Conversation, texts: Iterable[tuple[str, str]]) -> dict[Kind, Form]:
+    """The forms of turns whose text holds their content just once; thoughts have none, because templates move them."""
+    found, before = {}, ""
+    for turn, (header, body) in zip(turns, texts, strict=True):
+        kind = kind_of(turn, before)
+        if turn.content and body.count(turn.content) == 1 and not kind[-1]:
+            begin, _, end = body.partition(turn.content)
+            found[kind] = Form(header, begin, end)
+        before = turn.role
+    return found
 
 
 def leaves_out_thoughts(turn: Turn, body: str) -> bool:

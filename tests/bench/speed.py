@@ -91,7 +91,7 @@ def training_step(model, collate, rows, loss_only: bool) -> Callable[[int], None
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
 
     def step(index: int) -> None:
-        batch = collate([rows[(index * BATCH + i) % len(rows)]._asdict() for i in range(BATCH)])
+        batch = collate([rows[(index * BATCH + i) % len(rows)].columns for i in range(BATCH)])
         model(**batch, loss_only=loss_only).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
