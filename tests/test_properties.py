@@ -3,6 +3,7 @@
 FUZZ=20000 draws so many examples of each, anew each time; without it they are few, and always the same.
 """
 
+import copy
 import json
 import math
 import os
@@ -21,12 +22,14 @@ from safetensors.torch import save_file
 from common.arguments import DataArguments, LoraArguments, TrainingArguments
 from common.data.examples import Reading, Split, read_examples
 from common.data.formats import Columns, FormatReader
+from common.data.messages import plain_turns, read_messages
 from common.data.rows import RowError, read_rows
 from common.encoding import encode_eval, encode_texts, encode_train, has_roles
 from common.errors import UserError
 from common.finetune_hf import parse_config
 from common.methods.lora import Lora
 from common.models.registry import open_model
+from common.tokenizers.glm4 import GLM4Adapter
 from common.tokenizers.templates import SECONDS, compiled, render
 
 EXAMPLES = int(os.environ.get("FUZZ", "0"))
@@ -149,7 +152,10 @@ def test_every_row_is_read_or_refused_and_encoded_within_the_limits(tokenizer, f
     if has_roles(tokenizer):
         source += 12  # the tokens of roles are never cut
     talks = [turns for turns in read if turns and not isinstance(turns, str)]
-    for row in encode_train(tokenizer, [] if asking else talks, source, target):
+    together = encode_train(tokenizer, [] if asking else talks, source, target)
+    alone = [encode_train(tokenizer, [turns], source, target) for turns in talks if not asking]
+    assert [row.columns for row in together] == [row.columns for rows in alone for row in rows]
+    for row in together:
         assert len(row.input_ids) == len(row.labels) <= source + target + 1
         assert all(label in (-100, token) for token, label in zip(row.input_ids, row.labels, strict=True))
         assert 0 <= row.dropped_turns < len(talks[row.origin.conversation])
@@ -161,6 +167,37 @@ def test_every_row_is_read_or_refused_and_encoded_within_the_limits(tokenizer, f
     for row in encode_texts(tokenizer, plain, source + 3):
         assert len(row.input_ids) == len(row.labels) <= source + 3
     assert len({row.origin.conversation for row in encode_texts(tokenizer, plain, source + 3)}) == len(plain)
+
+
+@many
+@given(talk=talks | st.lists(messages, max_size=6))
+def test_plain_messages_are_read_as_all_others(talk):
+    plain, unread = plain_turns(talk), set()
+    assert plain is None or (read_messages(talk, "messages", unread), unread) == (plain, set())
+
+
+TEMPLATES = {
+    "bare": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}",
+    "stripped": "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.strip() }}{% endfor %}",
+    "by position": (
+        "[gMASK]<sop>{% for m in messages %}{% if loop.index0 % 2 %}{{ m.content }}#{% else %}<|{{ m.role }}|>"
+        "{{ m.content[:1] }}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ),
+}
+
+
+@many
+@given(found=st.lists(talks, min_size=2, max_size=4), template=st.sampled_from(list(TEMPLATES)))
+def test_a_template_writes_each_turn_as_in_its_conversation_alone(thinking_tokenizer, found, template):
+    """Whatever a template makes of role, content and position: alone it writes a conversation up to each turn."""
+    tokenizer = copy.deepcopy(thinking_tokenizer)
+    tokenizer.chat_template = TEMPLATES[template]
+    chats = [turns for talk in found if (turns := plain_turns(talk))]
+    adapter = GLM4Adapter(tokenizer)
+    together = [[turn.ids for turn in turns] for turns in adapter.encode_turns(chats)]
+    alone = [[turn.ids for turn in adapter.encode_turns([turns])[0]] for turns in chats]
+    assert together == alone
 
 
 @many
