@@ -11,22 +11,20 @@ import argparse
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
-from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
+from common.data.look import check_files
 from common.declared import declared
 from common.errors import UserError, exit_on_user_error, nearest
-from common.finetune import run
-from common.flags import REMOVED, RENAMED, current_flag, parse_arguments
-from common.methods import Method
-from common.methods.full import Full
-from common.methods.lora import Lora
-from common.methods.prefix import PTuning
-from common.training.saves import checkpoint_folders
+from common.flags import REMOVED, RENAMED, current_flag, make_arguments, read_flags
+
+if TYPE_CHECKING:  # torch and transformers take seconds
+    from common.arguments import TrainingArguments
+    from common.methods import Method
 
 SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
 DATA_FILES = {  # key -> flag of the file, flag of the job
@@ -36,11 +34,11 @@ DATA_FILES = {  # key -> flag of the file, flag of the job
 }
 SET_ELSEWHERE = {"validation_file", "max_source_length", "max_target_length"}
 GENERATION = ("max_new_tokens", "num_beams", "do_sample", "top_p", "temperature")
-# peft_type -> its flags, the method, and the keys of peft_config that have another name than their flag
-METHODS: dict[str | None, tuple[Any, Any, dict[str, str]]] = {
-    "LORA": (LoraArguments, Lora, {"r": "lora_rank", "target_modules": "lora_target"}),
-    "PREFIX_TUNING": (PrefixArguments, PTuning, {"num_virtual_tokens": "pre_seq_len"}),
-    None: (FullArguments, Full, {}),
+# peft_type -> its dataclass of flags, and the keys of peft_config that have another name than their flag
+METHODS: dict[str | None, tuple[str, dict[str, str]]] = {
+    "LORA": ("LoraArguments", {"r": "lora_rank", "target_modules": "lora_target"}),
+    "PREFIX_TUNING": ("PrefixArguments", {"num_virtual_tokens": "pre_seq_len"}),
+    None: ("FullArguments", {}),
 }
 IGNORED = (  # keys of peft_config; the sizes are those of the model
     *("peft_type", "task_type", "inference_mode", "num_attention_heads", "token_dim", "num_layers"),
@@ -82,6 +80,9 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
     known = {*DATA_FILES, "num_proc", *declared("DataArguments")} - SET_ELSEWHERE
     check_keys(file, "data_config.", data, known)
     data.pop("num_proc", None)  # sentencepiece uses all cores by itself
+    for key, value in data.items():
+        if key.endswith("_column") and not isinstance(value, str | None):
+            raise UserError(f"{file}: data_config.{key} is {value!r:.80}: give the name of a column.")
     if not {"prompt_column", "conversation_column", "text_column"} & data.keys():
         data["conversation_column"] = "conversations"
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
@@ -114,8 +115,8 @@ def training_defaults(file: Path, config: dict[str, Any]) -> dict[str, Any]:
     return training | generation
 
 
-def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tuple[Method, tuple[Any, ...]]:
-    """The method, and (model, data, training) arguments of a configuration file; ``flags`` win over the file.
+def read_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tuple[str, dict[str, Any]]:
+    """The name of the method's dataclass, and the values of all flags; ``flags`` win over the file.
 
     Raises UserError for a broken file, and for unknown or bad keys.
     """
@@ -124,8 +125,8 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     kind = peft.get("peft_type")
     if kind not in list(METHODS) or peft and kind is None:
         raise UserError(f"{file}: peft_config.peft_type is {kind!r}; there are LORA and PREFIX_TUNING.")
-    arguments, method, renamed = METHODS[kind]
-    check_keys(file, "peft_config.", peft, [*renamed, *declared(arguments.__name__), *IGNORED])
+    arguments, renamed = METHODS[kind]
+    check_keys(file, "peft_config.", peft, [*renamed, *declared(arguments), *IGNORED])
     if peft.get("task_type", "CAUSAL_LM") != "CAUSAL_LM":
         raise UserError(f"{file}: peft_config.task_type is {peft['task_type']!r}: ChatGLM is a CAUSAL_LM.")
     defaults: dict[str, Any] = {"model_name_or_path": model, "quantization_bit": config.get("quantization_bit")}
@@ -134,12 +135,30 @@ def parse_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tu
     if isinstance(defaults.get("lora_target"), list):
         defaults["lora_target"] = ",".join(map(str, defaults["lora_target"]))
     given = {name: value for name, value in defaults.items() if value is not None}
-    model_args, method_args, *others = parse_arguments(arguments, flags, given)
+    return arguments, read_flags(arguments, flags, given)
+
+
+def make_method(arguments: str, values: dict[str, Any]) -> tuple["Method", tuple[Any, ...]]:
+    """The method, and (model, data, training) arguments. Raises UserError for values that contradict each other."""
+    from common.arguments import FullArguments, LoraArguments, PrefixArguments
+    from common.methods.full import Full
+    from common.methods.lora import Lora
+    from common.methods.prefix import PTuning
+
+    methods: dict[str, tuple[type, Any]] = {
+        "LoraArguments": (LoraArguments, Lora),
+        "PrefixArguments": (PrefixArguments, PTuning),
+        "FullArguments": (FullArguments, Full),
+    }
+    kind, method = methods[arguments]
+    model_args, method_args, *others = make_arguments(kind, values)
     return method(method_args), (model_args, *others)
 
 
-def resume(choice: str, args: TrainingArguments) -> None:
+def resume(choice: str, args: "TrainingArguments") -> None:
     """Sets the flags that the last argument asks for. Raises UserError for a checkpoint that does not exist."""
+    from common.training.saves import checkpoint_folders
+
     output_dir = Path(args.output_dir)
     existing = {path.name.rpartition("-")[2]: path for path in checkpoint_folders(output_dir)}
     if choice.lower() == "no":
@@ -165,7 +184,11 @@ def main() -> None:
     end = next((i for i, word in enumerate(words) if word.startswith("--") and word != "--help"), len(words))
     args, further = parser.parse_args(words[:end]), words[end:]
 
-    method, parsed = parse_config(args.config_file, args.data_dir, args.model_dir, further)
+    arguments, values = read_config(args.config_file, args.data_dir, args.model_dir, further)
+    check_files(values)
+    method, parsed = make_method(arguments, values)
+    from common.finetune import run
+
     resume(args.auto_resume_from_checkpoint, parsed[-1])
     run(method, *parsed)
 

@@ -279,7 +279,7 @@ MODELS = [
     ),
 ]
 YAML = {
-    "data_config": {"train_file": "train.json"},
+    "data_config": {"train_file": "train.json", "prompt_column": "content", "response_column": "summary"},
     "max_input_length": 16,
     "training_args": {"output_dir": "out", "max_steps": 1, "learning_rate": 5e-5, "use_cpu": True},
     "peft_config": {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8},
@@ -317,7 +317,10 @@ CONFIGS = [
         ("a: &a [*a]", "unknown key a"),
         ("[" * 5000, "lora.yaml: broken YAML"),
         (changed("data_config", train_file=5), "data_config.train_file is 5: give the name of a file, or a list"),
-        (changed("data_config", prompt_column=["a"]), r"--prompt_column must be text, not \['a'\]"),
+        (
+            changed("data_config", prompt_column=["a"]),
+            r"data_config.prompt_column is \['a'\]: give the name of a column",
+        ),
         (changed("training_args", max_steps=1.5), r"--max_steps \(MAX_STEPS\) must be a whole number, not 1.5"),
         (changed("training_args", max_steps=True), r"--max_steps \(MAX_STEPS\) must be a whole number, not True"),
         (changed("training_args", learning_rate=[1]), r"--learning_rate \(LR\) must be a number, not \[1\]"),

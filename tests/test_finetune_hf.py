@@ -10,7 +10,7 @@ import yaml
 
 from common.arguments import FullArguments, LoraArguments, PrefixArguments, TrainingArguments
 from common.errors import UserError
-from common.finetune_hf import parse_config, resume
+from common.finetune_hf import make_method, read_config, resume
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = [ROOT / "lora" / "lora.yaml", ROOT / "ptuning" / "ptuning_v2.yaml", ROOT / "full" / "sft.yaml"]
@@ -62,7 +62,7 @@ def write_official(folder: Path, kind: str, **changes: str) -> Path:
 
 
 def flags_of(file: Path, data_dir: Path) -> tuple:
-    method, (model_args, data_args, training_args) = parse_config(file, data_dir, "demo3", [])
+    method, (model_args, data_args, training_args) = make_method(*read_config(file, data_dir, "demo3", []))
     return model_args, method.args, data_args, training_args
 
 

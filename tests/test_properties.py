@@ -26,7 +26,7 @@ from common.data.messages import plain_turns, read_messages
 from common.data.rows import RowError, read_rows
 from common.encoding import encode_eval, encode_texts, encode_train, has_roles
 from common.errors import UserError
-from common.finetune_hf import parse_config
+from common.finetune_hf import make_method, read_config
 from common.methods.lora import Lora
 from common.models.registry import open_model
 from common.tokenizers.glm4 import GLM4Adapter
@@ -308,7 +308,7 @@ def test_every_yaml_file_is_read_or_refused(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     (folder / "lora.yaml").write_bytes(content.encode("utf-8", "surrogatepass"))
     try:
-        parse_config(folder / "lora.yaml", folder, "demo3", ["--use_cpu"])
+        make_method(*read_config(folder / "lora.yaml", folder, "demo3", ["--use_cpu"]))
     except UserError as error:
         assert "\n" not in str(error)
 
