@@ -22,7 +22,8 @@ from common.flags import parse_arguments
 from common.loading import load_tokenizer
 from common.locking import guard
 from common.methods.prefix import PTuning
-from common.preprocess import main, shard_bounds
+from common.preprocess import main
+from common.sharding import shard_bounds
 
 LENGTHS = {"max_source_length": 16, "max_target_length": 16}
 COUNTS = ("rows", "dropped", "first_dropped", "truncated", "shortened", "unlabelled")
