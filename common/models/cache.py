@@ -12,6 +12,9 @@ class GrowingLayer(DynamicLayer):
     DynamicLayer copies all of them for each token.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """key_states, value_states: the new ones, [b, g, s, d]. Returns all of them."""
         if self.is_initialized:
