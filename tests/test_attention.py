@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from common.data.collator import left_pad, train_batch
 from common.methods.prefix import attach_prefix
 from common.models import base
+from common.models.cache import ROOM, GrowingLayer
 from common.training.trainer import FinetuneTrainer
 
 LENGTHS = (9, 6, 7)
@@ -135,3 +136,18 @@ def test_no_training_step_waits_for_its_device(script, model, tmp_path, monkeypa
     run_here(script, *flags, MODEL=model, GRAD_ACCUM="2", EVAL_STEPS="0", BATCH_SIZE="2", OUTPUT_DIR=str(tmp_path))
     assert len(counts) == 6
     assert set(counts) == {counts[0]}
+
+
+def test_a_cache_grows_in_place():
+    """New keys are written behind the others while there is room; those of another order are copied first."""
+    drawn = torch.randn(2, 3, 2 * ROOM, 4)
+    layer, addresses = GrowingLayer(), []
+    for place in range(ROOM + 3):
+        keys, values = layer.update(*(2 * [drawn[:, :, place : place + 1]]))
+        addresses.append(keys.data_ptr())
+        assert torch.equal(keys, drawn[:, :, : place + 1]) and torch.equal(values, keys)
+    assert len(set(addresses[: ROOM + 1])) == 1 and addresses[ROOM + 1] != addresses[0]
+    assert addresses[ROOM + 1] == addresses[ROOM + 2]
+    layer.reorder_cache(torch.tensor([1, 0]))
+    keys, _ = layer.update(drawn[:, :, -1:], drawn[:, :, -1:])
+    assert torch.equal(keys, torch.cat((drawn[:, :, : ROOM + 3].flip(0), drawn[:, :, -1:]), dim=2))

@@ -8,10 +8,12 @@ from safetensors import safe_open
 from test_chatglm_model import LOGITS, RELATIVE, batch_of, check_logits, gradients, relative_error
 from tiny_models import CHATGLM3
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
 
 from common.arguments import PrefixArguments
 from common.methods.prefix import PTuning, attach_prefix, load_prefix
 from common.models import loss
+from common.models.cache import GrowingLayer
 from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneration, SwiGLU, inverse_frequencies
 from common.models.registry import SPECS
 
@@ -261,7 +263,8 @@ def test_rows_end_at_any_of_the_end_tokens(tiny2_model, goldens2):
 def test_beam_search_is_equal_batched_and_single(tiny2_model, goldens2):
     batch = left_padded(goldens2)
     settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
-    batched = tiny2_model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    batched = tiny2_model.generate(**batch, **settings, past_key_values=cache)[:, batch["input_ids"].shape[1] :]
     assert not torch.equal(batched, goldens2["generate_base/new"][:, :8])  # otherwise the test would not test beams
     for input_ids, row in zip(single_prompts(goldens2), batched, strict=True):
         assert torch.equal(tiny2_model.generate(input_ids, **settings)[0, input_ids.shape[1] :], row)

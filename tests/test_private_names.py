@@ -56,9 +56,6 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     f"{TRAINER}._get_train_sampler": "--mix draws no rows",
     f"{TRAINER}._load_best_model": "--load_best_model_at_end finds no prefix",
     "_hf_peft_config_loaded": "of a model: P-Tuning v2 in 4 bit is refused by the Trainer, which reads this field",
-    # evaluation on a CPU
-    "torch.ops.mkldnn._reorder_linear_weight": "answering takes twice the time on a CPU",
-    "torch.ops.mkldnn._linear_pointwise": "answering takes twice the time on a CPU",
     # the memory planner
     "bitsandbytes.autograd._functions.MatMul8bitFp": "8 bit on a CPU is predicted wrong",
     "bitsandbytes.functional.QuantState": "4 bit is predicted wrong",
@@ -70,7 +67,8 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "torch.ops.aten._scaled_dot_product_flash_attention": "attention on a GPU is predicted wrong",
     "torch.ops.aten._scaled_dot_product_efficient_attention": "attention on a GPU is predicted wrong",
     "torch.ops.aten._local_scalar_dense": "meta tensors are asked for their values",
-    "transformers.cache_utils.DynamicCache": "generation is predicted wrong; the models keep no cache",
+    "transformers.cache_utils.DynamicCache": "the models keep no cache",
+    "transformers.cache_utils.DynamicLayer": "answers copy all keys and values for each token, or do not fit",
     # data and downloads
     "_indices": "of a Dataset: the data report of a million rows takes 2 GB",
     "_fingerprint": "of a Dataset: the cache of --dataset_name does not notice other rows",

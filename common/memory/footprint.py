@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from common.engine import Engine
 from common.memory import quantized
 from common.models import base
+from common.models.cache import GrowingLayer
 from common.models.quantization import checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
@@ -266,15 +267,15 @@ def answer_step(model: PreTrainedModel, setup: Setup, *_: Any) -> None:
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
     config = model.config
     prefix_length = vars(config).get("pre_seq_len") or 0
-    decode_step(model, count, setup.source_length, 0, None)
+    decode_step(model, count, setup.source_length, 0, Cache(layer_class_to_replicate=GrowingLayer))
     shape = (count, config.num_key_value_heads, prefix_length + end - 1, config.head_dim)
-    cache = DynamicCache(config=config)
+    cache = Cache(layer_class_to_replicate=GrowingLayer)
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.empty(2, *shape, dtype=setup.dtype, device="meta").unbind(), layer)
     decode_step(model, count, end, end - 1, cache)
 
 
-def decode_step(model: PreTrainedModel, rows: int, length: int, cached: int, cache: DynamicCache | None) -> None:
+def decode_step(model: PreTrainedModel, rows: int, length: int, cached: int, cache: Cache) -> None:
     """The work of generate() for one token of rows with pads."""
     mask = torch.ones(rows, length, dtype=torch.long, device="meta")
     out = model(mask[:, cached:], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -1,8 +1,7 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
-import zipfile
+from collections.abc import Collection
 from copy import deepcopy
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -44,11 +43,13 @@ def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
     return weights
 
 
-def shards_without_index(folder: ModelFolder) -> dict[str, Tensor] | None:
-    """The weights of several files that no index names, mapped; None for one file, and for files with an index."""
-    if len(folder.weights) == 1 or any(folder.path.glob("*.index.json")):
-        return None
-    return {name: tensor for file in folder.weights for name, tensor in read_weights(file).items()}
+def plain_weights(folder: ModelFolder, tied: Collection[str]) -> dict[str, Tensor]:
+    """The weights of all files, mapped, without those that are ``tied`` to others and would be converted for nothing.
+
+    Vectors are copied: those that need no conversion would keep all their file mapped.
+    """
+    stored = {name: tensor for file in folder.weights for name, tensor in read_weights(file).items()}
+    return {name: x if x.ndim > 1 else x.clone() for name, x in stored.items() if name not in tied}
 
 
 def load_base(
@@ -84,14 +85,11 @@ def read_base(
 ) -> PreTrainedModel:
     """The model with its weights, as ``load_base`` says."""
     check_amount(folder)
-    for file in filter(zipfile.is_zipfile, folder.weights):
-        read_weights(file)  # mapped: raises UserError for tensors without bytes
-    stored = packed_weights(folder) if folder.bits else shards_without_index(folder)
+    empty = empty_model(folder.spec, folder.config)
+    stored = packed_weights(folder) if folder.bits else plain_weights(folder, empty.all_tied_weights_keys)
     try:
-        # Without a path, the Auto classes of transformers can't tell the class.
-        kind = type(empty_model(folder.spec, folder.config)) if stored else folder.spec.model
-        model, info = kind.from_pretrained(
-            None if stored else folder.path,
+        model, info = type(empty).from_pretrained(
+            None,
             state_dict=stored,
             config=folder.config,
             dtype=dtype,
@@ -100,10 +98,6 @@ def read_base(
             generation_config=generation,
             output_loading_info=True,
         )
-    except (UnpicklingError, EOFError, LookupError, AttributeError) as error:
-        raise UserError(
-            f"the weights in {folder.path} can't be read: they must be tensors, not whole objects."
-        ) from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
