@@ -173,7 +173,7 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
         for index in range(count):
             row, again = rows[index % len(rows)], index // len(rows)
             question = {"role": "user", "content": row["content"] + f"*款号#{again}" * (again > 0)}
-            answer = {"role": "assistant", "content": row["summary"]}
+            answer = {"role": "assistant", "content": row["summary"] + f"第{again}款" * (again > 0)}
             chats.append({column: [question, answer]})
             pairs.append({"prompts" if name == "wrong" else "prompt": [question], "completion": [answer]})
         (folder / "pairs" / name).mkdir(parents=True)

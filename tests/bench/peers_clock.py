@@ -23,7 +23,7 @@ def batch_sizes(args, result):
 
 
 def answer_sizes(args, result):
-    return list(result.shape)
+    return list((result["sequences"] if isinstance(result, dict) else result).shape)
 
 
 # module -> class ("": none), function, what it is, its sizes. Encoding: reading the files and making token ids of them.
