@@ -122,28 +122,36 @@ def command_of(row: Row, ours: bool, folder: Path) -> list[str]:
     return [python, program, str(folder / "conversations"), model, str(folder / row.flags), *(["no"] if ours else [])]
 
 
+def run_whole(command: list[str], folder: Path, log: Path, environment: dict[str, str]) -> tuple[int, float, int]:
+    """Runs a program in a session of its own. Its exit code, CPU seconds, and the largest process in bytes."""
+    with open(log, "wb") as file:
+        started = subprocess.Popen(
+            command,
+            env=os.environ | ONE_THREAD | environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        _, status, usage = os.wait4(started.pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
 def run(row: Row, ours: bool, folder: Path) -> dict:
     """What the clock noted of one program, and the CPU seconds of all of it."""
-    record = folder / "record.json"
+    record, log = folder / "record.json", folder / "log"
     record.unlink(missing_ok=True)
     python, *command = command_of(row, ours, folder)
-    caches = {"CHATGLM_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf")}
+    caches = {"CHATGLM_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "hf"), "PAD": PADS[row.generation]}
     clock = [] if row.measure == "start" else [str(CLOCK), str(record)]
     for name in ("out", "hf", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    with open(folder / "log", "wb") as log:
-        started = subprocess.Popen(
-            [python, *clock, *command],
-            env=os.environ | ONE_THREAD | caches | {"PAD": PADS[row.generation]},
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-        )
-        _, _, usage = os.wait4(started.pid, 0)
+    _, seconds, memory = run_whole([python, *clock, *command], folder, log, caches)
     found = json.loads(record.read_text()) if record.exists() else {"steps": [], "tokens": [], "answers": []}
     if row.measure != "start" and not found["steps"] and not found["answers"]:
-        sys.exit(f"{python} {command[0]} ended early:\n{(folder / 'log').read_text()[-2000:]}")
-    return found | {"seconds": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss * 1024}
+        sys.exit(f"{python} {command[0]} ended early:\n{log.read_text()[-2000:]}")
+    return found | {"seconds": seconds, "memory": memory}
 
 
 def times_of(row: Row, ours: bool, folder: Path) -> tuple[list[float], float, float]:
