@@ -159,6 +159,10 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64, as with 1",
         Rows(8),
     )
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential", "batch_rebalance"] = flag(
+        "Order of the training rows; group_by_length: those of a step have like lengths, so that few slots hold pads",
+        "group_by_length",
+    )
     activation_checkpointing: Switch = flag(
         "Compute activations a second time instead of keeping them; auto: if the training does not fit without",
         alone=True,

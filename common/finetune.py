@@ -18,9 +18,9 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import train_batch
 from common.data.dataset import Prepared, prepare_dataset
-from common.data.mix import MixSampler, parse_mix
+from common.data.order import order_of
 from common.data.shards import load_shards
-from common.data.survey import columns_of, overlap, survey
+from common.data.survey import overlap, survey
 from common.data.tables import MODEL_INPUTS
 from common.encoding import has_roles
 from common.errors import UserError
@@ -128,10 +128,8 @@ def prepare(
             data_args.validation_file = data_args.test_file = prepared.held_out
         if limit_flag and (limit := vars(data_args)[limit_flag]) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
-        if split == "train" and data_args.mix:
-            shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
-            prepared.sampler = MixSampler(columns_of(prepared.rows, "file")["file"], shares, args.seed)
         if split == "train":
+            prepared.order = order_of(prepared.rows, data_args.mix, len(prepared.summary["findings"]), args)
             check_rows(prepared.rows_per_epoch, args)
         data[split] = prepared
         if args.process_index == 0:
@@ -200,7 +198,9 @@ def build_trainer(
         processing_class=tokenizer,
     )
     if train:
-        trainer.sampler = train.sampler
+        trainer.order = train.order
+        if train.order:
+            trainer.add_callback(train.order)
         trainer.finite_loss.files = [str(file["file"]) for file in train.summary["findings"]]
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])

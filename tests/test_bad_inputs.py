@@ -133,7 +133,7 @@ FLAGS = cases(
     ("--mix 1,x", r"MIX=1,x \(--mix\): give numbers with commas between them"),
     ("--mix 1,1", "numbers for 2 files, but the training has 1"),
     ("--mix nan", "a share is at least 0, and that of the first file is above 0"),
-    ("--mix 1 --train_sampling_strategy group_by_length", "--mix draws rows at random"),
+    ("--mix 1 --train_sampling_strategy sequential", "--mix draws rows at random"),
     ("--optim galore_adamw", "--optim galore_adamw can't be used: You need to install `galore_torch`"),
     ("--optim adamw_torch_xla", "--optim adamw_torch_xla can't be used: Trainer failed to import"),
     ("--optim adamw_torch_4bit", "--optim adamw_torch_4bit can't be used: You need to have `torchao"),

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
-from common.data.mix import parse_mix
+from common.data.order import parse_mix
 from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.devices import check_bits, note_cpu
@@ -133,7 +133,7 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
             raise UserError(f"--do_{job} needs --{file_flag}.")
     if data_args.mix and args.do_train:
         parse_mix(data_args.mix, count)
-        if args.train_sampling_strategy != "random":
+        if args.train_sampling_strategy not in ("random", "group_by_length"):
             raise UserError(
                 f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}."
             )

@@ -70,8 +70,8 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil((args.num_train_epochs or 0) * steps_per_epoch)
     passes = steps / steps_per_epoch
-    if data.sampler:
-        console().print(f"train: an epoch mixes {mix_of(data)}")
+    if mix := mix_of(data):
+        console().print(f"train: an epoch mixes {mix}")
     console().print(f"train: {steps:,} steps of {args.all_rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
@@ -80,9 +80,12 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
 
 
 def mix_of(data: Prepared) -> str:
-    """The rows that an epoch takes of each file."""
-    counts = zip(data.sampler.counts, data.summary["findings"], strict=True) if data.sampler else ()
-    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in counts)
+    """The rows that an epoch takes of each file; "" if none are mixed."""
+    counts = data.order.counts if data.order else []
+    if len(counts) < 2:
+        return ""
+    files = zip(counts, data.summary["findings"], strict=True)
+    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in files)
 
 
 def print_plan(memory: Forecast, args: TrainingArguments) -> None:
@@ -225,7 +228,7 @@ def print_training_summary(
         **({"validation loss": " -> ".join(validated)} if validated else {}),
         **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
         "steps": steps,
-        **({"mix of an epoch": mix_of(data)} if data.sampler else {}),
+        **({"mix of an epoch": mix} if (mix := mix_of(data)) else {}),
         "time": f"{seconds:,.1f} s",
         "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.all_rows_per_step / seconds:,.2f} samples/s",
         **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
