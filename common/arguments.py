@@ -111,6 +111,7 @@ class DataArguments:
     max_target_length: int = flag("Longest answer in tokens; the rest is cut off and reported", 128)
     val_max_target_length: int = flag("The same for evaluation; 0: max_target_length", 0)
     pad_to_max_length: bool = flag("Pad every row to the two lengths above, not to the longest of its batch", False)
+    packing: bool = flag("Put several training rows into one, up to the two lengths together; none sees another", False)
     ignore_pad_token_for_loss: bool = flag("Leave pad tokens out of the loss", True)
     overwrite_cache: bool = flag("Prepare the data again even if it is cached", False)
     max_train_samples: int | None = flag("Use only the first rows of the training data")
@@ -134,6 +135,8 @@ class DataArguments:
             raise ValueError(f"the training data are in --{' and in --'.join(given)}: give one of them")
         if self.conversation_column and (self.history_column or self.text_column):
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
+        if self.packing and not self.ignore_pad_token_for_loss:
+            raise ValueError("--packing leaves no pads to learn: leave out --ignore_pad_token_for_loss false")
         if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
             raise ValueError("--temperature must be above 0, --top_p above 0 and at most 1")
 

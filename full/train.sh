@@ -17,9 +17,10 @@ if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 #     VALIDATION_FILE    the shipped rows are judged on AdvertiseGen/dev.json, other rows on VALIDATION_SPLIT of themselves
 #     PROMPT_COLUMN, RESPONSE_COLUMN, HISTORY_COLUMN, CONVERSATION_COLUMN, TEXT_COLUMN    told by the keys of the rows
 #     MIX                rows of each training file for one row of the first, as in 1,0.3
+#     PACKING            true: several rows in one, which none of them sees; for lengths that differ much, on a GPU
 #     SKIP_BAD_ROWS, STRICT_DATA    true: go on without rows that can't be read; refuse fields that are not read
 add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA \
-    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT
+    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT PACKING
 
 EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
 MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows

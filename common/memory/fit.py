@@ -150,13 +150,14 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         mixed = mixed or args.precision == "auto" or args.engine.name == "DeepSpeed"
         if not (method.trains_base and trains and args.engine.name != "DeepSpeed"):
             dtype = half
-    own_text = bool(data_args.text_column)
+    source_length, target_length = row_lengths(data_args)
     answer_length = data_args.max_new_tokens or data_args.val_max_target_length
     return Setup(
         batch_size=args.per_device_train_batch_size if trains else 0,
-        source_length=data_args.max_source_length,
-        target_length=0 if own_text else data_args.max_target_length + 1,
-        all_labelled=bool(own_text or data_args.conversation_column),
+        source_length=source_length,
+        target_length=target_length,
+        all_labelled=bool(data_args.text_column or data_args.conversation_column),
+        packed=data_args.packing,
         bits=bits,
         dtype=dtype,
         autocast=half if trains and mixed and not args.loss_scaling and args.engine.name != "DeepSpeed" else None,
@@ -170,6 +171,11 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         processes=args.processes,
         engine=args.engine,
     )
+
+
+def row_lengths(data_args: DataArguments) -> tuple[int, int]:
+    """The most tokens of question and answer in a training row; plain text is all of one kind."""
+    return data_args.max_source_length, 0 if data_args.text_column else data_args.max_target_length + 1
 
 
 def processes_here(args: TrainingArguments) -> int:

@@ -50,6 +50,7 @@ class Setup:
     source_length: int
     target_length: int
     all_labelled: bool = False  # every token may have a label: conversations, plain text
+    packed: bool = False  # training rows stand behind each other, which takes a mask
     bits: int | None = None
     dtype: torch.dtype = torch.float32  # of the base model's weights that are not quantized
     autocast: torch.dtype | None = None
@@ -246,6 +247,8 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
     model.train()
     for _ in range(1 + setup.accumulates):
         batch = labelled_batch(setup, setup.batch_size)
+        if setup.packed:
+            batch["position_ids"] = model.positions(batch["input_ids"], model.config)
         loss = model(**batch, num_items_in_batch=torch.ones((), device="meta"), **setup.engine.loss_flags).loss
         cast_weights.clear()
         torch.autograd.backward(loss)
@@ -291,7 +294,7 @@ def labelled_batch(setup: Setup, rows: int) -> dict[str, Tensor]:
 def steps_of(setup: Setup) -> Iterator[tuple[Callable, Setup]]:
     """The steps of a training or an evaluation, each with the settings that decide its memory."""
     alone = replace(setup, processes=1, answers_in_training=False)
-    passive = replace(alone, batch_size=0, autocast=None, checkpointing=False, accumulates=False)
+    passive = replace(alone, batch_size=0, packed=False, autocast=None, checkpointing=False, accumulates=False)
     if setup.batch_size:
         yield training_step, replace(alone, evaluation_batch_size=0, generation_batch_size=0, answer_length=0)
     if setup.evaluation_batch_size:

@@ -10,7 +10,7 @@ from accelerate.utils import AutocastKwargs, gather_object, release_memory
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
@@ -37,6 +37,8 @@ class FinetuneTrainer(Trainer):
     saves: Saves  # of a training
     resumed_from: Path | None = None  # the checkpoint
     order: Sampler | None = None  # of the training rows; None: that of the Trainer
+    data_collator: Callable[..., dict[str, Any]]
+    collate: Callable[..., dict[str, Any]] | None = None  # for training rows; None: as for others
     forecast: Forecast | None = None
     size = "the first rows"  # of the last batch
     parts = 1  # in which the rows of a batch go through, since memory ran out
@@ -144,6 +146,14 @@ class FinetuneTrainer(Trainer):
                 {f"{metric_key_prefix}_{name}": value for name, value in self.score_answers().items()}
             )
         return output
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Of rows that are trained; only these are packed."""
+        collate, self.data_collator = self.data_collator, self.collate or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
         return self.order or super()._get_train_sampler(train_dataset)
