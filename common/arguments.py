@@ -158,6 +158,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: Rows = flag("Rows of a batch on each device (8); auto: the largest that fits")
     gradient_accumulation_steps: int = flag("Batches of one step of the optimizer (1)")
     rows_per_step: int | None = flag("Rows of a step on each device: the flags above that are not given are chosen")
+    tokens_per_batch: int | None = flag(
+        "Slots of a batch on each device instead of its rows: as many rows of like length as fit, pads counted"
+    )
     per_device_eval_batch_size: Rows = flag(
         "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64, as with 1",
         Rows(8),
@@ -285,6 +288,11 @@ def complete_batches(args: TrainingArguments) -> None:
             raise ValueError(f"--per_device_{name}_batch_size {value}: give a number of rows, or auto")
         if value != "auto" and int(value) < 1:
             raise ValueError("a batch must have at least 1 row")
+    if args.tokens_per_batch and (given is not None or args.rows_per_step):
+        raise ValueError(
+            "--tokens_per_batch (TOKENS_PER_BATCH) says how large a batch is: leave out --per_device_train_batch_size "
+            "(BATCH_SIZE) and --rows_per_step (ROWS_PER_STEP)"
+        )
     if args.deepspeed and auto:
         raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
     chooses = not (args.deepspeed or args.fsdp)  # of their memory too little is known

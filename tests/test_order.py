@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from common.data.order import RowOrder, parse_mix
+from common.data.order import RowOrder, TokenBatches, parse_mix
 from common.data.survey import lengths_of
 from common.errors import UserError
 
@@ -85,6 +85,44 @@ def test_the_rows_of_a_step_have_like_lengths():
 def test_mixed_files_are_drawn_before_they_are_grouped():
     lengths = np.arange(len(FILES))[::-1]
     assert counts(RowOrder(FILES, [1, 0.3, 0.2], 42, lengths, 8), 1) == [60, 18, 12]
+
+
+LENGTHS = np.exp(np.random.default_rng(0).uniform(np.log(20), np.log(2000), 3001)).astype(int)
+
+
+def ranks(step: int, processes: int, epoch: int, lengths=LENGTHS) -> list[list[list[int]]]:
+    """The batches of each process."""
+    every = [TokenBatches(lengths, 4096, step, (index, processes), 42) for index in range(processes)]
+    for each in every:
+        each.epoch = epoch
+    found = [list(each) for each in every]
+    assert [len(batches) for batches in found] == [len(each) for each in every]
+    return found
+
+
+def test_batches_of_slots_hold_each_row_once_and_few_pads():
+    for epoch in range(2):
+        [batches] = ranks(1, 1, epoch)
+        assert sorted(row for batch in batches for row in batch) == list(range(3001))
+        slots = [len(batch) * LENGTHS[batch].max() for batch in batches]
+        assert max(slots) <= 4096 < 1.2 * np.mean(slots)
+        assert sum(LENGTHS) / sum(slots) > 0.95
+        assert max(map(len, batches)) <= 4096 // 32  # more short rows would need the memory for as many prefixes
+    assert len({frozenset(batch) for epoch in range(2) for batch in ranks(1, 1, epoch)[0]}) > len(batches)
+
+
+def test_batches_of_slots_are_the_same_for_any_number_of_processes():
+    [alone] = ranks(4, 1, 1)
+    first, second = ranks(4, 2, 1)
+    assert len(first) == len(second) and len(alone) % 4 == 0
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == alone
+
+
+def test_a_few_rows_fill_all_batches_of_a_step():
+    """Each process needs one: rows occur twice where there are fewer."""
+    first, second = ranks(2, 2, 0, np.array([30]))
+    assert first == second == [[0]]
+    assert len(ranks(4, 1, 0, LENGTHS[:3])[0]) == 4
 
 
 def test_lengths_are_those_of_selected_rows():

@@ -7,12 +7,15 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from common.arguments import TrainingArguments
 from common.data.survey import columns_of, lengths_of
 from common.errors import UserError
 
 WINDOW = 50  # steps whose rows are sorted by length together
+SHORTEST = 32  # tokens that a row counts for at least, or a prefix before each of many short rows would need the memory
+ALIKE = 7 / 8  # of the longest of some rows that meet in other batches in each epoch: the length of the shortest
 
 
 def parse_mix(mix: str, files: int) -> list[float]:
@@ -75,12 +78,53 @@ class RowOrder(Sampler[int], TrainerCallback):
         yield from (rows if self.lengths is None else like_lengths(rows, self.lengths, self.step, random)).tolist()
 
 
-def order_of(rows: Dataset, mix: str | None, files: int, args: TrainingArguments) -> RowOrder | None:
+class TokenBatches(BatchRebalanceSampler, TrainerCallback):
+    """The batches of one process: as many rows of like length as fit into ``slots``, padded to the longest of them.
+
+    The Trainer takes the batches of a BatchRebalanceSampler as they come. The rows, sorted by length, are divided once
+    into groups of like length, in which all batches have as many rows; so each epoch has the same number of steps. In
+    each epoch the rows of a group are shuffled, and then the steps. The last step has what is left, in as many batches.
+    Nothing decides the order but seed, epoch, and ``step``, the batches of a step of all processes. ``process``: its
+    index, and the number of all.
+    """
+
+    def __init__(self, lengths: NDArray, slots: int, step: int, process: tuple[int, int], seed: int):
+        counted = -np.sort(-np.maximum(lengths, SHORTEST))
+        rows, start = np.argsort(-lengths, kind="stable"), 0
+        self.groups: list[tuple[NDArray, int]] = []  # rows, and how many of them a step takes
+        while start < len(rows):
+            size = slots // counted[start] * step
+            alike = np.searchsorted(-counted, -ALIKE * counted[start], side="right") - start
+            self.groups.append((rows[start : start + -(-alike // size) * size], size))
+            start += len(self.groups[-1][0])
+        self.counts, self.step, self.process = [len(rows)], step, process
+        self.seed, self.epoch = seed, 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.epoch = int(state.epoch or 0)
+
+    def __len__(self) -> int:
+        return sum(-(-len(rows) // size) for rows, size in self.groups) * self.step // self.process[1]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random, (index, processes) = np.random.default_rng([self.seed, self.epoch]), self.process
+        shuffled = [(random.permutation(rows), size) for rows, size in self.groups]
+        *steps, last = [rows[i : i + size] for rows, size in shuffled for i in range(0, len(rows), size)]
+        for rows in [*(steps[i] for i in random.permutation(len(steps))), last]:
+            batches = np.array_split(np.resize(rows, max(len(rows), self.step)), self.step)
+            yield from (batch.tolist() for batch in batches[index::processes])
+
+
+def order_of(rows: Dataset, mix: str | None, files: int, args: TrainingArguments) -> RowOrder | TokenBatches | None:
     """The order of training rows from so many files; None: one that the Trainer knows. Raises UserError for the mix."""
     groups = args.train_sampling_strategy == "group_by_length"
     if not (mix or groups):
         return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if args.tokens_per_batch:
+        step = args.gradient_accumulation_steps * args.processes
+        process = (args.process_index, args.processes)
+        return TokenBatches(lengths_of(rows), args.tokens_per_batch, step, process, seed)
     origins = columns_of(rows, "file")["file"] if mix else np.zeros(len(rows), np.int8)
     shares = parse_mix(mix, files) if mix else [1.0]
-    seed = args.seed if args.data_seed is None else args.data_seed
     return RowOrder(origins, shares, seed, lengths_of(rows) if groups else None, args.all_rows_per_step)

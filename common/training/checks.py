@@ -22,7 +22,7 @@ from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.devices import check_bits, note_cpu
 from common.errors import UserError, note
-from common.memory.fit import open_shape
+from common.memory.fit import open_shape, row_lengths
 from common.methods import Method
 from common.metrics import SCORES
 from common.models.precision import half_dtype
@@ -137,10 +137,31 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
             raise UserError(
                 f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}."
             )
+    if args.tokens_per_batch and args.do_train:
+        check_token_batches(data_args, args)
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
+
+
+def check_token_batches(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError where a row may need more slots than a batch has, or a flag orders or counts rows otherwise."""
+    slots, longest, strategy = args.tokens_per_batch, sum(row_lengths(data_args)), args.train_sampling_strategy
+    if slots and slots < longest:
+        raise UserError(
+            f"--tokens_per_batch {slots} (TOKENS_PER_BATCH): a row may have {longest:,} tokens: raise it, or lower the "
+            "lengths (--max_source_length, --max_target_length)."
+        )
+    given = {
+        "--mix (MIX)": data_args.mix,
+        f"--train_sampling_strategy {strategy}": strategy != "group_by_length",
+        "--dataloader_drop_last": args.dataloader_drop_last,
+    }
+    for flag in filter(given.get, given):
+        raise UserError(
+            f"--tokens_per_batch makes batches of like length from the rows of all files: leave out {flag}."
+        )
 
 
 def check_rows(rows: int, args: TrainingArguments) -> None:
