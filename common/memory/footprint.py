@@ -248,7 +248,7 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
         model.activation_checkpointing_enable(how)
     model.train()
     for shape in (shape for shape in shapes_of(setup) for _ in range(1 + setup.accumulates)):
-        if not setup.accumulates:
+        if not setup.accumulates:  # of two shapes, each has gradients of its own
             model.zero_grad()
         batch = labelled_batch(shape, shape.batch_size)
         if setup.packed:
