@@ -111,6 +111,7 @@ class DataArguments:
     max_target_length: int = flag("Longest answer in tokens; the rest is cut off and reported", 128)
     val_max_target_length: int = flag("The same for evaluation; 0: max_target_length", 0)
     pad_to_max_length: bool = flag("Pad every row to the two lengths above, not to the longest of its batch", False)
+    packing: bool = flag("Put several training rows into one, up to the two lengths together; none sees another", False)
     ignore_pad_token_for_loss: bool = flag("Leave pad tokens out of the loss", True)
     overwrite_cache: bool = flag("Prepare the data again even if it is cached", False)
     max_train_samples: int | None = flag("Use only the first rows of the training data")
@@ -134,6 +135,8 @@ class DataArguments:
             raise ValueError(f"the training data are in --{' and in --'.join(given)}: give one of them")
         if self.conversation_column and (self.history_column or self.text_column):
             raise ValueError("--conversation_column can't be used with --history_column or --text_column")
+        if self.packing and not self.ignore_pad_token_for_loss:
+            raise ValueError("--packing leaves no pads to learn: leave out --ignore_pad_token_for_loss false")
         if self.do_sample and (self.temperature <= 0 or not 0 < self.top_p <= 1):
             raise ValueError("--temperature must be above 0, --top_p above 0 and at most 1")
 
@@ -155,9 +158,16 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     per_device_train_batch_size: Rows = flag("Rows of a batch on each device (8); auto: the largest that fits")
     gradient_accumulation_steps: int = flag("Batches of one step of the optimizer (1)")
     rows_per_step: int | None = flag("Rows of a step on each device: the flags above that are not given are chosen")
+    tokens_per_batch: int | None = flag(
+        "Slots of a batch on each device instead of its rows: as many rows of like length as fit, pads counted"
+    )
     per_device_eval_batch_size: Rows = flag(
         "Rows that are evaluated and answered together; auto: 8, and as many answers as fit, up to 64, as with 1",
         Rows(8),
+    )
+    train_sampling_strategy: Literal["group_by_length", "random", "sequential", "batch_rebalance"] = flag(
+        "Order of the training rows; group_by_length: those of a step have like lengths, so that few slots hold pads",
+        "group_by_length",
     )
     activation_checkpointing: Switch = flag(
         "Compute activations a second time instead of keeping them; auto: if the training does not fit without",
@@ -278,6 +288,11 @@ def complete_batches(args: TrainingArguments) -> None:
             raise ValueError(f"--per_device_{name}_batch_size {value}: give a number of rows, or auto")
         if value != "auto" and int(value) < 1:
             raise ValueError("a batch must have at least 1 row")
+    if args.tokens_per_batch and (given is not None or args.rows_per_step):
+        raise ValueError(
+            "--tokens_per_batch (TOKENS_PER_BATCH) says how large a batch is: leave out --per_device_train_batch_size "
+            "(BATCH_SIZE) and --rows_per_step (ROWS_PER_STEP)"
+        )
     if args.deepspeed and auto:
         raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")
     chooses = not (args.deepspeed or args.fsdp)  # of their memory too little is known

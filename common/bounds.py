@@ -39,6 +39,7 @@ BOUNDS: Mapping[str, tuple[float, float, str]] = {
     "neftune_noise_alpha": (0, MANY, ""),
     # batches, steps and epochs
     "rows_per_step": (1, MANY, "ROWS_PER_STEP"),
+    "tokens_per_batch": (1, MANY, "TOKENS_PER_BATCH"),
     "gradient_accumulation_steps": (1, MANY, "GRAD_ACCUM"),
     "max_steps": (1, STEPS, "MAX_STEPS"),
     "default_steps": (0, STEPS, "DEFAULT_STEPS"),

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
-from common.data.collator import train_batch
+from common.data.collator import packed_batch, train_batch
 from common.data.dataset import Prepared, prepare_dataset
-from common.data.mix import MixSampler, parse_mix
+from common.data.order import order_of
 from common.data.shards import load_shards
-from common.data.survey import columns_of, overlap, survey
+from common.data.survey import overlap, survey
 from common.data.tables import MODEL_INPUTS
 from common.encoding import has_roles
 from common.errors import UserError
@@ -29,7 +29,7 @@ from common.files import check_no_links
 from common.launch.engines import sizes, start_engine
 from common.loading import tokenizer_of
 from common.locking import guard
-from common.memory.fit import check_fits, forecast
+from common.memory.fit import check_fits, forecast, row_lengths
 from common.methods import Method
 from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights, open_model
@@ -132,10 +132,8 @@ def prepare(
             data_args.validation_file = data_args.test_file = prepared.held_out
         if limit_flag and (limit := vars(data_args)[limit_flag]) is not None:
             prepared.rows, prepared.questions = prepared.rows.take(limit), prepared.questions.take(limit)
-        if split == "train" and data_args.mix:
-            shares = parse_mix(data_args.mix, len(prepared.summary["findings"]))
-            prepared.sampler = MixSampler(columns_of(prepared.rows, "file")["file"], shares, args.seed)
         if split == "train":
+            prepared.order = order_of(prepared.rows, data_args.mix, len(prepared.summary["findings"]), args)
             check_rows(prepared.rows_per_epoch, args)
         data[split] = prepared
         if args.process_index == 0:
@@ -189,22 +187,28 @@ def build_trainer(
     validation, train = data.get("validation"), data.get("train")
     args.remove_unused_columns = False  # the origin of a row travels with it
     args.prediction_loss_only = True  # training/evaluation.py generates answers, the Trainer computes the loss
+    collate = partial(
+        train_batch,
+        pad_token_id=tokenizer.pad_token_id,
+        label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
+        length=data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
+    )
     trainer = FinetuneTrainer(
         method=method,
         model=model,
         args=args,
         train_dataset=train.rows.select_columns([*MODEL_INPUTS, "file", "line"]) if train else None,
         eval_dataset=validation.rows.select_columns(MODEL_INPUTS) if validation else None,
-        data_collator=partial(
-            train_batch,
-            pad_token_id=tokenizer.pad_token_id,
-            label_pad_token_id=-100 if data_args.ignore_pad_token_for_loss else tokenizer.pad_token_id,
-            length=data_args.max_source_length + data_args.max_target_length if data_args.pad_to_max_length else 0,
-        ),
+        data_collator=collate,
         processing_class=tokenizer,
     )
     if train:
-        trainer.sampler = train.sampler
+        trainer.order = train.order
+        if data_args.packing:
+            positions, room = partial(model.positions, config=model.config), sum(row_lengths(data_args))
+            trainer.collate = partial(packed_batch, positions=positions, room=room, **collate.keywords)
+        if train.order:
+            trainer.add_callback(train.order)
         trainer.finite_loss.files = [str(file["file"]) for file in train.summary["findings"]]
     if args.predict_with_generate and validation and len(validation.questions):
         references = list(validation.questions["reference"])

@@ -27,6 +27,7 @@ RENAMED = {  # old flag -> new flag, and its value where the old one was a switc
     "push_to_hub_token": ("hub_token", None),
     "push_to_hub_model_id": ("hub_model_id", None),
 }
+OFF = {"group_by_length": "random"}  # old switch -> the value of the new flag that switches off what is now the default
 REMOVED = {  # old flag -> why it has no effect
     flag: reason
     for flags, reason in {
@@ -147,6 +148,6 @@ def current_flag(name: str, value: Any) -> tuple[str, Any] | None:
         return name, value
     new_name, new_value = RENAMED[name]
     if new_value and str(value).lower() == "false":
-        return None
+        return (new_name, OFF[name]) if name in OFF else None
     note(f"advice: --{name} is now called --{new_name}{f' {new_value}' if new_value else ''}.")
     return new_name, new_value or value

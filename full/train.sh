@@ -17,9 +17,10 @@ if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 #     VALIDATION_FILE    the shipped rows are judged on AdvertiseGen/dev.json, other rows on VALIDATION_SPLIT of themselves
 #     PROMPT_COLUMN, RESPONSE_COLUMN, HISTORY_COLUMN, CONVERSATION_COLUMN, TEXT_COLUMN    told by the keys of the rows
 #     MIX                rows of each training file for one row of the first, as in 1,0.3
+#     PACKING            true: several rows in one, which none of them sees; for lengths that differ much, on a GPU
 #     SKIP_BAD_ROWS, STRICT_DATA    true: go on without rows that can't be read; refuse fields that are not read
 add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA \
-    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT
+    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT PACKING
 
 EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
 MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
@@ -32,15 +33,18 @@ SAVE_FORMAT=${SAVE_FORMAT:-safetensors}                  # bin: the format that 
 QUANTIZATION_BIT=${QUANTIZATION_BIT:-}                   # refused with a message: quantized weights can't be trained
 # ROWS_PER_STEP: rows of one step on each device; of BATCH_SIZE (rows of a batch), GRAD_ACCUM (batches of a step) and
 # GRADIENT_CHECKPOINTING=auto what is not set is chosen to be fast and to fit, as predicted. BATCH_SIZE=auto: the largest
-# batch that fits, whatever a step is then. CHECK_MEMORY=false: only warn if the training does not fit.
+# batch that fits, whatever a step is then. TOKENS_PER_BATCH: instead of a number of rows, as many of like length as have
+# so many slots, pads counted. CHECK_MEMORY=false: only warn if the training does not fit.
+TOKENS_PER_BATCH=${TOKENS_PER_BATCH:-}
 case $MODEL in
     demo | demo3)
+        [ -n "$TOKENS_PER_BATCH" ] || BATCH_SIZE=${BATCH_SIZE:-16}
         LR=${LR:-1e-3} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
-        BATCH_SIZE=${BATCH_SIZE:-16} GRAD_ACCUM=${GRAD_ACCUM:-1}
+        GRAD_ACCUM=${GRAD_ACCUM:-1}
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-16} ;;
     *)
         LR=${LR:-1e-4} DEFAULT_STEPS=${DEFAULT_STEPS:-5000}
-        ROWS_PER_STEP=${ROWS_PER_STEP:-4}
+        [ -n "$TOKENS_PER_BATCH" ] || ROWS_PER_STEP=${ROWS_PER_STEP:-4}
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-auto}
         PROBE_FILE=${PROBE_FILE-$ROOT/common/data/probe.jsonl} ;;                # general questions: what is forgotten?
 esac
@@ -75,6 +79,7 @@ launch "$ROOT/full/main.py" \
     ${BATCH_SIZE:+--per_device_train_batch_size "$BATCH_SIZE"} \
     ${GRAD_ACCUM:+--gradient_accumulation_steps "$GRAD_ACCUM"} \
     ${ROWS_PER_STEP:+--rows_per_step "$ROWS_PER_STEP"} \
+    ${TOKENS_PER_BATCH:+--tokens_per_batch "$TOKENS_PER_BATCH"} \
     --activation_checkpointing "$GRADIENT_CHECKPOINTING" \
     ${EPOCHS:+--num_train_epochs "$EPOCHS"} \
     ${MAX_STEPS:+--max_steps "$MAX_STEPS"} \

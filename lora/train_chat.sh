@@ -13,7 +13,9 @@ fi
 export MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-256} MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-256}
 case $MODEL in
     # A new skill needs more than a new style: all layers, and more steps.
-    demo | demo3) export LORA_TARGET=${LORA_TARGET:-all-linear} DEFAULT_STEPS=${DEFAULT_STEPS:-500} BATCH_SIZE=${BATCH_SIZE:-8} ;;
+    demo | demo3)
+        export LORA_TARGET=${LORA_TARGET:-all-linear} DEFAULT_STEPS=${DEFAULT_STEPS:-500}
+        [ -n "${TOKENS_PER_BATCH:-}" ] || export BATCH_SIZE=${BATCH_SIZE:-8} ;;
 esac
 
 exec bash "$HERE/train.sh" "$@"

@@ -151,7 +151,7 @@ def test_of_mixed_files_the_first_one_is_held_out(mine, general, tmp_path):
     ("flags", "says"),
     [
         ("--mix 1", "numbers for 1 files, but the training has 2"),
-        ("--mix 1,1 --group_by_length", "leave out --train_sampl"),
+        ("--mix 1,1 --train_sampling_strategy sequential", "leave out --train_sampl"),
     ],
 )
 def test_a_mix_that_does_not_fit_is_refused(flags, says, mine, general, tmp_path):

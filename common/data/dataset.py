@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import DataArguments
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
 from common.data.held_out import HoldOut, write_held_out
-from common.data.mix import MixSampler
+from common.data.order import RowOrder, TokenBatches
 from common.data.sealed import SUMMARY, problem_of, read_summary
 from common.data.survey import columns_of
 from common.data.tables import FEATURES, check_any, write_table
@@ -44,11 +44,11 @@ class Prepared:
     cached: bool  # whether it was there before
     summary: Mapping[str, Any]  # counts of all rows; ``rows`` counts questions if there are any
     held_out: str | None = None  # folder with the rows that a training leaves for its validation
-    sampler: MixSampler | None = None  # of training files that are mixed
+    order: RowOrder | TokenBatches | None = None  # of the training rows; None: one that the Trainer knows
 
     @property
     def rows_per_epoch(self) -> int:
-        return len(self.sampler or self.rows)
+        return sum(self.order.counts) if self.order else len(self.rows)
 
     @property
     def content(self) -> str:

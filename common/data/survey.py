@@ -129,11 +129,18 @@ def columns_of(rows: Dataset, *names: str) -> dict[str, NDArray]:
 
     Arrow would gather each of the selected rows on its own, for ten times the time and 2 KB a row.
     """
-    columns = {name: rows.data.column(name).to_numpy() for name in names}
-    if rows._indices is None:
-        return columns
-    selected = rows._indices.column(0).to_numpy()
-    return {name: values[selected] for name, values in columns.items()}
+    return {name: in_order(rows, rows.data.column(name)) for name in names}
+
+
+def lengths_of(rows: Dataset) -> NDArray:
+    """The tokens of each row, which Arrow knows without reading them."""
+    return in_order(rows, pc.list_value_length(rows.data.column("input_ids")))
+
+
+def in_order(rows: Dataset, column: pyarrow.ChunkedArray) -> NDArray:
+    """A column of the file as numbers of the rows, some of which may be selected."""
+    values = column.to_numpy()
+    return values if rows._indices is None else values[rows._indices.column(0).to_numpy()]
 
 
 def percentiles(lengths: NDArray) -> list[int]:

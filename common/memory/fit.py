@@ -93,13 +93,16 @@ def forecast(
 
     Raises UserError for a pass that no machine can hold: to predict it would take minutes.
     """
+    if args.tokens_per_batch:
+        args.per_device_train_batch_size = Rows(args.tokens_per_batch // sum(row_lengths(data_args)))
     case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args), known=[])
     setup = case.setup
     rows = max(setup.batch_size, setup.evaluation_batch_size, setup.generation_batch_size)
-    if (tokens := rows * (setup.source_length + setup.target_length)) > MOST_TOKENS:
+    if (tokens := max(rows * (setup.source_length + setup.target_length), setup.slots)) > MOST_TOKENS:
         raise UserError(
             f"a pass of {tokens:,} tokens is more than any machine holds: lower BATCH_SIZE "
-            "(--per_device_train_batch_size), EVAL_BATCH_SIZE (--per_device_eval_batch_size) or the lengths."
+            "(--per_device_train_batch_size), TOKENS_PER_BATCH (--tokens_per_batch), EVAL_BATCH_SIZE "
+            "(--per_device_eval_batch_size) or the lengths."
         )
     available = card_memory(args) or free_memory(args)
     if args.do_train and (args.batch_sizes or args.auto_checkpointing):
@@ -150,13 +153,15 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         mixed = mixed or args.precision == "auto" or args.engine.name == "DeepSpeed"
         if not (method.trains_base and trains and args.engine.name != "DeepSpeed"):
             dtype = half
-    own_text = bool(data_args.text_column)
+    source_length, target_length = row_lengths(data_args)
     answer_length = data_args.max_new_tokens or data_args.val_max_target_length
     return Setup(
         batch_size=args.per_device_train_batch_size if trains else 0,
-        source_length=data_args.max_source_length,
-        target_length=0 if own_text else data_args.max_target_length + 1,
-        all_labelled=bool(own_text or data_args.conversation_column),
+        slots=args.tokens_per_batch if trains and args.tokens_per_batch else 0,
+        source_length=source_length,
+        target_length=target_length,
+        all_labelled=bool(data_args.text_column or data_args.conversation_column),
+        packed=data_args.packing,
         bits=bits,
         dtype=dtype,
         autocast=half if trains and mixed and not args.loss_scaling and args.engine.name != "DeepSpeed" else None,
@@ -170,6 +175,11 @@ def setup_of(method: Method, bits: int | None, data_args: DataArguments, args: T
         processes=args.processes,
         engine=args.engine,
     )
+
+
+def row_lengths(data_args: DataArguments) -> tuple[int, int]:
+    """The most tokens of question and answer in a training row; plain text is all of one kind."""
+    return data_args.max_source_length, 0 if data_args.text_column else data_args.max_target_length + 1
 
 
 def processes_here(args: TrainingArguments) -> int:
@@ -323,9 +333,13 @@ def changes(case: Case, args: TrainingArguments) -> Iterator[tuple[str, dict[str
     setup = case.setup
     if setup.batch_size and not setup.checkpointing:
         yield "--activation_checkpointing true", {"checkpointing": True}
+    fewer, longest = setup.slots // 2, setup.source_length + setup.target_length
+    if fewer >= longest:
+        flags = f"--tokens_per_batch {fewer} --gradient_accumulation_steps {2 * args.gradient_accumulation_steps}"
+        yield flags, {"slots": fewer, "batch_size": fewer // longest, "accumulates": True}
     rows = max(1, setup.batch_size // 4)
     accumulated = setup.batch_size * args.gradient_accumulation_steps
-    if setup.batch_size > rows and accumulated % rows == 0:
+    if not setup.slots and setup.batch_size > rows and accumulated % rows == 0:
         flags = f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulated // rows}"
         yield flags, {"batch_size": rows, "accumulates": True}
     elif max(setup.generation_batch_size, setup.evaluation_batch_size) > 1:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from common.data.order import SHORTEST
 from common.engine import Engine
 from common.memory import quantized
 from common.models import base
@@ -50,7 +51,9 @@ class Setup:
     batch_size: int
     source_length: int
     target_length: int
+    slots: int = 0  # of a training batch, if it has as many rows as fit and not ``batch_size``
     all_labelled: bool = False  # every token may have a label: conversations, plain text
+    packed: bool = False  # training rows stand behind each other, which takes a mask
     bits: int | None = None
     dtype: torch.dtype = torch.float32  # of the base model's weights that are not quantized
     autocast: torch.dtype | None = None
@@ -245,8 +248,12 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
             model.enable_input_require_grads()
         model.activation_checkpointing_enable(how)
     model.train()
-    for _ in range(1 + setup.accumulates):
-        batch = labelled_batch(setup, setup.batch_size)
+    for shape in (shape for shape in shapes_of(setup) for _ in range(1 + setup.accumulates)):
+        if not setup.accumulates:  # of two shapes, each has gradients of its own
+            model.zero_grad()
+        batch = labelled_batch(shape, shape.batch_size)
+        if setup.packed:
+            batch["position_ids"] = model.positions(batch["input_ids"], model.config)
         loss = model(**batch, num_items_in_batch=torch.ones((), device="meta"), **setup.engine.loss_flags).loss
         cast_weights.clear()
         torch.autograd.backward(loss)
@@ -289,10 +296,19 @@ def labelled_batch(setup: Setup, rows: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids, "label_positions": ids.new_empty(rows * labels)}
 
 
+def shapes_of(setup: Setup) -> list[Setup]:
+    """The batches of a training that may take the most: of a number of slots, the longest rows and the shortest."""
+    if not setup.slots:
+        return [setup]
+    counts = -(-setup.slots // (setup.source_length + setup.target_length)), max(1, setup.slots // SHORTEST)
+    same = replace(setup, slots=0, target_length=0, all_labelled=True)
+    return [replace(same, batch_size=rows, source_length=setup.slots // rows) for rows in counts]
+
+
 def steps_of(setup: Setup) -> Iterator[tuple[Callable, Setup]]:
     """The steps of a training or an evaluation, each with the settings that decide its memory."""
     alone = replace(setup, processes=1, answers_in_training=False)
-    passive = replace(alone, batch_size=0, autocast=None, checkpointing=False, accumulates=False)
+    passive = replace(alone, batch_size=0, slots=0, packed=False, autocast=None, checkpointing=False, accumulates=False)
     if setup.batch_size:
         yield training_step, replace(alone, evaluation_batch_size=0, generation_batch_size=0, answer_length=0)
     if setup.evaluation_batch_size:

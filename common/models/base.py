@@ -157,23 +157,30 @@ class GLMModel(GLMPreTrainedModel):
         """The module that holds ``layers`` and ``final_layernorm``."""
         return self
 
-    def context_lengths(self, input_ids: Tensor) -> Tensor | None:
-        """The number of first tokens that see each other in both directions, [b]; None: attention is causal."""
+    def in_context(self, position_ids: Tensor) -> Tensor | None:
+        """Which tokens see each other in both directions, boolean [b, s]; None: attention is causal."""
         return None
 
     def visible_keys(
-        self, input_ids: Tensor, attention_mask: Tensor | None, past_length: int, prefix_length: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        past_length: int,
+        prefix_length: int,
+        packed: bool = False,
     ) -> Visible:
         """Attention is bidirectional in the context and causal after it. No token sees a pad, and all see the prefix.
 
         attention_mask: [b, past + s], 1 = token; or, as in the original, boolean [b, 1, s, past + s], True = hidden.
-        Rows that are padded on the right need none: nothing before a pad sees it.
+        Rows that are padded on the right need none: nothing before a pad sees it. ``packed``: a row begins wherever
+        all positions are 0, and sees no other.
         """
         batch_size, length = input_ids.shape
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.all():
             attention_mask = None
-        context = self.context_lengths(input_ids) if past_length == 0 and length > 1 else None
-        if attention_mask is None and context is None:
+        context = self.in_context(position_ids) if past_length == 0 and length > 1 else None
+        if attention_mask is None and context is None and not packed:
             return None if length == 1 else "causal"
         if attention_mask is not None and attention_mask.dim() == 4:
             visible = ~attention_mask.bool()
@@ -181,7 +188,10 @@ class GLMModel(GLMPreTrainedModel):
             keys = torch.arange(past_length + length, device=input_ids.device)
             visible = keys <= keys[past_length:, None]  # [s, past + s]
             if context is not None:
-                visible = visible | (keys < context[:, None])[:, None]  # [b, s, s]
+                visible = visible | context[:, None]  # [b, s, s]
+            if packed:
+                row = position_ids.reshape(len(position_ids), -1, length).eq(0).all(1).cumsum(-1)
+                visible = visible & (row[:, None] == row[..., None])
             visible = visible.expand(batch_size, length, -1)[:, None]
             if attention_mask is not None:
                 visible = visible & attention_mask.bool()[:, None, None]
@@ -200,16 +210,17 @@ class GLMModel(GLMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids: [b, s]; attention_mask: see ``visible_keys``; position_ids: as ``get_position_ids`` returns them.
 
-        The prefix has no positions.
+        The prefix has no positions. Positions without a mask may be those of packed rows, as in transformers.
         """
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefix_length: int = 0 if self.prefix_encoder is None else self.prefix_encoder.pre_seq_len  # type: ignore
         past_length = max(cached - prefix_length, 0)
+        packed = position_ids is not None and attention_mask is None and past_length == 0
         if position_ids is None:
             position_ids = self.get_position_ids(input_ids, attention_mask, past_length)
-        visible = self.visible_keys(input_ids, attention_mask, past_length, prefix_length)
+        visible = self.visible_keys(input_ids, position_ids, attention_mask, past_length, prefix_length, packed)
 
         hidden_states = self.get_input_embeddings()(input_ids)
         rotary = tuple(table.to(hidden_states.dtype) for table in self.rotary(position_ids))
@@ -224,6 +235,11 @@ class GLMModel(GLMPreTrainedModel):
 
 class ForNextToken(PreTrainedModel):
     """The forward pass of a model with its head."""
+
+    @staticmethod
+    def positions(input_ids: Tensor, config: PreTrainedConfig) -> Tensor:
+        """The positions of right-padded rows: [b, s] -> [b, s]."""
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
 
     @can_return_tuple
     def forward(

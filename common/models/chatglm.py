@@ -54,6 +54,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
 
 
+def positions(input_ids: Tensor, config: ChatGLMConfig, attention_mask: Tensor | None = None) -> Tensor:
+    """Position and block position of every token, as the original counts them. [b, s] -> [b, 2, s].
+
+    Before <sop> the position is 0, 1, 2, … after the left pads, and the block position is 0. From the first <sop> on
+    the position is that of the mask token ([gMASK], else [MASK]), and the block position is 1, 2, 3, ….
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    is_sop = input_ids.eq(config.bos_token_id)
+    context = torch.where(is_sop.any(-1), is_sop.int().argmax(-1), input_ids.shape[1])[:, None]
+    pads = torch.zeros_like(context)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        pads = attention_mask.int().argmax(-1, keepdim=True)
+    is_gmask, is_mask = input_ids.eq(config.gmask_token_id), input_ids.eq(config.mask_token_id)
+    wanted = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
+    mask_position = wanted.int().argmax(-1, keepdim=True)
+    generated = columns >= context
+    position = (torch.where(generated, mask_position, columns) - pads).clamp(min=0)
+    block = torch.where(generated, columns - context + 1, 0)
+    return torch.stack((position, block), dim=1)
+
+
 class SelfAttention(GLMAttention):
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -105,29 +126,12 @@ class ChatGLMModel(GLMModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.post_init()
 
-    def context_lengths(self, input_ids: Tensor) -> Tensor:
-        """Index of each row's first <sop>, counting pads, or the row's length if it has none. [b, s] -> [b]."""
-        is_sop = input_ids.eq(self.config.bos_token_id)
-        return torch.where(is_sop.any(-1), is_sop.int().argmax(-1), input_ids.shape[1])
+    def in_context(self, position_ids: Tensor) -> Tensor:
+        """The tokens before <sop>, whose block position is 0."""
+        return position_ids[:, 1] == 0
 
     def get_position_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None, past_length: int = 0) -> Tensor:
-        """Position and block position of every token, as the original counts them. [b, s] -> [b, 2, s].
-
-        Before <sop> the position is 0, 1, 2, … after the left pads, and the block position is 0. From <sop> on the
-        position is that of the mask token ([gMASK], else [MASK]), and the block position is 1, 2, 3, ….
-        """
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        context = self.context_lengths(input_ids)[:, None]
-        pads = torch.zeros_like(context)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            pads = attention_mask.int().argmax(-1, keepdim=True)
-        is_gmask, is_mask = input_ids.eq(self.config.gmask_token_id), input_ids.eq(self.config.mask_token_id)
-        wanted = torch.where(is_gmask.any(-1, keepdim=True), is_gmask, is_mask)
-        mask_position = wanted.int().argmax(-1, keepdim=True)
-        generated = columns >= context
-        position = (torch.where(generated, mask_position, columns) - pads).clamp(min=0)
-        block = torch.where(generated, columns - context + 1, 0)
-        return torch.stack((position, block), dim=1)
+        return positions(input_ids, self.config, attention_mask)
 
     def rotary(self, position_ids: Tensor) -> Rotary:
         """position_ids: [b, 2, s]. Returns two tensors [b, 1, s, 2, d / 2] that broadcast over heads.
@@ -143,6 +147,7 @@ class ChatGLMModel(GLMModel):
 
 class ChatGLMForConditionalGeneration(GLMForConditionalGeneration):
     config: ChatGLMConfig
+    positions = staticmethod(positions)
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
 
     def __init__(self, config: ChatGLMConfig):

@@ -48,7 +48,10 @@ def settings_of(
         **{name: value for name, value in vars(method.args).items() if name != "save_format"},  # which may change
         **{name: vars(data_args)[name] for name in names},
         "validation_split": data_args.validation_split if data_args.held_out else 0,
-        **{name: vars(args)[name] for name in ("learning_rate", "weight_decay", "seed")},
+        **{
+            name: vars(args)[name]
+            for name in ("learning_rate", "weight_decay", "seed", "train_sampling_strategy", "tokens_per_batch")
+        },
         "lr_scheduler_type": str(args.lr_scheduler_type.value),
         "rows_per_step": args.all_rows_per_step,
         "training_rows": content,

@@ -17,12 +17,12 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
-from common.data.mix import parse_mix
+from common.data.order import parse_mix
 from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.devices import check_bits, note_cpu
 from common.errors import UserError, note
-from common.memory.fit import open_shape
+from common.memory.fit import open_shape, row_lengths
 from common.methods import Method
 from common.metrics import SCORES
 from common.models.precision import half_dtype
@@ -133,14 +133,35 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
             raise UserError(f"--do_{job} needs --{file_flag}.")
     if data_args.mix and args.do_train:
         parse_mix(data_args.mix, count)
-        if args.train_sampling_strategy != "random":
+        if args.train_sampling_strategy not in ("random", "group_by_length"):
             raise UserError(
                 f"--mix draws rows at random: leave out --train_sampling_strategy {args.train_sampling_strategy}."
             )
+    if args.tokens_per_batch and args.do_train:
+        check_token_batches(data_args, args)
     if args.do_predict and data_args.text_column:
         raise UserError("--do_predict answers questions; of plain text --do_eval gives loss and perplexity.")
     if args.label_smoothing_factor:
         raise UserError("--label_smoothing_factor is not supported.")
+
+
+def check_token_batches(data_args: DataArguments, args: TrainingArguments) -> None:
+    """Raises UserError where a row may need more slots than a batch has, or a flag orders or counts rows otherwise."""
+    slots, longest, strategy = args.tokens_per_batch, sum(row_lengths(data_args)), args.train_sampling_strategy
+    if slots and slots < longest:
+        raise UserError(
+            f"--tokens_per_batch {slots} (TOKENS_PER_BATCH): a row may have {longest:,} tokens: raise it, or lower the "
+            "lengths (--max_source_length, --max_target_length)."
+        )
+    given = {
+        "--mix (MIX)": data_args.mix,
+        f"--train_sampling_strategy {strategy}": strategy != "group_by_length",
+        "--dataloader_drop_last": args.dataloader_drop_last,
+    }
+    for flag in filter(given.get, given):
+        raise UserError(
+            f"--tokens_per_batch makes batches of like length from the rows of all files: leave out {flag}."
+        )
 
 
 def check_rows(rows: int, args: TrainingArguments) -> None:

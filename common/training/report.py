@@ -67,22 +67,34 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     """Prints steps and epochs, the mix of the files, and a warning for too many passes or too few steps."""
     rows = data.rows_per_epoch
     batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
+    if args.tokens_per_batch and data.order:
+        batches = len(data.order)
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil((args.num_train_epochs or 0) * steps_per_epoch)
     passes = steps / steps_per_epoch
-    if data.sampler:
-        console().print(f"train: an epoch mixes {mix_of(data)}")
-    console().print(f"train: {steps:,} steps of {args.all_rows_per_step} rows: {passes:.3g} epochs of {rows:,} rows")
+    if mix := mix_of(data):
+        console().print(f"train: an epoch mixes {mix}")
+    console().print(f"train: {steps:,} steps of {size_of_step(args)}: {passes:.3g} epochs of {rows:,} rows")
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
         note(f"warning: {steps} steps change little: raise EPOCHS (--num_train_epochs) or lower BATCH_SIZE.")
 
 
+def size_of_step(args: TrainingArguments) -> str:
+    """As in "16 rows"."""
+    if args.tokens_per_batch:
+        return f"{args.tokens_per_batch * args.gradient_accumulation_steps * args.processes:,} slots"
+    return f"{args.all_rows_per_step} rows"
+
+
 def mix_of(data: Prepared) -> str:
-    """The rows that an epoch takes of each file."""
-    counts = zip(data.sampler.counts, data.summary["findings"], strict=True) if data.sampler else ()
-    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in counts)
+    """The rows that an epoch takes of each file; "" if none are mixed."""
+    counts = data.order.counts if data.order else []
+    if len(counts) < 2:
+        return ""
+    files = zip(counts, data.summary["findings"], strict=True)
+    return " + ".join(f"{count:,} rows of {found['file']}" for count, found in files)
 
 
 def print_plan(memory: Forecast, args: TrainingArguments) -> None:
@@ -100,8 +112,9 @@ def print_plan(memory: Forecast, args: TrainingArguments) -> None:
     print_pairs(title, {name: f"{size / 1e9:10,.2f} GB" for name, size in sizes_of.items()})
     accumulated = f", accumulated {args.gradient_accumulation_steps} times" if setup.accumulates else ""
     answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""
+    rows = f"batches of {setup.slots:,} slots, rows of" if setup.slots else f"{setup.batch_size} x"
     console().print(
-        f"{setup.batch_size} x ({setup.source_length} + {setup.target_length}) tokens{accumulated}, "
+        f"{rows} ({setup.source_length} + {setup.target_length}) tokens{accumulated}, "
         f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
         f"{setup.processes} process{'es under ' + setup.engine.name if setup.processes > 1 else ''}{answers}"
@@ -199,8 +212,9 @@ def print_settings(
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
-            f"{length} of {args.all_rows_per_step} rows ({args.train_batch_size} x {args.gradient_accumulation_steps} "
-            f"accumulated x {args.world_size}), learning rate {args.learning_rate:g}, seed {args.seed}"
+            f"{length} of {size_of_step(args)} ({args.tokens_per_batch or args.train_batch_size} x "
+            f"{args.gradient_accumulation_steps} accumulated x {args.world_size}), learning rate "
+            f"{args.learning_rate:g}, seed {args.seed}"
         )
     print_pairs("settings", pairs)
 
@@ -216,6 +230,7 @@ def print_training_summary(
     """state, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
     best = args.load_best_model_at_end and state.best_model_checkpoint
     seconds = metrics["train_runtime"]
+    rows = f", {steps * args.all_rows_per_step / seconds:,.2f} samples/s"
     losses, validated = (
         [f"{entry[name]:.4f} (step {entry['step']})" for entry in state.log_history if name in entry]
         for name in ("loss", "eval_loss")
@@ -225,9 +240,9 @@ def print_training_summary(
         **({"validation loss": " -> ".join(validated)} if validated else {}),
         **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
         "steps": steps,
-        **({"mix of an epoch": mix_of(data)} if data.sampler else {}),
+        **({"mix of an epoch": mix} if (mix := mix_of(data)) else {}),
         "time": f"{seconds:,.1f} s",
-        "speed": f"{tokens / seconds:,.0f} tokens/s, {steps * args.all_rows_per_step / seconds:,.2f} samples/s",
+        "speed": f"{tokens / seconds:,.0f} tokens/s" + rows * (not args.tokens_per_batch),
         **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
         "saved to": args.output_dir,
     }

@@ -97,8 +97,9 @@ def places(origins: Sequence[tuple[int, int]], files: Sequence[str]) -> str:
 
 def parts_of(inputs: Mapping[str, Any], parts: int) -> Iterator[dict[str, Tensor]]:
     """The rows of a batch in at most so many parts; without ``label_positions``, which a model then finds itself."""
-    rows = zip(*(inputs[name].chunk(parts) for name in ("input_ids", "labels")), strict=True)
-    return ({"input_ids": ids, "labels": labels} for ids, labels in rows)
+    names = [name for name in ("input_ids", "labels", "position_ids") if name in inputs]
+    rows = zip(*(inputs[name].chunk(parts) for name in names), strict=True)
+    return (dict(zip(names, row, strict=True)) for row in rows)
 
 
 def size_of(inputs: Mapping[str, Any]) -> str:

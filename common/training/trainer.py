@@ -10,7 +10,7 @@ from accelerate.utils import AutocastKwargs, gather_object, release_memory
 from accelerate.utils.fsdp_utils import save_fsdp_optimizer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
@@ -36,7 +36,9 @@ class FinetuneTrainer(Trainer):
     score_answers: Callable[[], dict[str, float]] | None = None
     saves: Saves  # of a training
     resumed_from: Path | None = None  # the checkpoint
-    sampler: Sampler | None = None  # of the training rows; None: that of the Trainer
+    order: Sampler | None = None  # of the training rows; None: that of the Trainer
+    data_collator: Callable[..., dict[str, Any]]
+    collate: Callable[..., dict[str, Any]] | None = None  # for training rows; None: as for others
     forecast: Forecast | None = None
     size = "the first rows"  # of the last batch
     parts = 1  # in which the rows of a batch go through, since memory ran out
@@ -145,8 +147,20 @@ class FinetuneTrainer(Trainer):
             )
         return output
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Of rows that are trained; only these are packed."""
+        collate, self.data_collator = self.data_collator, self.collate or self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
+
     def _get_train_sampler(self, train_dataset=None) -> Sampler | None:
-        return self.sampler or super()._get_train_sampler(train_dataset)
+        return self.order or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset) -> Sampler:
+        """The order of the file; the Trainer would group these rows too, and so change their loss."""
+        return SequentialSampler(eval_dataset)
 
     def save_model(self, *args, **kwargs) -> None:
         """Saves the trained parameters; under ZeRO 1 and 2 the Trainer would copy all weights in each process."""
