@@ -1,5 +1,7 @@
 """The order of the training rows: files mixed by shares, steps of like length, and draws that a resume repeats."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -7,6 +9,7 @@ from datasets import Dataset
 from common.data.order import RowOrder, TokenBatches, parse_mix
 from common.data.survey import lengths_of
 from common.errors import UserError
+from common.training.checkpoints import check_same
 
 FILES = np.repeat([0, 1, 2], [60, 100, 5])
 
@@ -130,3 +133,12 @@ def test_lengths_are_those_of_selected_rows():
     assert lengths_of(rows).tolist() == [3, 1, 4, 1, 5]
     assert lengths_of(rows.take(3)).tolist() == [3, 1, 4]
     assert lengths_of(rows.select([4, 0, 2])).tolist() == [5, 3, 4]
+
+
+def test_a_training_whose_order_was_not_recorded_goes_on_at_random():
+    """As all trainings took their rows before the order was recorded."""
+    now = {"seed": 42, "train_sampling_strategy": "random", "tokens_per_batch": None}
+    earlier = {"seed": 42, "training_rows": "0"}
+    check_same(Path("out"), earlier, now, "choose another")
+    with pytest.raises(UserError, match="train_sampling_strategy was 'random', now 'group_by_length'"):
+        check_same(Path("out"), earlier, now | {"train_sampling_strategy": "group_by_length"}, "choose another")

@@ -26,6 +26,8 @@ from common.training.saves import checkpoint_folders, put, remove_training, writ
 # Files of a checkpoint that only a training needs.
 STATES = re.compile(r"optimizer\.|scheduler\.pt|scaler\.pt|rng_state|latest$|zero_to_|global_step")
 
+FORMER = {"train_sampling_strategy": "random", "tokens_per_batch": None}  # what trainings did before it was recorded
+
 
 def settings_of(
     folder: ModelFolder,
@@ -60,7 +62,7 @@ def settings_of(
 
 def check_same(place: Path, earlier: dict[str, Any], settings: dict[str, Any], remedy: str) -> None:
     """Raises UserError if a training had other settings. Files may lie elsewhere; their rows count."""
-    if not (differing := differences(earlier, settings)):
+    if not (differing := differences(FORMER | earlier, settings)):
         return
     if "training_rows" not in earlier:
         raise UserError(
