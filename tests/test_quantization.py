@@ -189,7 +189,7 @@ METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments),
 TRAINING = (
     f"--do_train --train_file {ROOT}/AdvertiseGen/train.json --prompt_column content --response_column summary "
     "--max_source_length 64 --max_target_length 64 --per_device_train_batch_size 8 --logging_steps 1 "
-    "--save_strategy no --report_to none --disable_tqdm true"
+    "--save_strategy no --report_to none --disable_tqdm true --train_sampling_strategy random"
 )
 OWN_FLAGS = {"ptuning": "--pre_seq_len 32 --learning_rate 2e-2", "lora": "--learning_rate 5e-3", "full": ""}
 
