@@ -99,6 +99,19 @@ def test_what_saves_memory_saves_it_in_the_prediction(case, more, less):
     assert shallow.changed(**more).plan().total > shallow.changed(**less).plan().total
 
 
+def test_the_longest_row_is_the_last_that_fits(case):
+    config = case.folder.spec.config(num_layers=2, padded_vocab_size=8192)
+    shallow = case._replace(folder=replace(case.folder, config=config), known=[])
+    shallow = shallow.changed(batch_size=1, evaluation_batch_size=0, generation_batch_size=0)
+    tokens = bench.longest_row(shallow, room=5e9)
+    fits, too_long = (
+        fit.needed(row.plan(), row.setup)
+        for length in (tokens, tokens + bench.STEP)
+        for row in [shallow.changed(source_length=length - length // 4, target_length=length // 4)]
+    )
+    assert fits <= 5e9 < too_long
+
+
 def test_models_of_transformers_are_predicted_too(case):
     config = GlmConfig(num_hidden_layers=2, vocab_size=1024, pad_token_id=0, hidden_size=128, intermediate_size=256)
     folder = ModelFolder("glm", Path("glm"), SPECS["glm"], config, bits=None, weights=())

@@ -2,7 +2,8 @@
 
     python tests/bench/memory.py                          the grid, in this process
     python tests/bench/memory.py --only chatglm3-lora     settings with this in their names
-    python tests/bench/memory.py --table                  predicted for the 6B models on a GPU, by method and bits
+    python tests/bench/memory.py --table                  predicted for the 6B models on a GPU, by method and bits; and
+                                                          their longest rows
 
 Each setting is a few steps of main.py on random weights. On a CPU the measure is the highest sum of what PyTorch's own
 allocator handed out, weights included, as its profiler records it; on a GPU torch.cuda.max_memory_allocated.
@@ -32,7 +33,8 @@ from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.finetune import run
 from common.flags import parse_arguments
 from common.launch.engines import start_engine
-from common.memory.fit import Forecast, forecast
+from common.memory.fit import Case, Forecast, forecast, needed
+from common.memory.footprint import CUDA_CONTEXT
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
@@ -49,6 +51,8 @@ SHAPES = {  # hidden size, layers, heads, inner size, vocabulary
     "chatglm2": (256, 6, 4, 704, 32768),
     "chatglm3": (256, 8, 4, 704, 65024),
 }
+CARDS = (8, 24, 80)  # GB
+STEP = 64  # tokens, in which the longest rows are counted
 METHODS = {"ptuning": (PTuning, PrefixArguments), "lora": (Lora, LoraArguments), "full": (Full, FullArguments)}
 FLAGS = {"ptuning": ["--pre_seq_len", "64"], "lora": [], "full": []}
 
@@ -181,7 +185,6 @@ def planned(method_name: str, argv: list[str]) -> Forecast:
 
 def print_table() -> None:
     """The three 6B models by method and bits, with the lengths of each train.sh and checkpointing, as Markdown."""
-    os.environ["DEVICE_MEMORY"] = "80"
     models = [f"{kind}-6b" for kind in SHAPES]
     chosen = {"GRADIENT_CHECKPOINTING": "true", "EVAL_BATCH_SIZE": "8"}
     print("| method | weights | lengths, batch |", " | ".join(models), "|")
@@ -202,13 +205,48 @@ def print_table() -> None:
             print("|", " | ".join([case.method.name, weights, shape, *cells]), "|", flush=True)
 
 
+def longest_row(case: Case, room: float) -> int:
+    """Tokens of the longest row that fits into ``room`` bytes, the last quarter of it with labels.
+
+    Memory grows nearly in line with the tokens, so that the line through the last two plans leads to the next.
+    """
+
+    def spare(tokens: int) -> float:
+        row = case.changed(source_length=tokens - tokens // 4, target_length=tokens // 4)
+        return room - needed(row.plan(), row.setup)
+
+    before, tokens = 64 * STEP, 128 * STEP
+    earlier, now = spare(before), spare(tokens)
+    while steps := int(now * (tokens - before) / (earlier - now) // STEP):
+        before, earlier = tokens, now
+        tokens += steps * STEP
+        now = spare(tokens)
+    return tokens
+
+
+def print_longest_rows() -> None:
+    """By card: of batches of one row in 4 bit, 16 in a step, with checkpointing. ChatGLM2 and 3 have one shape."""
+    chosen = {"QUANTIZATION_BIT": "4", "BATCH_SIZE": "1", "GRAD_ACCUM": "16", "GRADIENT_CHECKPOINTING": "true"}
+    print("| tokens of the longest row |", " | ".join(f"{size} GB" for size in CARDS), "|")
+    print("|---|" + "---:|" * len(CARDS))
+    for model, names in {"chatglm-6b": "chatglm-6b", "chatglm3-6b": "chatglm2-6b, chatglm3-6b"}.items():
+        for method in ("lora", "ptuning"):
+            case = planned(method, flags_of(f"{method}/train.sh", "--plan", MODEL=model, **chosen)).case
+            training = case.changed(evaluation_batch_size=0, generation_batch_size=0)
+            rows = [f"{longest_row(training, size * 1e9 - CUDA_CONTEXT):,}" for size in CARDS]
+            print("|", " | ".join([f"{names}, {case.method.name}", *rows]), "|", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of the settings to measure")
     parser.add_argument("--table", action="store_true", help="predict for the 6B models, and measure nothing")
     args = parser.parse_args()
     if args.table:
+        os.environ["DEVICE_MEMORY"] = "80"
         print_table()
+        print()
+        print_longest_rows()
         return
     table = Table(title="peak memory in MB", title_justify="left")
     for column in ("setting", "predicted", "measured", "ratio"):
