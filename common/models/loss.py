@@ -49,7 +49,8 @@ def fits(head: nn.Module, rows: Tensor) -> bool:
     if type(head) is not nn.Linear or head.bias is not None or not (rows.requires_grad and torch.is_grad_enabled()):
         return False
     device = rows.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    dtype = torch.get_autocast_dtype(device) if casts else head.weight.dtype
     return not head.weight.requires_grad or dtype != torch.float16
 
 
