@@ -426,7 +426,7 @@ def test_swiglu_is_what_autograd_makes_of_its_formula():
 
 def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 64, bias=False)
+    head = torch.nn.Linear(8, 64)
     hidden_states = torch.randn(2, 10, 8, requires_grad=True)
     labels = torch.randint(64, (2, 10))
     labels[:, :3] = -100
@@ -445,21 +445,33 @@ def test_the_loss_of_many_positions_is_computed_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", [4, 64])
-def test_a_frozen_head_computes_its_logits_once(dtype, part, monkeypatch):
-    """The loss and the gradient are those of cross_entropy, also where float16 takes small probabilities for 0."""
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_plain_head_computes_its_loss_in_one_pass(dtype, part, trained, monkeypatch):
+    """The loss and the gradients are those of cross_entropy, also where float16 takes small probabilities for 0."""
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 4096, bias=False, dtype=dtype).requires_grad_(False)
+    head = torch.nn.Linear(8, 4096, bias=False, dtype=dtype).requires_grad_(trained)
     hidden_states = torch.randn(2, 10, 8, dtype=dtype, requires_grad=True)
     labels = torch.randint(4096, (2, 10))
     labels[:, :3] = -100
+    inputs = (hidden_states, head.weight) if trained else (hidden_states,)
     rows, targets = hidden_states[:, 2:-1].flatten(0, 1).double(), labels[:, 3:].flatten()
     exact = torch.nn.functional.cross_entropy(rows @ head.weight.double().T, targets)
-    (expected,) = torch.autograd.grad(exact, hidden_states)
+    expected = torch.autograd.grad(exact, inputs)
     monkeypatch.setattr(loss, "LARGEST_PART", 4096 * part)
     found = loss.next_token_loss(head, hidden_states, labels)
-    (gradient,) = torch.autograd.grad(2.0**14 * found, hidden_states)
+    assert (found.grad_fn.next_functions[0][0].name() == "HeadLossBackward") == loss.fits(head, hidden_states)
+    gradients = torch.autograd.grad(2.0**14 * found, inputs)
     assert found.dtype == torch.float32
     error = max(4 * torch.finfo(dtype).eps, 1e-5)
     torch.testing.assert_close(found.double(), exact, rtol=error, atol=0)
-    limit = {"rtol": error, "atol": error * expected.abs().max().item()}
-    torch.testing.assert_close(gradient / 2.0**14, expected, **limit)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        limit = {"rtol": error, "atol": error * wanted.abs().max().item()}
+        torch.testing.assert_close(gradient / 2.0**14, wanted, **limit)
+
+
+def test_the_gradient_of_a_head_in_float16_does_not_overflow():
+    head = torch.nn.Linear(8, 16, bias=False)
+    hidden_states = torch.full((1, 65, 8), 4.0, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss.next_token_loss(head, hidden_states, torch.zeros(1, 65, dtype=torch.long)).backward()
+    assert head.weight.grad[0].isfinite().all()

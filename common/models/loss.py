@@ -8,19 +8,21 @@ LARGEST_PART = 2**25  # logits in memory at once: 0.4 GB where their gradients n
 UPSCALE = 2.0**10  # of probabilities, most of which float16 would take for 0
 
 
-class FrozenHeadLoss(torch.autograd.Function):
-    """The summed cross-entropy behind a head without a gradient of its own, from rows [n, hidden] and targets [n].
+class HeadLoss(torch.autograd.Function):
+    """The summed cross-entropy behind a head, from rows [n, hidden], its weight [v, hidden] and targets [n].
 
-    The forward pass computes the gradient of the rows beside the loss, in the memory of the logits: nothing is computed
-    twice, and no copy of the logits is kept. ``largest``: labels per part.
+    The forward pass computes the gradients of rows and weight beside the loss, in the memory of the logits: nothing is
+    computed twice, and no copy of the logits is kept. ``largest``: labels per part.
     """
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, targets: Tensor, largest: int) -> Tensor:
         total = torch.zeros((), device=rows.device)
-        of_rows = []
+        of_rows, of_weight = [], None
         for part, wanted in zip(rows.split(largest), targets[:, None].split(largest), strict=True):
-            logits = nn.functional.linear(part, weight).float()
+            computed = nn.functional.linear(part, weight)
+            dtype, logits = computed.dtype, computed.float()
+            del computed
             logits -= logits.amax(-1, keepdim=True)
             at_target = logits.gather(1, wanted)
             sums = logits.exp_().sum(-1, keepdim=True)
@@ -28,13 +30,28 @@ class FrozenHeadLoss(torch.autograd.Function):
             logits *= UPSCALE / sums
             logits.scatter_add_(1, wanted, torch.full_like(at_target, -UPSCALE))
             of_rows.append((logits.to(weight.dtype) @ weight).div_(UPSCALE))
-        ctx.save_for_backward(torch.cat(of_rows))
+            if ctx.needs_input_grad[1]:
+                product = logits.to(dtype).T @ part.to(dtype)
+                of_weight = product.to(weight.dtype) if of_weight is None else of_weight.add_(product)
+        ctx.save_for_backward(torch.cat(of_rows), of_weight if of_weight is None else of_weight.div_(UPSCALE))
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (of_rows,) = ctx.saved_tensors
-        return (of_rows.float() * gradient).to(of_rows.dtype), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        of_rows, of_weight = ctx.saved_tensors
+        # In place: the weight's is as large as the weight.
+        of_weight = of_weight if of_weight is None else of_weight.mul_(gradient)
+        return (of_rows.float() * gradient).to(of_rows.dtype), of_weight, None, None
+
+
+def fits(head: nn.Module, rows: Tensor) -> bool:
+    """Whether ``HeadLoss`` computes this head. In float16 the upscaled gradient of a weight would overflow."""
+    if type(head) is not nn.Linear or head.bias is not None or not (rows.requires_grad and torch.is_grad_enabled()):
+        return False
+    device = rows.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
+    dtype = torch.get_autocast_dtype(device) if casts else head.weight.dtype
+    return not head.weight.requires_grad or dtype != torch.float16
 
 
 def next_token_loss(
@@ -53,8 +70,7 @@ def next_token_loss(
     num_items_in_batch: the number of labels in the whole accumulated batch.
 
     Without ``logits`` the head computes them for labelled positions; of many positions in parts, so that memory holds
-    only one of them. ``FrozenHeadLoss`` does that for a frozen head; another one computes them again in the backward
-    pass.
+    only one of them. ``HeadLoss`` does that for a plain head; another one computes them again in the backward pass.
 
     ``in_parts=False`` calls the head once. A sharded head needs it: each call gathers the head, all processes must
     call it equally often, and their numbers of labels differ.
@@ -70,9 +86,8 @@ def next_token_loss(
         row_logits = head(rows) if logits is None else rows
         return nn.functional.cross_entropy(row_logits.float(), targets, reduction="sum")
 
-    frozen = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    if logits is None and in_parts and frozen and rows.requires_grad and torch.is_grad_enabled():
-        total = FrozenHeadLoss.apply(rows, head.weight, wanted, largest)
+    if logits is None and in_parts and fits(head, rows):
+        total = HeadLoss.apply(rows, head.weight, wanted, largest)
     elif logits is not None or not in_parts or len(wanted) <= largest:
         total = summed_loss(rows, wanted)
     else:
