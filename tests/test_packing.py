@@ -34,6 +34,7 @@ def rows_of(model: PreTrainedModel) -> list[dict]:
     rows = [torch.randint(5, 50, (length,)).tolist() for length in LENGTHS]
     if model.config.bos_token_id == 62:  # the ChatGLM-6B of conftest.py: [gMASK] <sop> before the answer
         rows = [[*row[:-3], 61, 62, *row[-3:]] for row in rows]
+        rows[2][0] = 62  # a user may type it
     labels = [[-100] * (len(row) - 3) + row[-3:] for row in rows]
     labels[1] = rows[1]
     return [
@@ -93,6 +94,7 @@ def test_packed_rows_train_as_alone(kind, method, attention, request):
         ([5], 12, [[0]]),
         ([7, 7, 7], 12, [[0], [1], [2]]),
         ([20, 3, 3], 12, [[0], [1], [2]]),  # a row that is longer than the room stands alone
+        ([10, 10], 5, [[0], [1]]),
         ([3, 3, 3, 3], 12, [[0, 1, 2, 3]]),
     ],
 )

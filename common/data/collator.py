@@ -43,10 +43,11 @@ def share(lengths: Sequence[int], room: int) -> list[list[int]]:
 
     Returns the indices of the rows of each.
     """
-    for count in range(max(1, -(-sum(lengths) // room)), len(lengths) + 1):
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for count in range(min(len(lengths), max(1, -(-sum(lengths) // room))), len(lengths) + 1):
         packed: list[list[int]] = [[] for _ in range(count)]
         filled = [0] * count
-        for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        for index in longest_first:
             emptiest = filled.index(min(filled))
             packed[emptiest].append(index)
             filled[emptiest] += lengths[index]

@@ -83,7 +83,8 @@ class TokenBatches(BatchRebalanceSampler, TrainerCallback):
 
     The Trainer takes the batches of a BatchRebalanceSampler as they come. The rows, sorted by length, are divided once
     into groups of like length, in which all batches have as many rows; so each epoch has the same number of steps. In
-    each epoch the rows of a group are shuffled, and then the steps. The last step has what is left, in as many batches.
+    each epoch the rows of a group are shuffled, and then the steps. A group is filled up to whole steps
+    with shorter rows; the last step has what is left, in as many batches, and repeats rows if there are fewer.
     Nothing decides the order but seed, epoch, and ``step``, the batches of a step of all processes. ``process``: its
     index, and the number of all.
     """

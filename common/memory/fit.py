@@ -93,7 +93,7 @@ def forecast(
 
     Raises UserError for a pass that no machine can hold: to predict it would take minutes.
     """
-    if args.tokens_per_batch:
+    if args.tokens_per_batch and args.do_train:
         args.per_device_train_batch_size = Rows(args.tokens_per_batch // sum(row_lengths(data_args)))
     case = Case(folder, method, setup_of(method, model_args.quantization_bit, data_args, args), known=[])
     setup = case.setup

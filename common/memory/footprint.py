@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from common.data.order import SHORTEST
 from common.engine import Engine
 from common.memory import quantized
-from common.models import base
+from common.models import base, loss
 from common.models.cache import GrowingLayer
 from common.models.quantization import checkpointing_of
 
@@ -212,7 +212,7 @@ def doubles(setup: Setup, cast_weights: list[Tensor]) -> dict[tuple[Any, str], C
     def matmul_8bit(inputs, weight, state, bias=None, **_):
         return MatMul8bitFp.apply(inputs, weight, None, bias, state)
 
-    table = attention_doubles(setup)
+    table = attention_doubles(setup) | {(loss, "computed_dtype"): lambda weight: setup.autocast or weight.dtype}
     if setup.gpu:
         table |= {(F, "dropout"): dropout, (F, "rms_norm"): rms_norm}
     elif setup.batch_size:

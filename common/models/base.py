@@ -174,7 +174,7 @@ class GLMModel(GLMPreTrainedModel):
 
         attention_mask: [b, past + s], 1 = token; or, as in the original, boolean [b, 1, s, past + s], True = hidden.
         Rows that are padded on the right need none: nothing before a pad sees it. ``packed``: a row begins wherever
-        all positions are 0, and sees no other.
+        all positions are 0, or the last of them falls, and sees no other.
         """
         batch_size, length = input_ids.shape
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.all():
@@ -190,7 +190,9 @@ class GLMModel(GLMPreTrainedModel):
             if context is not None:
                 visible = visible | context[:, None]  # [b, s, s]
             if packed:
-                row = position_ids.reshape(len(position_ids), -1, length).eq(0).all(1).cumsum(-1)
+                places = position_ids.reshape(batch_size, -1, length)
+                falls = places[:, -1].diff(prepend=places[:, -1, :1]) < 0  # the place in ChatGLM-6B's answer
+                row = (places.eq(0).all(1) | falls).cumsum(-1)
                 visible = visible & (row[:, None] == row[..., None])
             visible = visible.expand(batch_size, length, -1)[:, None]
             if attention_mask is not None:

@@ -48,10 +48,13 @@ def fits(head: nn.Module, rows: Tensor) -> bool:
     """Whether ``HeadLoss`` computes this head. In float16 the upscaled gradient of a weight would overflow."""
     if type(head) is not nn.Linear or head.bias is not None or not (rows.requires_grad and torch.is_grad_enabled()):
         return False
-    device = rows.device.type
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device has none
-    dtype = torch.get_autocast_dtype(device) if casts else head.weight.dtype
-    return not head.weight.requires_grad or dtype != torch.float16
+    return not head.weight.requires_grad or computed_dtype(head.weight) != torch.float16
+
+
+def computed_dtype(weight: Tensor) -> torch.dtype:
+    """Of products with a weight, which autocast may cast."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def next_token_loss(

@@ -1,6 +1,6 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -43,13 +43,13 @@ def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
     return weights
 
 
-def plain_weights(folder: ModelFolder, tied: Collection[str]) -> dict[str, Tensor]:
-    """The weights of all files, mapped, without those that are ``tied`` to others and would be converted for nothing.
+def plain_weights(folder: ModelFolder, tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights of all files, mapped, without those that are ``tied`` to another and would be converted in vain.
 
     Vectors are copied: those that need no conversion would keep all their file mapped.
     """
     stored = {name: tensor for file in folder.weights for name, tensor in read_weights(file).items()}
-    return {name: x if x.ndim > 1 else x.clone() for name, x in stored.items() if name not in tied}
+    return {name: x if x.ndim > 1 else x.clone() for name, x in stored.items() if tied.get(name) not in stored}
 
 
 def load_base(

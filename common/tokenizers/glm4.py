@@ -61,7 +61,10 @@ class GLM4Adapter:
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without added special tokens. Equal texts are encoded once."""
         different = list(dict.fromkeys(texts))
-        found = self.tokenizer.backend_tokenizer.encode_batch_fast(different, add_special_tokens=False)
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # a tokenizer.json may ask for both
+        backend.no_padding()
+        found = backend.encode_batch_fast(different, add_special_tokens=False)
         ids = {text: np.array(each.ids, np.int32) for text, each in zip(different, found, strict=True)}
         return [ids[text] for text in texts]
 

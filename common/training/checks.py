@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_liger_kernel_available
 
 from common.arguments import DataArguments, ModelArguments, Switch, TrainingArguments
-from common.data.order import parse_mix
+from common.data.order import SHORTEST, parse_mix
 from common.data.shards import summary_of
 from common.data.sources import find_files
 from common.devices import check_bits, note_cpu
@@ -147,11 +147,12 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
 
 def check_token_batches(data_args: DataArguments, args: TrainingArguments) -> None:
     """Raises UserError where a row may need more slots than a batch has, or a flag orders or counts rows otherwise."""
-    slots, longest, strategy = args.tokens_per_batch, sum(row_lengths(data_args)), args.train_sampling_strategy
+    slots, strategy = args.tokens_per_batch, args.train_sampling_strategy
+    longest = max(SHORTEST, sum(row_lengths(data_args)))
     if slots and slots < longest:
         raise UserError(
-            f"--tokens_per_batch {slots} (TOKENS_PER_BATCH): a row may have {longest:,} tokens: raise it, or lower the "
-            "lengths (--max_source_length, --max_target_length)."
+            f"--tokens_per_batch {slots} (TOKENS_PER_BATCH): a row may count for {longest:,} tokens: raise it, or "
+            "lower the lengths (--max_source_length, --max_target_length)."
         )
     given = {
         "--mix (MIX)": data_args.mix,
