@@ -130,9 +130,16 @@ class Allocations(TorchDispatchMode):
         if now.total() > self.peak.total():
             self.peak = now
 
+    def is_weight_gradient(self, tensor: Tensor) -> bool:
+        """Whether it is a gradient of an embedding that is the head too, to which another is added."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        return in_backward and tensor.ndim == 2 and len(tensor) == self.vocabulary and tensor.is_contiguous()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is aten._local_scalar_dense.default:  # whether a mask hides nothing; False takes more memory
             return False
+        if func is aten.add.Tensor and self.is_weight_gradient(args[0]):
+            func = aten.add_.Tensor  # as autograd does where no mode looks on
         out = quantized.UNKNOWN_SIZES.get(func.name(), func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
