@@ -137,8 +137,9 @@ FLAGS = cases(
     ("--mix 1 --train_sampling_strategy sequential", "--mix draws rows at random"),
     (
         "--tokens_per_batch 64",
-        r"--tokens_per_batch 64 \(TOKENS_PER_BATCH\): a row may have 1,153 tokens: raise it, or lower",
+        r"--tokens_per_batch 64 \(TOKENS_PER_BATCH\): a row may count for 1,153 tokens: raise it, or lower",
     ),
+    ("--tokens_per_batch 20 --max_source_length 8 --max_target_length 8", "a row may count for 32 tokens"),
     ("--tokens_per_batch 4096 --mix 1", r"batches of like length from .* all files: leave out --mix \(MIX\)"),
     ("--tokens_per_batch 4096 --group_by_length false", "leave out --train_sampling_strategy random"),
     ("--tokens_per_batch 4096 --dataloader_drop_last", "leave out --dataloader_drop_last"),
