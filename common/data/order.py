@@ -43,7 +43,14 @@ def like_lengths(rows: NDArray, lengths: NDArray, step: int, random: np.random.G
     return np.concatenate((random.permutation(by_length.reshape(-1, step)).ravel(), rows[whole:]))
 
 
-class RowOrder(Sampler[int], TrainerCallback):
+class KnowsEpoch(TrainerCallback):
+    """Accelerate would not tell a sampler where several processes continue a training within an epoch."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self.epoch = int(state.epoch or 0)
+
+
+class RowOrder(Sampler[int], KnowsEpoch):
     """The indices of the rows of an epoch, shuffled; with ``lengths`` those of a step have like ones.
 
     ``files``: the index of each row's file. Of file i an epoch takes shares[i] / shares[0] rows for each row of the
@@ -61,10 +68,6 @@ class RowOrder(Sampler[int], TrainerCallback):
         self.lengths, self.step = lengths, step
         self.seed, self.epoch = seed, 0
 
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """Accelerate would not tell it where several processes continue a training within an epoch."""
-        self.epoch = int(state.epoch or 0)
-
     def __len__(self) -> int:
         return sum(self.counts)
 
@@ -78,15 +81,15 @@ class RowOrder(Sampler[int], TrainerCallback):
         yield from (rows if self.lengths is None else like_lengths(rows, self.lengths, self.step, random)).tolist()
 
 
-class TokenBatches(BatchRebalanceSampler, TrainerCallback):
+class TokenBatches(BatchRebalanceSampler, KnowsEpoch):
     """The batches of one process: as many rows of like length as fit into ``slots``, padded to the longest of them.
 
     The Trainer takes the batches of a BatchRebalanceSampler as they come. The rows, sorted by length, are divided once
     into groups of like length, in which all batches have as many rows; so each epoch has the same number of steps. In
-    each epoch the rows of a group are shuffled, and then the steps. A group is filled up to whole steps
-    with shorter rows; the last step has what is left, in as many batches, and repeats rows if there are fewer.
-    Nothing decides the order but seed, epoch, and ``step``, the batches of a step of all processes. ``process``: its
-    index, and the number of all.
+    each epoch the rows of a group are shuffled, and then the steps. A group is filled up to whole steps with shorter
+    rows; the last step has what is left, in as many batches, and repeats rows if there are fewer. Nothing decides the
+    order but seed, epoch, and ``step``, the batches of a step of all processes. ``process``: its index, and the number
+    of all.
     """
 
     def __init__(self, lengths: NDArray, slots: int, step: int, process: tuple[int, int], seed: int):
@@ -100,9 +103,6 @@ class TokenBatches(BatchRebalanceSampler, TrainerCallback):
             start += len(self.groups[-1][0])
         self.counts, self.step, self.process = [len(rows)], step, process
         self.seed, self.epoch = seed, 0
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.epoch = int(state.epoch or 0)
 
     def __len__(self) -> int:
         return sum(-(-len(rows) // size) for rows, size in self.groups) * self.step // self.process[1]
