@@ -164,7 +164,7 @@ def build_model(
 ) -> PreTrainedModel:
     """The model with the parameters to train."""
     dtype, device = args.base_dtype(method.trains_base), None if args.engine.sharded else args.device
-    model = load_base(folder, dtype, model_args.quantization_bit, device, args.reads_weights)
+    model = load_base(folder, dtype, model_args.quantization_bit, device, args.reads_weights, args.do_train)
     # The Trainer refuses a quantized base without a PEFT adapter; here a float32 prefix or adapter trains beside it.
     model._hf_peft_config_loaded = model_args.quantization_bit is not None
     model = method.attach(model)

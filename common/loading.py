@@ -93,7 +93,8 @@ def load_model(
         return load_base(fetch_weights(folder), dtype, quantization_bit, device)
     method = method_of(adapter, ptuning_checkpoint, pre_seq_len, prefix_projection)
     method.check(folder, do_train=bool(pre_seq_len))
-    return method.attach(load_base(fetch_weights(folder), dtype, quantization_bit, device))
+    base = load_base(fetch_weights(folder), dtype, quantization_bit, device, trained=bool(pre_seq_len))
+    return method.attach(base)
 
 
 def method_of(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from common.errors import UserError
 
@@ -39,6 +39,20 @@ def quantization_config(bits: int | None, dtype: torch.dtype) -> BitsAndBytesCon
         llm_int8_skip_modules=NOT_QUANTIZED,
         llm_int8_threshold=OUTLIER_THRESHOLD,
     )
+
+
+def allow_reordering(model: PreTrainedModel, trained: bool) -> None:
+    """Stops bitsandbytes from reordering 4 bit weights where it must not.
+
+    On CPUs with AVX512-BF16 it does so at the first answer, for products that are 8 to 60 times faster. A reordered
+    weight passes no gradient on, and not every shape can be reordered.
+    """
+    from bitsandbytes.nn import Linear4bit  # its import takes seconds, and other jobs do without
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            fits = layer.out_features % 32 == 0 and layer.in_features % 64 == 0
+            layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and fits and not trained
 
 
 def checkpointing_of(bits: int | None) -> dict[str, bool]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, note
-from common.models.quantization import PackedWeight, quantization_config
+from common.models.quantization import PackedWeight, allow_reordering, quantization_config
 from common.models.registry import ModelFolder, check_amount, empty_model, read_generation
 from common.models.tensors import read_weights
 
@@ -58,19 +58,23 @@ def load_base(
     quantization_bit: int | None = None,
     device: torch.device | str | None = None,
     read: bool = True,
+    trained: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder in evaluation mode. Raises UserError if weights and config.json contradict each other.
 
     Processes of one machine share mapped weights that stay on the CPU in the dtype of the file. All others are
     unpacked, converted, moved to ``device`` and quantized one by one, so that the host never holds the whole model.
     ``quantization_bit``: None keeps the bits of a packed checkpoint. ``device``: None under ZeRO-3, which places them.
-    ``read``: False gives weights without content, as FSDP2 wants them in all processes but the first.
+    ``read``: False gives weights without content, as FSDP2 wants them in all processes but the first. ``trained``:
+    whether gradients will pass through the model.
     """
     generation = read_generation(folder.path, folder.config)
     if read:
         model = read_base(folder, dtype, quantization_bit, device, generation)
     else:
         model = unread_base(folder, dtype, generation)
+    if (quantization_bit or folder.bits) == 4:
+        allow_reordering(model, trained)
     model.generation_config.bos_token_id = folder.config.bos_token_id
     model.name_or_path = model.config.name_or_path = folder.name
     return model
