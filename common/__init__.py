@@ -17,6 +17,10 @@ os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 # Blocks that grow leave smaller gaps: 14.02 instead of 14.31 GB were reserved for 13.93. The second name is the older.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# oneDNN (models/products.py) keeps memory for each shape of the last 1,024 products, and rows of varied lengths have
+# many shapes: 1 GB more after 200 lengths. The second cache is that of PyTorch's calls to it.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "8")
 # bitsandbytes reports a missing CPU kernel at import, and LLM.int8() its fp16 in every layer and step.
 for _module in ("autograd._functions", "backends.cpu.ops"):
     logging.getLogger(f"bitsandbytes.{_module}").setLevel(logging.ERROR)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from common.errors import UserError, note
+from common.models.products import use_onednn
 from common.models.quantization import PackedWeight, allow_reordering, quantization_config
 from common.models.registry import ModelFolder, check_amount, empty_model, read_generation
 from common.models.tensors import read_weights
@@ -68,6 +69,7 @@ def load_base(
     ``read``: False gives weights without content, as FSDP2 wants them in all processes but the first. ``trained``:
     whether gradients will pass through the model.
     """
+    use_onednn()
     generation = read_generation(folder.path, folder.config)
     if read:
         model = read_base(folder, dtype, quantization_bit, device, generation)
