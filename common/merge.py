@@ -6,6 +6,8 @@ python common/merge.py --lora_checkpoint FOLDER --output_dir FOLDER [--model_nam
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +48,30 @@ def main() -> None:
         raise UserError(
             f"{folder.path} holds quantized weights, into which nothing can be added: merge into the 16-bit base."
         )
+    size = sum(file.stat().st_size for file in folder.weights)
+    with new_folder(output_dir, size * (2 if args.dtype == "float32" else 1)) as partial:
+        difference = merge(folder, adapter, DTYPES[args.dtype], args.max_shard_size, partial)
+    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
+
+
+@contextmanager
+def new_folder(output_dir: Path, size: int) -> Iterator[Path]:
+    """A folder that gets the name ``output_dir`` when all is written; what fails leaves nothing behind.
+
+    ``size``: its bytes. Raises UserError if ``output_dir`` holds something, SaveError without room.
+    """
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty: choose another --output_dir.")
-    partial = output_dir.with_name(f"{output_dir.name}.partial")  # until everything is written
+    partial = output_dir.with_name(f"{output_dir.name}.partial")
     with written(partial, "make room, or choose another --output_dir"):
-        clear(partial)  # of a merge that was killed
+        clear(partial)  # of a program that was killed
         check_writable(partial)
-        size = sum(file.stat().st_size for file in folder.weights)
-        check_space(partial, size * (2 if args.dtype == "float32" else 1))
-        difference = merge(folder, adapter, DTYPES[args.dtype], args.max_shard_size, partial)
+        check_space(partial, size)
+        yield partial
         for file in partial.iterdir():
             flush(file)
         os.replace(partial, output_dir)
     flush(output_dir.parent)
-    print(f"merged {checkpoint} into {base} (logits within {difference:.1g}): {output_dir}")
 
 
 def merge(folder: ModelFolder, adapter: dict[str, Any], dtype: torch.dtype, shard_size: str, output_dir: Path) -> float:

@@ -8,7 +8,7 @@ Nothing of theirs is here; whoever wants the comparison sets it up once, and nam
                  ChatGLM2-6B; V3: finetune_demo/finetune_hf.py of ChatGLM3
     V1_MODEL     a folder with their model code, a config.json and weights, as small as one likes
 What has no variables is left out, and named. A step: the median over all but the first, of all rounds. Tokens are real
-ones, no pads. 1,000 rows from their file to the first step: what a program takes longer for 101,000 rows than for 1,000, by 100.
+ones, no pads. 1,000 rows encoded: a hundredth of what a program takes longer for 101,000 rows than for 1,000.
 """
 
 import argparse
