@@ -15,7 +15,19 @@ ROOMS = (
     *("common", "errors", "devices", "files", "manifest", "locking", "tokenizers", "hub", "models", "deepspeed_file"),
     *("declared", "engine", "bounds", "arguments", "trained", "flags", "launch"),
     *("methods", "loading", "encoding", "data", "metrics", "memory", "training", "sharding", "finetune"),
-    *("chat", "inference_hf", "finetune_hf", "merge", "preprocess", "AdvertiseGen", "demo", "ptuning", "lora", "full"),
+    *(
+        "chat",
+        "inference_hf",
+        "finetune_hf",
+        "merge",
+        "export",
+        "preprocess",
+        "AdvertiseGen",
+        "demo",
+        "ptuning",
+        "lora",
+        "full",
+    ),
 )
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 

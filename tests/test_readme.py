@@ -35,6 +35,7 @@ READMES = [*PAIRS[0], *PAIRS[1], *METHOD_READMES, ROOT / "AdvertiseGen" / "READM
 PROGRAMS = [
     *(f"{method}/main.py" for method in METHODS),
     *("common/finetune_hf.py", "common/inference_hf.py", "common/merge.py", "common/preprocess.py"),
+    "common/export/export.py",
     *("common/hub/download.py", "common/chat/cli_demo.py", "common/chat/web_demo.py"),
     *("AdvertiseGen/generate.py", "AdvertiseGen/conversations.py"),
 ]
