@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from shell import ROOT, bash, commands_of, environment, run_here, run_program
+from transformers import AutoTokenizer, GlmForCausalLM
 
 from common.chat.chat import generation_settings, stream_chat
 from common.loading import load_model, load_tokenizer
@@ -153,6 +154,18 @@ def test_a_merged_adapter_answers_as_the_adapter_does(house, trained, monkeypatc
     run_here("lora/cli_demo.sh", "--temperature", "0", root=house)
     assert f"ChatGLM：{answer}\n" in capsys.readouterr().out
     assert len(answer) > 20
+
+
+def test_an_exported_adapter_answers_in_plain_transformers_as_the_merged_one(house, trained):
+    run_here("lora/export.sh", DTYPE="float32", root=house)
+    tokenizer = AutoTokenizer.from_pretrained(house / ADAPTER / "glm")
+    exported = GlmForCausalLM.from_pretrained(house / ADAPTER / "glm")
+    messages = [{"role": "user", "content": "类型#裙*颜色#白色*风格#甜美"}]
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    answer = exported.generate(**asked, do_sample=False, max_new_tokens=512)[0, asked["input_ids"].shape[1] :]
+    model, own = load_model("demo3", adapter=house / ADAPTER), load_tokenizer("demo3")
+    *_, expected = stream_chat(model, own, messages[0]["content"], **generation_settings(512, 0, 1))
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip() == expected
 
 
 def test_conversations_train_and_evaluate(tmp_path):

@@ -7,16 +7,8 @@
 EXTRA_REQUIREMENTS=requirements-export.txt
 source "$(dirname "${BASH_SOURCE[0]}")/../../common/launch.sh"
 
-MODEL=${MODEL:-demo3}
-DTYPE=${DTYPE:-float32}
-: "${LLAMA_CPP:?the folder with the source of llama.cpp}"
-BUILD=${BUILD:-$LLAMA_CPP/build}
-
-if [ ! -x "$BUILD/bin/llama-server" ]; then
-    cmake -S "$LLAMA_CPP" -B "$BUILD" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
-    cmake --build "$BUILD" -j "$(nproc)" --target llama-server
-fi
-WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
-CHECKPOINT='' MODEL=$MODEL FORMAT=gguf DTYPE=$DTYPE OUTPUT_DIR=$WORK/gguf bash "$ROOT/full/export.sh"
-"$PYTHON" "$ROOT/tests/bench/gguf_check.py" "$BUILD/bin/llama-server" "$WORK/gguf/model.gguf" "$MODEL" "$@"
+exec "$PYTHON" "$ROOT/tests/bench/gguf_check.py" \
+    --llama_cpp "${LLAMA_CPP:-}" \
+    --model "${MODEL:-demo3}" \
+    --dtype "${DTYPE:-float32}" \
+    "$@"

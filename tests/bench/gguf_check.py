@@ -1,6 +1,6 @@
 """Compares llama-server's tokens, prompts, answers and logits with those of the model here; see gguf.sh.
 
-python tests/bench/gguf_check.py LLAMA_SERVER FILE.gguf MODEL [--texts 2000] [--rows 20]
+LLAMA_CPP=/path/of/its/source bash tests/bench/gguf.sh [--texts 2000] [--rows 20]
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -49,24 +50,44 @@ def answer(model, prompt: list[int], stops: list[int]) -> tuple[list[int], torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("server")
-    parser.add_argument("file")
-    parser.add_argument("model")
+    parser.add_argument("--llama_cpp", required=True, help="the source of llama.cpp, built in its folder build")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=20)
     args = parser.parse_args()
+    server = built(args.llama_cpp)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ROOT / "common/export/export.py", "--model_name_or_path", args.model]
+        subprocess.run(
+            [*command, "--format", "gguf", "--dtype", args.dtype, "--output_dir", f"{folder}/gguf"], check=True
+        )
+        port = free_port()
+        command = [server, "-m", f"{folder}/gguf/model.gguf", "--port", str(port), "--jinja", "-np", "1", "-fa", "off"]
+        command += ["-ctk", "f32", "-ctv", "f32"]  # keys and values in float32, as here
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            try:
+                compare(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600), args)
+            finally:
+                process.terminate()
+
+
+def built(source: str) -> Path:
+    """llama-server, built from the source of llama.cpp if it is not there yet."""
+    build = Path(source) / "build"
+    if not (build / "bin/llama-server").exists():
+        if not (Path(source) / "CMakeLists.txt").exists():
+            sys.exit(f"LLAMA_CPP={source}: give the folder with the source of llama.cpp.")
+        flags = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
+        subprocess.run(["cmake", "-S", source, "-B", build, *flags], check=True)
+        subprocess.run(["cmake", "--build", build, "--target", "llama-server", "--parallel"], check=True)
+    return build / "bin/llama-server"
+
+
+def compare(client: httpx.Client, args: argparse.Namespace) -> None:
     tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     stops, vocabulary = stop_ids(tokenizer), model.config.padded_vocab_size
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    command = [args.server, "-m", args.file, "--port", str(port), "--jinja", "-np", "1", "-ctk", "f32", "-ctv", "f32"]
-    with subprocess.Popen([*command, "-fa", "off"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            compare(httpx.Client(base_url=address, timeout=600), args, tokenizer, model, stops, vocabulary)
-        finally:
-            server.terminate()
 
-
-def compare(client: httpx.Client, args, tokenizer, model, stops: list[int], vocabulary: int) -> None:
     def ask(path: str, **content: Any) -> Any:
         reply = client.post(path, json=content)
         reply.raise_for_status()
