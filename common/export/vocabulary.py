@@ -42,9 +42,11 @@ MESSAGES = r"""[gMASK]<sop>
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
 ROUNDS = r"""[gMASK]<sop>
+{%- set rounds = namespace(count=0) -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'user' -%}
-        {{- ('\n\n' if loop.index0 else '') + '[Round ' ~ (loop.index0 // 2 + 1) ~ ']\n\n问：' + message['content'] -}}
+        {%- set rounds.count = rounds.count + 1 -%}
+        {{- ('' if loop.first else '\n\n') + '[Round ' ~ rounds.count ~ ']\n\n问：' + message['content'] -}}
     {%- else -%}
         {{- '\n\n答：' + message['content'] -}}
     {%- endif -%}

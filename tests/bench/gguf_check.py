@@ -122,7 +122,9 @@ def compare(client: httpx.Client, args: argparse.Namespace) -> None:
         how = {"n_predict": TOKENS, "temperature": 0, "return_tokens": True, "cache_prompt": False}
         found = ask("/completion", prompt=prompt, n_probs=vocabulary, **how)
         answers += [token for token in found["tokens"] if token not in stops] == tokens
-        for place, probabilities in enumerate(found["completion_probabilities"][: len(tokens)]):
+        place = -1
+        for probabilities in found["completion_probabilities"][: len(tokens)]:
+            place = tokens.index(probabilities["id"], place + 1)  # a token that is part of a character has none
             for each in probabilities["top_logprobs"]:
                 if expected[place, each["id"]] > -30:  # of less likely tokens the server's float32 knows little
                     largest = max(largest, abs(each["logprob"] - expected[place, each["id"]].item()))
