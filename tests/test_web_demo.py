@@ -508,4 +508,4 @@ def test_what_names_no_base_can_not_be_compared(demo_folder):
 )
 def test_an_address_that_is_none_is_one_sentence(host, port, said):
     with pytest.raises(UserError, match=said):
-        web_demo.find_port(host, port)
+        guard.find_port(host, port)

@@ -17,6 +17,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common.errors import UserError, note
+from common.locking import take_port
+
 # The paths that the page asks for. Gradio has more: uploads, files, proxies, and an interface for programs.
 PATHS = re.compile(
     r"/(|config|login|logout|theme\.css|favicon\.ico|(assets|static|svelte)/.+"
@@ -35,8 +38,8 @@ class Guard:
     and which may show it in a frame, ``longest`` is the most bytes of a request's body.
     """
 
-    def __init__(self, app: ASGIApp, host: str, names: set[str], longest: int) -> None:
-        self.app, self.names, self.longest = app, names, longest
+    def __init__(self, app: ASGIApp, host: str, names: set[str], longest: int, paths: re.Pattern[str] = PATHS) -> None:
+        self.app, self.names, self.longest, self.paths = app, names, longest, paths
         self.own = {"localhost", host.lower()}
         self.at_any_address = host in ("", "0.0.0.0")
         if self.at_any_address:
@@ -80,7 +83,7 @@ class Guard:
                 return 421, f"this page does not answer to the name {host!r:.100}: {advice}."
         if not self.is_from_here(method, headers):
             return 403, "this page takes questions from its own visitors only, not from another page."
-        if method not in ("GET", "HEAD", "POST") or not PATHS.fullmatch(path):
+        if method not in ("GET", "HEAD", "POST") or not self.paths.fullmatch(path):
             return 404, "this page has nothing here."
         if int(headers.get("content-length", 0)) > self.longest:
             return 413, f"the question is too long: it has more than {self.longest:,} bytes."
@@ -146,3 +149,17 @@ def login(user: str, password: str) -> Callable[[str, str], Awaitable[bool]]:
             waiting -= 1
 
     return is_right
+
+
+def find_port(host: str, first: int) -> int:
+    """The first free port from ``first`` on. Raises UserError if none is free or the host is not of this machine."""
+    for port in range(first, 65536):
+        try:
+            taken = take_port(host, port)
+        except OSError as error:
+            raise UserError(f"can't listen on {host}:{port} ({error.strerror}): set HOST and PORT.") from error
+        if taken:
+            if port != first:
+                note(f"port {first} is taken: using {port}.")
+            return port
+    raise UserError(f"no free port from {first} on: set PORT.")

@@ -33,7 +33,6 @@ from common.chat.chat import chat_parser, count_forgotten, generation_settings, 
 from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, note
 from common.loading import load_model, method_of
-from common.locking import take_port
 from common.models.precision import compute_dtype
 from common.trained import base_of
 
@@ -150,7 +149,7 @@ def messages(conversation: Conversation, column: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     args = web_parser().parse_args()
-    port = find_port(args.host, args.port)
+    port = guard.find_port(args.host, args.port)
     chat = load(args)
     list(chat.reply([], "你好", "", generation_settings(2, 0, 1)))  # the first answer of a model is the slowest
     serve(build_page(chat, args), port, args, chat.context)
@@ -306,20 +305,6 @@ def share(host: str, port: int, guarded: guard.Guard) -> None:
     name = link.partition("://")[2].partition("/")[0]
     guarded.names.add(name)
     print(f"公网链接 / public link: https://{name}", flush=True)
-
-
-def find_port(host: str, first: int) -> int:
-    """The first free port from ``first`` on. Raises UserError if none is free or the host is not of this machine."""
-    for port in range(first, 65536):
-        try:
-            taken = take_port(host, port)
-        except OSError as error:
-            raise UserError(f"can't listen on {host}:{port} ({error.strerror}): set HOST and PORT.") from error
-        if taken:
-            if port != first:
-                note(f"port {first} is taken: using {port}.")
-            return port
-    raise UserError(f"no free port from {first} on: set PORT.")
 
 
 if __name__ == "__main__":
