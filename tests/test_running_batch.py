@@ -51,11 +51,12 @@ def test_rows_that_join_and_leave_answer_as_alone(name, method):
     answers: list[list[int]] = [[] for _ in prompts]
     joins = {0: [0], 3: [1, 2], 9: [3]}  # step -> questions that join before it
     for step in range(60):
-        for number in joins.get(step, []):
-            logits = batch.join(prompts[number])
-            rows.append(number)
-            torch.testing.assert_close(logits, expected[number][1][0], rtol=0, atol=1e-4)
-            answers[number].append(int(logits.argmax()))
+        if joining := joins.get(step, []):
+            logits = batch.join([prompts[number] for number in joining])
+            rows += joining
+            for number, row in zip(joining, logits, strict=True):
+                torch.testing.assert_close(row, expected[number][1][0], rtol=0, atol=1e-4)
+                answers[number].append(int(row.argmax()))
         if left := [place for place, number in enumerate(rows) if len(answers[number]) < TOKENS]:
             if len(left) < len(rows):
                 batch.keep(left)
@@ -68,14 +69,15 @@ def test_rows_that_join_and_leave_answer_as_alone(name, method):
     assert answers == [tokens for tokens, _ in expected]
     batch.keep([])
     assert len(batch) == 0
-    torch.testing.assert_close(batch.join(prompts[1]), expected[1][1][0], rtol=0, atol=1e-4)  # it can begin again
+    again = batch.join([prompts[1]])  # it can begin again
+    torch.testing.assert_close(again[0], expected[1][1][0], rtol=0, atol=1e-4)
 
 
 def test_the_cache_is_no_longer_than_the_longest_row():
     model = tuned(load_model("demo3"), "prefix")
     batch = RunningBatch(model)
-    batch.join([5] * 40)
-    batch.join([6] * 10)
+    batch.join([[5] * 40])
+    batch.join([[6] * 10])
     batch.step([7, 8])
     assert batch.cache.layers[0].keys.shape[2] == 5 + 41
     batch.keep([1])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from common.data.collator import left_pad
 from common.models.cache import GrowingLayer
 
 
@@ -28,26 +29,33 @@ class RunningBatch:
         return len(self.mask)
 
     @torch.no_grad()
-    def join(self, prompt: Sequence[int]) -> Tensor:
-        """Reads a prompt and makes it the last row. Returns the logits of its next token, [v]."""
-        ids = torch.tensor([prompt], device=self.model.device)
+    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Reads prompts and makes them the last rows. Returns the logits of their next tokens, [len(prompts), v]."""
+        inputs = left_pad(prompts, pad_token_id=0)
+        ids, mask = (inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         cache = Cache(layer_class_to_replicate=GrowingLayer)
+        positions = self.model.positions(ids, self.model.config, mask)
         logits = self.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-        following = self.model.positions(ids, self.model.config)[..., -1:].clone()
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        following = positions[..., -1:].clone()
         following[:, -1] += 1  # ChatGLM-6B counts the block, and keeps the position in the prompt
         if self.cache is None:
-            self.prefix_length = cache.get_seq_length() - len(prompt)
-            self.cache, self.mask, self.positions = cache, torch.ones_like(ids), following
-            return logits[0, -1]
-        length = max(self.mask.shape[1], len(prompt))
+            self.prefix_length = cache.get_seq_length() - ids.shape[1]
+            self.cache, self.mask, self.positions = cache, mask, following
+            return logits
+        length = max(self.mask.shape[1], ids.shape[1])
         for layer, new in zip(self.cache.layers, cache.layers, strict=True):
             layer.keys = torch.cat([self.padded(states, length) for states in (layer.keys, new.keys)])
             layer.values = torch.cat([self.padded(states, length) for states in (layer.values, new.values)])
-        masks = (F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, torch.ones_like(ids)))
-        self.mask, self.positions = torch.cat(list(masks)), torch.cat([self.positions, following])
-        return logits[0, -1]
+        self.mask = torch.cat([F.pad(each, (length - each.shape[1], 0)) for each in (self.mask, mask)])
+        self.positions = torch.cat([self.positions, following])
+        return logits
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int]) -> Tensor:

@@ -8,12 +8,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from common.chat.chat import process_response
 from common.data.messages import read_messages, tools_text
 from common.data.rows import RowError
 from common.encoding import encode_eval, has_roles
 from common.tokenizers.base import Turn
 
 UNLIMITED = 2**30
+IDS = {"messages.tool_call_id", "messages.tool_calls.id"}  # a call is followed by its result, so none is needed
 Stop = str | list[str] | None
 
 
@@ -87,7 +89,7 @@ def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[int]
         tools = tools_text("tools", asked.tools) if asked.tool_choice != "none" else ""
     except RowError as error:
         raise ApiError(400, str(error)) from error
-    if unread:
+    if unread := unread - IDS:
         raise ApiError(400, f"{', '.join(sorted(unread))}: not supported here")
     if turns[-1].role not in ("user", "observation"):
         raise ApiError(400, "messages: the last one must be of the user, or a tool's result")
@@ -107,7 +109,7 @@ def new_id(kind: str) -> str:
 def split_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """(name of the called tool or "", content) of an answer: ChatGLM3-6B writes a line with the name before it."""
     if not has_roles(tokenizer):
-        return "", text.strip()
+        return "", process_response(text, tokenizer)
     name, line_end, content = text.partition("\n")
     return (name.strip(), content.strip()) if line_end and is_name(name.strip()) else ("", text.strip())
 

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from transformers import PreTrainedTokenizerBase
 
 from common.chat import service
-from common.chat.chat import MAX_NEW_TOKENS, chat_parser, load_chat
+from common.chat.chat import FULL_WIDTH, MAX_NEW_TOKENS, chat_parser, load_chat
 from common.chat.guard import Guard, find_port, longest_body
 from common.chat.protocol import (
     ApiError,
@@ -44,6 +44,7 @@ from common.errors import UserError, exit_on_user_error, note
 from common.loading import method_of
 
 PATHS = re.compile(r"/(v1/(models|chat/completions|completions)|health|metrics)")
+UNDECIDED = "".join(FULL_WIDTH)  # ChatGLM-6B's punctuation gets its width from the character that follows
 BROKEN = "\ufffd"  # a character of which the answer has not all bytes yet
 
 
@@ -118,6 +119,8 @@ class Answer:
                     self.finish = item
                     break
                 self.tokens.append(item)
+                if not (self.asked.stream or stops):
+                    continue
                 self.text = self.decoded()
                 if places := [place for place in map(self.text.find, stops) if place >= 0]:
                     self.text, self.finish = self.text[: min(places)], "stop"
@@ -126,6 +129,8 @@ class Answer:
                 if ready > sent:
                     yield self.text[sent:ready]
                     sent = ready
+            if not (self.asked.stream or stops):
+                self.text = self.decoded()
             if len(self.text) > sent:
                 yield self.text[sent:]
         except asyncio.TimeoutError as error:
@@ -187,9 +192,10 @@ async def stream_chat(
         return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
     yield chunk({"role": "assistant", "content": ""})
-    sent, waits = "", bool(asked.tools)  # with tools, the answer may be a call: its text is held back
-    async for _ in answer.pieces():
-        content = split_answer(answer.text.rstrip(BROKEN), answers.tokenizer)[1]
+    sent, text, waits = "", "", bool(asked.tools)  # with tools, the answer may be a call: its text is held back
+    async for piece in answer.pieces():
+        text += piece
+        content = split_answer(text, answers.tokenizer)[1].rstrip(UNDECIDED)
         if not waits and len(content) > len(sent) and content.startswith(sent):
             yield chunk({"content": content[len(sent) :]})
             sent = content

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from common.chat.batches import RunningBatch
 from common.errors import UserError
 from common.training.evaluation import head_in_parts
+
+STEPS = 8  # between two admissions: prompts that are read together cost less, and wait for some hundredths of a second
 
 Speaker = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives a model, for as long as its context lasts: the tuned one, or the same without prefix or adapter."""
@@ -49,18 +51,22 @@ class Request:
             self.generator.manual_seed(self.seed)
 
 
-def choose(logits: Tensor, request: Request) -> Token:
-    """The next token of an answer, from logits [v]."""
-    logprobs = logits.float().log_softmax(-1).cpu()
-    if request.temperature == 0:
-        chosen = int(logprobs.argmax())
-    else:
-        probabilities, order = (logits.float().cpu() / request.temperature).softmax(-1).sort(descending=True)
-        probabilities[probabilities.cumsum(-1) - probabilities > request.top_p] = 0.0
-        chosen = int(order[torch.multinomial(probabilities, 1, generator=request.generator)])
-    best = logprobs.topk(request.likeliest) if request.likeliest else None
-    likeliest = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else []
-    return Token(chosen, float(logprobs[chosen]), likeliest)
+def choose(logits: Tensor, requests: Sequence[Request]) -> list[Token]:
+    """The next token of each answer, from logits [b, v]."""
+    logits = logits.float().cpu()
+    logprobs = logits.log_softmax(-1)
+    chosen = logprobs.argmax(-1)
+    for row, request in enumerate(requests):
+        if request.temperature > 0:
+            probabilities, order = (logits[row] / request.temperature).softmax(-1).sort(descending=True)
+            probabilities[probabilities.cumsum(-1) - probabilities > request.top_p] = 0.0
+            chosen[row] = order[torch.multinomial(probabilities, 1, generator=request.generator)]
+    likeliest: list[list[tuple[int, float]]] = []
+    for row, request in enumerate(requests):
+        best = logprobs[row].topk(request.likeliest) if request.likeliest else None
+        likeliest.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else [])
+    found = logprobs.gather(1, chosen[:, None])[:, 0]
+    return [Token(*each) for each in zip(chosen.tolist(), found.tolist(), likeliest, strict=True)]
 
 
 class Group:
@@ -68,36 +74,43 @@ class Group:
 
     def __init__(self, model: PreTrainedModel):
         self.batch = RunningBatch(model)
-        self.requests: list[Request] = []
-        self.last: list[int] = []  # token of each
+        self.requests: list[Request] = []  # of each row
+        self.last: list[int] = []  # token of each row
+        self.done: set[Request] = set()  # their rows go at the next admission
+        self.steps = 0  # since requests were admitted
 
-    def admit(self, request: Request) -> None:
-        token = choose(self.batch.join(request.prompt), request)
-        self.requests.append(request)
-        self.last.append(token.id)
-        self.hand_out([token])
+    def admit(self, joining: list[Request]) -> None:
+        """Lets answered requests leave, and others join."""
+        rows = [row for row, request in enumerate(self.requests) if request not in self.done]
+        if self.done:
+            self.batch.keep(rows)
+        self.requests, self.last = [self.requests[row] for row in rows], [self.last[row] for row in rows]
+        self.steps, self.done = 0, set()
+        if joining:
+            self.take(joining, choose(self.batch.join([request.prompt for request in joining]), joining))
+            self.requests += joining
 
     def step(self) -> None:
-        logits = self.batch.step(self.last)
-        tokens = [choose(row, request) for row, request in zip(logits, self.requests, strict=True)]
-        self.last = [token.id for token in tokens]
-        self.hand_out(tokens)
+        self.steps += 1
+        logits, self.last = self.batch.step(self.last), []
+        self.take(self.requests, choose(logits, self.requests))
 
-    def hand_out(self, tokens: list[Token]) -> None:
-        """Delivers the tokens of the last requests, and lets those go that are answered."""
-        done: set[Request] = set()
-        for request, token in zip(self.requests[-len(tokens) :], tokens, strict=True):
-            if token.id not in request.stops:
+    def take(self, requests: list[Request], tokens: list[Token]) -> None:
+        """Delivers a token to each request, and notes those that are answered."""
+        self.last += [token.id for token in tokens]
+        for request, token in zip(requests, tokens, strict=True):
+            if request in self.done:
+                continue
+            stopped = token.id in request.stops
+            if not stopped:
                 request.deliver(token)
                 request.count += 1
-            stopped = token.id in request.stops
             if stopped or request.count >= request.max_tokens or request.unwanted.is_set():
                 request.deliver("stop" if stopped else "length")
-                done.add(request)
-        if done:
-            rows = [row for row, request in enumerate(self.requests) if request not in done]
-            self.batch.keep(rows)
-            self.requests, self.last = [self.requests[row] for row in rows], [self.last[row] for row in rows]
+                self.done.add(request)
+
+    def running(self) -> int:
+        return len(self.requests) - len(self.done)
 
 
 class Service:
@@ -126,7 +139,7 @@ class Service:
         self.thread.join()
 
     def running(self) -> int:
-        return sum(len(group.requests) for group in self.groups.values())
+        return sum(group.running() for group in self.groups.values())
 
     def run(self) -> None:
         while True:
@@ -139,23 +152,26 @@ class Service:
 
     def turn(self, name: str, speaker: Speaker) -> None:
         """Lets requests to a speaker join, and writes one token of each. An error ends those of this speaker only."""
-        with self.changed:
-            room = self.most - self.running()
-            joining = [request for request in self.waiting if request.speaker == name][:room]
-            for request in joining:
-                self.waiting.remove(request)
         group = self.groups.get(name)
-        if not joining and not (group and group.requests):
+        joining: list[Request] = []
+        if not group or not group.running() or group.steps >= STEPS:
+            with self.changed:
+                room = self.most - self.running()
+                joining = [request for request in self.waiting if request.speaker == name][:room]
+                for request in joining:
+                    self.waiting.remove(request)
+        if not joining and not (group and group.running()):
             return
         try:
             with speaker() as model, head_in_parts(model):
                 group = group or self.groups.setdefault(name, Group(model))
-                if group.requests:
+                if joining or group.steps >= STEPS:
+                    group.admit(joining)
+                if group.running():
                     group.step()
-                while joining:
-                    group.admit(joining[0])
-                    joining.pop(0)
-        except Exception as error:  # of the device, or of a prompt: other requests go on
-            for request in {*joining, *(group.requests if group else ())}:
+                if not group.running():
+                    group.admit([])  # it holds no memory while nobody asks
+        except Exception as error:  # of the device: requests to another speaker go on
+            for request in {*joining, *(group.requests if group else ())} - (group.done if group else set()):
                 request.deliver(error)
             self.groups.pop(name, None)

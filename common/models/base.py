@@ -239,9 +239,11 @@ class ForNextToken(PreTrainedModel):
     """The forward pass of a model with its head."""
 
     @staticmethod
-    def positions(input_ids: Tensor, config: PreTrainedConfig) -> Tensor:
-        """The positions of right-padded rows: [b, s] -> [b, s]."""
-        return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+    def positions(input_ids: Tensor, config: PreTrainedConfig, attention_mask: Tensor | None = None) -> Tensor:
+        """The positions of padded rows, from 0 after the pads on the left: [b, s] -> [b, s]."""
+        if attention_mask is None:
+            return torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
     @can_return_tuple
     def forward(

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import httpx
+import httpx2 as httpx
 import torch
 
 from common.encoding import encode_chat, stop_ids
