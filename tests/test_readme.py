@@ -36,7 +36,7 @@ PROGRAMS = [
     *(f"{method}/main.py" for method in METHODS),
     *("common/finetune_hf.py", "common/inference_hf.py", "common/merge.py", "common/preprocess.py"),
     "common/export/export.py",
-    *("common/hub/download.py", "common/chat/cli_demo.py", "common/chat/web_demo.py"),
+    *("common/hub/download.py", "common/chat/cli_demo.py", "common/chat/web_demo.py", "common/chat/server.py"),
     *("AdvertiseGen/generate.py", "AdvertiseGen/conversations.py"),
 ]
 FOLDERS = (*METHODS, "common", "tests", "AdvertiseGen")
@@ -149,7 +149,7 @@ for word; do
 done
 case "$1" in
     */environment.py) echo "$0" ;;
-    *) printf '%s\\0' "$PWD" "${PASSWORD:-}" "${@:1:N}" $'\\n' >> "$CALLS" ;;
+    *) printf '%s\\0' "$PWD" "${PASSWORD:-}${API_KEY:-}" "${@:1:N}" $'\\n' >> "$CALLS" ;;
 esac
 if [ $# -gt "$N" ]; then exec "${@:N+2}"; fi
 """
@@ -161,7 +161,7 @@ exec "$@"
 
 @pytest.fixture(scope="module")
 def calls_of(tmp_path_factory):
-    """A function: (command line, variables) -> [working directory, PASSWORD, program, flag, …] of each start."""
+    """A function: (command line, variables) -> [working directory, secret, program, flag, …] of each start."""
     stand_ins, record = tmp_path_factory.mktemp("stand_ins"), tmp_path_factory.mktemp("calls") / "calls"
     for name in ("python", "python3", "torchrun", "accelerate", "deepspeed", "srun"):
         (stand_ins / name).write_text(SRUN if name == "srun" else RECORD)

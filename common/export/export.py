@@ -30,7 +30,7 @@ from common.methods.lora import adapter_config
 from common.models.registry import ModelFolder, empty_model, fetch_weights, open_model
 from common.trained import find_training
 
-HERE = "chat with it here (cli_demo.sh, web_demo.sh)"
+HERE = "serve it from here (serve.sh)"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
