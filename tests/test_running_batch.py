@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import GlmConfig, PreTrainedModel
 
 from common.arguments import LoraArguments
 from common.chat.batches import RunningBatch
@@ -10,6 +10,7 @@ from common.encoding import encode_chat
 from common.loading import load_model, load_tokenizer
 from common.methods.lora import attach_lora
 from common.methods.prefix import attach_prefix
+from common.models.glm4 import GlmForCausalLM
 
 QUESTIONS = (
     *("类型#裙*颜色#白色*风格#甜美", "你好", "类型#裤*裤型#阔腿裤"),
@@ -45,7 +46,17 @@ def alone(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], torch.T
 @pytest.mark.parametrize("name", ["demo", "demo3"])
 def test_rows_that_join_and_leave_answer_as_alone(name, method):
     tokenizer, model = load_tokenizer(name), tuned(load_model(name), method)
-    prompts = [encode_chat(tokenizer, question) for question in QUESTIONS]
+    check_rows(model, [encode_chat(tokenizer, question) for question in QUESTIONS])
+
+
+def test_rows_of_glm_4_answer_as_alone():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    config = GlmConfig(vocab_size=200, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, **sizes)
+    check_rows(GlmForCausalLM(config).eval(), [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 9], [3] * 5, [4, 4]])
+
+
+def check_rows(model: PreTrainedModel, prompts: list[list[int]]) -> None:
     expected = [alone(model, prompt) for prompt in prompts]
     batch, rows = RunningBatch(model), list[int]()
     answers: list[list[int]] = [[] for _ in prompts]

@@ -217,6 +217,22 @@ def test_models_without_roles_take_questions_and_answers_only(addresses):
         )
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--max_batch", "0"], "--max_batch 0: it must be above 0"),
+        (["--served_name", "base"], "base is that of the base model"),
+        (["--model_name_or_path", "nowhere"], "no model folder nowhere"),
+        (["--host", "203.0.113.7"], "can't listen on 203.0.113.7"),
+    ],
+)
+def test_bad_flags_end_the_program_before_a_model_is_loaded(flags, sentence):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "common/chat/server.py"), *flags], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 2 and sentence in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
 # Tools
 
 

@@ -34,11 +34,11 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    stream: bool = False
+    stream: bool | None = False
     stream_options: dict[str, bool] | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(1.0, gt=0, le=1)
     stop: Stop = None
     seed: int | None = None
     n: Literal[1, None] = 1

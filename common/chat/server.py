@@ -92,8 +92,8 @@ class Answer:
             deliver=deliver,
             max_tokens=limit,
             stops=frozenset(stop_ids(answers.tokenizer)),
-            temperature=asked.temperature,
-            top_p=asked.top_p,
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             likeliest=likeliest,
         )
@@ -307,8 +307,18 @@ def server_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for values with which nothing would be answered."""
+    for name in ("max_batch", "max_waiting", "timeout"):
+        if vars(args)[name] <= 0:
+            raise UserError(f"--{name} {vars(args)[name]}: it must be above 0.")
+    if args.served_name in ("", "base"):
+        raise UserError(f"--served_name {args.served_name!r}: choose another name; base is that of the base model.")
+
+
 def main() -> None:
     args, key = server_parser().parse_args(), os.environ.get("API_KEY", "")
+    check_flags(args)
     port = find_port(args.host, args.port)
     if not key and args.host not in ("127.0.0.1", "localhost"):
         note("warning: everybody who can reach this endpoint may use it; set API_KEY to ask for a key.")
@@ -317,7 +327,11 @@ def main() -> None:
     app = Guard(build_app(answers, key), args.host, names, longest_body(answers.context), PATHS)
     print(f"ready: http://{args.host}:{port}/v1, models {', '.join(answers.service.speakers)}", flush=True)
     try:
-        uvicorn.run(app, host=args.host, port=port, log_level="warning", ws="none", server_header=False)
+        config = uvicorn.Config(app, args.host, port, log_level="warning", ws="none", server_header=False)
+        config.timeout_graceful_shutdown = 5  # seconds that answers get to end
+        uvicorn.Server(config).run()
+    except KeyboardInterrupt:
+        note("stopped")
     finally:
         answers.service.close()
 
