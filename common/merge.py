@@ -60,6 +60,9 @@ def new_folder(output_dir: Path, size: int) -> Iterator[Path]:
 
     ``size``: its bytes. Raises UserError if ``output_dir`` holds something, SaveError without room.
     """
+    output_dir = output_dir.absolute()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"{output_dir} is a file: choose another --output_dir.")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty: choose another --output_dir.")
     partial = output_dir.with_name(f"{output_dir.name}.partial")

@@ -1,5 +1,6 @@
 """The endpoint, asked by the real OpenAI client, by LangChain and by plain HTTP."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -162,8 +163,11 @@ def test_langchain_asks_and_streams(addresses):
         ({"question": "裙" * 3000}, openai.BadRequestError, "the prompt has .* tokens and the model's context 1024"),
         ({"n": 2}, openai.BadRequestError, "n: "),
         ({"temperature": 3}, openai.BadRequestError, "temperature: "),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format is not supported here"),
+        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias is not supported here"),
         ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
+        ({"seed": 2**64}, openai.BadRequestError, "seed: "),
+        ({"stream": True, "logprobs": True}, openai.BadRequestError, "logprobs: not supported in a stream"),
     ],
 )
 def test_bad_settings_are_refused_as_openai_does(client, settings, error, sentence):
@@ -192,7 +196,33 @@ def test_wrong_keys_broken_requests_and_other_pages_are_refused(addresses, clien
     page = headers | {"Origin": "http://evil.example"}
     assert httpx.post(address, json=body, headers=page).status_code == 403
     assert httpx.post(address, json=body, headers=headers | {"Host": "evil.example"}).status_code == 421
-    assert httpx.get(f"{addresses['demo3']}/docs", headers=headers).status_code == 404
+    for method, path, status in (
+        ("GET", "/docs", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/embeddings", 404),
+    ):
+        reply = httpx.request(method, addresses["demo3"] + path, headers=headers)
+        assert reply.status_code == status and reply.json()["error"]["message"]
+    assert client.models.retrieve("tuned").id == "tuned"
+
+
+def test_what_clients_leave_open_or_write_in_other_ways_is_taken(addresses, client):
+    address, headers = f"{addresses['demo3']}/v1", {"Authorization": f"Bearer {KEY}"}
+    body = {"model": "tuned", "messages": [{"role": "user", "content": QUESTIONS[0]}], "seed": 5, "logit_bias": None}
+    body |= {
+        "temperature": 1e-40,
+        "top_p": None,
+        "stream": None,
+        "stop": ["", "never"],
+        "response_format": {"type": "text"},
+    }
+    reply = httpx.post(f"{address}/chat/completions", json=body, headers=headers).json()
+    assert reply["choices"][0]["message"]["content"] == ask(client, QUESTIONS[0]).choices[0].message.content
+    texts = [
+        client.completions.create(model="tuned", prompt=prompt, max_tokens=5, temperature=0).choices[0].text
+        for prompt in ("这条裙子", ["这条裙子"])
+    ]
+    assert texts[0] == texts[1]
 
 
 def test_a_client_that_leaves_in_the_middle_harms_nobody(addresses, client):
@@ -201,6 +231,10 @@ def test_a_client_that_leaves_in_the_middle_harms_nobody(addresses, client):
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", f"{addresses['demo3']}/v1/chat/completions", json=body, headers=headers) as stream:
         next(stream.iter_lines())
+    with contextlib.suppress(httpx.ReadTimeout):
+        httpx.post(
+            f"{addresses['demo3']}/v1/chat/completions", json=body | {"stream": False}, headers=headers, timeout=0.1
+        )
     assert ask(client, QUESTIONS[1]).choices[0].message.content
     for _ in range(100):
         if "requests_running 0" in httpx.get(f"{addresses['demo3']}/metrics").text:
@@ -266,6 +300,11 @@ def test_tools_and_their_results_reach_the_model_as_they_are_trained():
         ("__import__('os').system('true')", None),
         ("你好", None),
         ("tool_call(1)", None),
+        ("tool_call(a={[1]: 2})", None),
+        ("tool_call(**[1])", None),
+        ("tool_call(a={(1, 2): 3})", None),
+        ("tool_call(a='\\ud800')", None),
+        ("tool_call(a=1e999)", None),
     ],
 )
 def test_a_call_is_read_and_never_executed(content, arguments):
@@ -274,8 +313,9 @@ def test_a_call_is_read_and_never_executed(content, arguments):
     assert call is None or call["function"]["name"] == "weather"
 
 
-def test_the_line_before_an_answer_names_the_tool():
-    tokenizer = load_tokenizer("demo3")
-    assert split_answer("weather\n tool_call()", tokenizer) == ("weather", "tool_call()")
-    assert split_answer("\n 你好\n再见", tokenizer) == ("", "你好\n再见")
-    assert split_answer("你好\n再见", load_tokenizer("demo")) == ("", "你好\n再见")
+def test_the_line_before_a_call_names_the_tool():
+    tokenizer, tools = load_tokenizer("demo3"), [{"type": "function", "function": {"name": "weather"}}]
+    assert split_answer("weather\n tool_call()", tokenizer, tools) == ("weather", "tool_call()")
+    assert split_answer("weather\n tool_call()", tokenizer, []) == ("", "weather\n tool_call()")
+    assert split_answer("\n 你好\n再见", tokenizer, tools) == ("", "你好\n再见")
+    assert split_answer("标题：\n\n正文", tokenizer, tools) == ("", "标题：\n\n正文")

@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
@@ -35,11 +36,20 @@ class Guard:
     """An ASGI application around that of the page. It refuses a request by one sentence and hands on every other one.
 
     ``host`` is the address that the server listens on, ``names`` are more hosts under which visitors reach the page,
-    and which may show it in a frame, ``longest`` is the most bytes of a request's body.
+    and which may show it in a frame, ``longest`` is the most bytes of a request's body, ``paths`` are those that are
+    answered, and ``content`` makes the body of a refusal of its sentence.
     """
 
-    def __init__(self, app: ASGIApp, host: str, names: set[str], longest: int, paths: re.Pattern[str] = PATHS) -> None:
-        self.app, self.names, self.longest, self.paths = app, names, longest, paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        names: set[str],
+        longest: int,
+        paths: re.Pattern[str] = PATHS,
+        content: Callable[[str], dict[str, Any]] = lambda sentence: {"detail": sentence},
+    ) -> None:
+        self.app, self.names, self.longest, self.paths, self.content = app, names, longest, paths, content
         self.own = {"localhost", host.lower()}
         self.at_any_address = host in ("", "0.0.0.0")
         if self.at_any_address:
@@ -66,7 +76,7 @@ class Guard:
                 refusal = 413, f"the question is too long: it has more than {self.longest:,} bytes."
         if refusal:
             status, sentence = refusal
-            response = JSONResponse({"detail": sentence}, status, headers={"Connection": "close"})
+            response = JSONResponse(self.content(sentence), status, headers={"Connection": "close"})
             return await response(scope, receive, send_guarded)
         read: list[Message] = [{"type": "http.request", "body": body}]
 
@@ -153,7 +163,7 @@ def login(user: str, password: str) -> Callable[[str, str], Awaitable[bool]]:
 
 def find_port(host: str, first: int) -> int:
     """The first free port from ``first`` on. Raises UserError if none is free or the host is not of this machine."""
-    for port in range(first, 65536):
+    for port in range(max(1, first), 65536):
         try:
             taken = take_port(host, port)
         except OSError as error:

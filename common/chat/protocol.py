@@ -3,7 +3,8 @@
 import ast
 import json
 import secrets
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
@@ -34,22 +35,23 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str
-    stream: bool | None = False
+    stream: bool = False
     stream_options: dict[str, bool] | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(1.0, ge=0, le=2)
-    top_p: float | None = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)  # None: that of the server's flags
+    top_p: float | None = Field(None, gt=0, le=1)
     stop: Stop = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1, None] = 1
     frequency_penalty: Literal[0, None] = 0
     presence_penalty: Literal[0, None] = 0
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
 
 class ChatAsked(Asked):
@@ -63,7 +65,7 @@ class ChatAsked(Asked):
 
 
 class TextAsked(Asked):
-    prompt: str
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: Literal[False, None] = False
 
@@ -74,7 +76,13 @@ Kind = TypeVar("Kind", bound=Asked)
 def read_request(kind: type[Kind], body: bytes) -> Kind:
     """Raises ApiError for what is no JSON, or no request of this kind."""
     try:
-        return kind.model_validate_json(body)
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the request is no JSON: {error!s:.200}") from error
+    if isinstance(content, dict):  # clients write null for what they leave open
+        content = {name: value for name, value in content.items() if value is not None}
+    try:
+        return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
@@ -82,8 +90,11 @@ def read_request(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(400, f"{name}: {first['msg']}{known}" if name else first["msg"]) from error
 
 
-def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a conversation that ends with a question or a tool's result. Raises ApiError for another one."""
+def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, system: str = "") -> list[int]:
+    """The tokens of a conversation that ends with a question or a tool's result. Raises ApiError for another one.
+
+    ``system``: the system prompt of a conversation that brings none.
+    """
     try:
         turns = read_messages(asked.messages, "messages", unread := set[str]())
         tools = tools_text("tools", asked.tools) if asked.tool_choice != "none" else ""
@@ -93,6 +104,8 @@ def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[int]
         raise ApiError(400, f"{', '.join(sorted(unread))}: not supported here")
     if turns[-1].role not in ("user", "observation"):
         raise ApiError(400, "messages: the last one must be of the user, or a tool's result")
+    if system and turns[0].role != "system":
+        turns = [Turn("system", system), *turns]
     turns = [Turn("system", tools), *turns] if tools else turns
     if not has_roles(tokenizer):
         roles = [turn.role for turn in turns]
@@ -106,16 +119,11 @@ def new_id(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
 
 
-def split_answer(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """(name of the called tool or "", content) of an answer: ChatGLM3-6B writes a line with the name before it."""
-    if not has_roles(tokenizer):
-        return "", process_response(text, tokenizer)
-    name, line_end, content = text.partition("\n")
-    return (name.strip(), content.strip()) if line_end and is_name(name.strip()) else ("", text.strip())
-
-
-def is_name(text: str) -> bool:
-    return bool(text) and len(text) <= 64 and not any(character.isspace() for character in text)
+def split_answer(text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """(name of the called tool or "", content) of an answer: ChatGLM3-6B writes a line with the name before a call."""
+    name, _, content = text.partition("\n")
+    names = {str((tool.get("function") or tool).get("name")) for tool in tools}
+    return (name.strip(), content.strip()) if name.strip() in names else ("", process_response(text, tokenizer))
 
 
 def tool_call(name: str, content: str) -> dict[str, Any] | None:
@@ -126,10 +134,11 @@ def tool_call(name: str, content: str) -> dict[str, Any] | None:
         if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "tool_call":
             return None
         given = {word.arg or "": ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        arguments = given.pop("", {}) | given  # **{'a-b': 1} holds names that are no identifiers
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
-    arguments = given.pop("", {}) | given  # **{'a-b': 1} holds names that are no identifiers
-    text = json.dumps(arguments, ensure_ascii=False, default=str)
     return {"id": new_id("call"), "type": "function", "function": {"name": name, "arguments": text}}
 
 

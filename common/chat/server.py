@@ -12,7 +12,7 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import uvicorn
 from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
@@ -43,8 +44,9 @@ from common.encoding import stop_ids
 from common.errors import UserError, exit_on_user_error, note
 from common.loading import method_of
 
-PATHS = re.compile(r"/(v1/(models|chat/completions|completions)|health|metrics)")
+PATHS = re.compile(r"/(v1/(models(/[^/]+)?|chat/completions|completions)|health|metrics)")
 UNDECIDED = "".join(FULL_WIDTH)  # ChatGLM-6B's punctuation gets its width from the character that follows
+ABOUT = {"object": "model", "created": 0, "owned_by": "local"}
 BROKEN = "\ufffd"  # a character of which the answer has not all bytes yet
 
 
@@ -54,17 +56,22 @@ class Answers:
     def __init__(self, args: argparse.Namespace):
         model, self.tokenizer, trained = load_chat(args)
         self.context, self.longest = model.config.max_position_embeddings, args.max_new_tokens or MAX_NEW_TOKENS
-        self.timeout = args.timeout
+        self.timeout, self.system = args.timeout, args.system_prompt
+        self.temperature, self.top_p = args.temperature, args.top_p
         speakers: dict[str, service.Speaker] = {args.served_name: partial(nullcontext, model)}
         if trained:  # the same model without prefix or adapter
             speakers["base"] = partial(method_of(**trained).base, model)
         self.service = service.Service(speakers, args.max_batch, args.max_waiting)
 
+    def check_name(self, name: str) -> None:
+        """Raises ApiError for an unknown model."""
+        if name not in self.service.speakers:
+            names = ", ".join(self.service.speakers)
+            raise ApiError(404, f"the model {name!r} does not exist; there are {names}", code="model_not_found")
+
     def begin(self, asked: Asked, prompt: list[int], limit: int | None, likeliest: int) -> "Answer":
         """Raises ApiError for an unknown model, a prompt that is too long, and if too many requests wait."""
-        if asked.model not in self.service.speakers:
-            names = ", ".join(self.service.speakers)
-            raise ApiError(404, f"the model {asked.model!r} does not exist; there are {names}", code="model_not_found")
+        self.check_name(asked.model)
         room = self.context - len(prompt)
         if room < 1 or limit is not None and limit > room:
             message = f"the prompt has {len(prompt)} tokens and the model's context {self.context}"
@@ -84,7 +91,8 @@ class Answer:
         loop = asyncio.get_running_loop()
 
         def deliver(item: service.Token | Exception | str) -> None:
-            loop.call_soon_threadsafe(self.queue.put_nowait, item)
+            with suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
         self.request = service.Request(
             prompt=prompt,
@@ -92,8 +100,8 @@ class Answer:
             deliver=deliver,
             max_tokens=limit,
             stops=frozenset(stop_ids(answers.tokenizer)),
-            temperature=1.0 if asked.temperature is None else asked.temperature,
-            top_p=1.0 if asked.top_p is None else asked.top_p,
+            temperature=answers.temperature if asked.temperature is None else asked.temperature,
+            top_p=answers.top_p if asked.top_p is None else asked.top_p,
             seed=asked.seed,
             likeliest=likeliest,
         )
@@ -141,9 +149,20 @@ class Answer:
     def decoded(self) -> str:
         return self.answers.tokenizer.decode([token.id for token in self.tokens], skip_special_tokens=True)
 
-    async def whole(self) -> str:
-        async for _ in self.pieces():
-            pass
+    async def whole(self, request: Request) -> str:
+        """All of the text; a visitor who leaves ends the answer."""
+
+        async def watch() -> None:
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.2)
+            self.request.unwanted.set()
+
+        watching = asyncio.create_task(watch())
+        try:
+            async for _ in self.pieces():
+                pass
+        finally:
+            watching.cancel()
         return self.text
 
     def logprobs(self) -> dict[str, Any]:
@@ -164,21 +183,28 @@ class Answer:
 
 def message_of(answer: Answer, asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
     """The assistant's message, and why it ended."""
-    name, content = split_answer(answer.text, tokenizer)
-    call = tool_call(name, content) if name and asked.tools else None
+    name, content = split_answer(answer.text, tokenizer, tools_of(asked))
+    call = tool_call(name, content) if name else None
     if call:
         return {"role": "assistant", "content": None, "tool_calls": [call]}, "tool_calls"
     return {"role": "assistant", "content": f"{name}\n{content}" if name else content}, answer.finish
 
 
-async def chat(answers: Answers, asked: ChatAsked) -> Response:
+def tools_of(asked: ChatAsked) -> list[dict[str, Any]]:
+    """Those that an answer may call."""
+    return asked.tools or [] if asked.tool_choice != "none" else []
+
+
+async def chat(answers: Answers, asked: ChatAsked, request: Request) -> Response:
+    if asked.stream and asked.logprobs:
+        raise ApiError(400, "logprobs: not supported in a stream")
     likeliest = (asked.top_logprobs or 0) if asked.logprobs else 0
-    prompt = prompt_of(asked, answers.tokenizer)
+    prompt = prompt_of(asked, answers.tokenizer, answers.system)
     answer = answers.begin(asked, prompt, asked.max_completion_tokens or asked.max_tokens, likeliest)
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": asked.model}
     if asked.stream:
         return events(stream_chat(answers, asked, answer, head | {"object": "chat.completion.chunk"}))
-    await answer.whole()
+    await answer.whole(request)
     message, finish = message_of(answer, asked, answers.tokenizer)
     choice = {"index": 0, "message": message, "finish_reason": finish}
     choice["logprobs"] = answer.logprobs() if asked.logprobs else None
@@ -192,10 +218,10 @@ async def stream_chat(
         return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
 
     yield chunk({"role": "assistant", "content": ""})
-    sent, text, waits = "", "", bool(asked.tools)  # with tools, the answer may be a call: its text is held back
+    sent, text, waits = "", "", bool(tools_of(asked))  # with tools, the answer may be a call: its text is held back
     async for piece in answer.pieces():
         text += piece
-        content = split_answer(text, answers.tokenizer)[1].rstrip(UNDECIDED)
+        content = split_answer(text, answers.tokenizer, [])[1].rstrip(UNDECIDED)
         if not waits and len(content) > len(sent) and content.startswith(sent):
             yield chunk({"content": content[len(sent) :]})
             sent = content
@@ -209,8 +235,10 @@ async def stream_chat(
         yield head | {"choices": [], "usage": answer.usage()}
 
 
-async def complete(answers: Answers, asked: TextAsked) -> Response:
-    prompt = answers.tokenizer.encode(asked.prompt)
+async def complete(answers: Answers, asked: TextAsked, request: Request) -> Response:
+    if asked.stream and asked.logprobs is not None:
+        raise ApiError(400, "logprobs: not supported in a stream")
+    prompt = answers.tokenizer.encode(asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0])
     answer = answers.begin(asked, prompt, asked.max_tokens or 16, asked.logprobs or 0)
     head = {"id": new_id("cmpl"), "created": int(time.time()), "model": asked.model, "object": "text_completion"}
 
@@ -221,10 +249,12 @@ async def complete(answers: Answers, asked: TextAsked) -> Response:
         async for piece in answer.pieces():
             yield choice(piece, None)
         yield choice("", answer.finish)
+        if (asked.stream_options or {}).get("include_usage"):
+            yield head | {"choices": [], "usage": answer.usage()}
 
     if asked.stream:
         return events(stream())
-    text = await answer.whole()
+    text = await answer.whole(request)
     content = choice(text, answer.finish) | {"usage": answer.usage()}
     if asked.logprobs is not None:
         entries = answer.logprobs()["content"]
@@ -245,9 +275,15 @@ def events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
         except ApiError as error:
             yield f"data: {json.dumps(error.content, ensure_ascii=False)}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(failure(error).content, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+def failure(error: Exception) -> ApiError:
+    return ApiError(500, f"the server failed: {type(error).__name__}", "server_error")
 
 
 def build_app(answers: Answers, key: str) -> FastAPI:
@@ -257,6 +293,14 @@ def build_app(answers: Answers, key: str) -> FastAPI:
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.content, error.status)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_path(_: Request, error: HTTPException) -> JSONResponse:
+        return JSONResponse(ApiError(error.status_code, str(error.detail)).content, error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(failure(error).content, 500)
 
     def checked(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -275,18 +319,23 @@ def build_app(answers: Answers, key: str) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         checked(request)
-        about = {"object": "model", "created": 0, "owned_by": "local"}
-        return {"object": "list", "data": [{"id": name} | about for name in answers.service.speakers]}
+        return {"object": "list", "data": [{"id": name} | ABOUT for name in answers.service.speakers]}
+
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        checked(request)
+        answers.check_name(name)
+        return {"id": name} | ABOUT
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         checked(request)
-        return await chat(answers, read_request(ChatAsked, await request.body()))
+        return await chat(answers, read_request(ChatAsked, await request.body()), request)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         checked(request)
-        return await complete(answers, read_request(TextAsked, await request.body()))
+        return await complete(answers, read_request(TextAsked, await request.body()), request)
 
     return app
 
@@ -307,6 +356,10 @@ def server_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refusal(sentence: str) -> dict[str, Any]:
+    return ApiError(0, sentence).content
+
+
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for values with which nothing would be answered."""
     for name in ("max_batch", "max_waiting", "timeout"):
@@ -324,7 +377,7 @@ def main() -> None:
         note("warning: everybody who can reach this endpoint may use it; set API_KEY to ask for a key.")
     answers = Answers(args)
     names = {name.strip().lower() for name in args.allowed_hosts.split(",")} - {""}
-    app = Guard(build_app(answers, key), args.host, names, longest_body(answers.context), PATHS)
+    app = Guard(build_app(answers, key), args.host, names, longest_body(answers.context), PATHS, refusal)
     print(f"ready: http://{args.host}:{port}/v1, models {', '.join(answers.service.speakers)}", flush=True)
     try:
         config = uvicorn.Config(app, args.host, port, log_level="warning", ws="none", server_header=False)

@@ -17,6 +17,8 @@ from common.training.evaluation import head_in_parts
 
 STEPS = 8  # between two admissions: prompts that are read together cost less, and wait for some hundredths of a second
 
+COLDEST = 1e-5  # temperature; below it the likeliest token is chosen
+
 Speaker = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives a model, for as long as its context lasts: the tuned one, or the same without prefix or adapter."""
 
@@ -57,8 +59,9 @@ def choose(logits: Tensor, requests: Sequence[Request]) -> list[Token]:
     logprobs = logits.log_softmax(-1)
     chosen = logprobs.argmax(-1)
     for row, request in enumerate(requests):
-        if request.temperature > 0:
-            probabilities, order = (logits[row] / request.temperature).softmax(-1).sort(descending=True)
+        if request.temperature >= COLDEST:
+            scaled = (logits[row] - logits[row].max()) / request.temperature
+            probabilities, order = scaled.softmax(-1).sort(descending=True)
             probabilities[probabilities.cumsum(-1) - probabilities > request.top_p] = 0.0
             chosen[row] = order[torch.multinomial(probabilities, 1, generator=request.generator)]
     likeliest: list[list[tuple[int, float]]] = []
@@ -156,6 +159,8 @@ class Service:
         joining: list[Request] = []
         if not group or not group.running() or group.steps >= STEPS:
             with self.changed:
+                for request in [request for request in self.waiting if request.unwanted.is_set()]:
+                    self.waiting.remove(request)
                 room = self.most - self.running()
                 joining = [request for request in self.waiting if request.speaker == name][:room]
                 for request in joining:
