@@ -129,8 +129,13 @@ def encode_chat(tokenizer: Tokenizer, query: str, history: History = (), system:
     """The uncut prompt of a question after its history. Raises UserError as ``check_system`` does."""
     check_system(tokenizer, system)
     conversation = [Turn("system", system)] if system else []
-    conversation += conversation_of(query, "", history)
-    return encode_eval(tokenizer, [conversation], sys.maxsize, sys.maxsize)[0].prompt_ids
+    return encode_prompt(tokenizer, [*conversation, *conversation_of(query, "", history)[:-1]])
+
+
+def encode_prompt(tokenizer: Tokenizer, turns: Conversation) -> list[int]:
+    """The uncut prompt of the answer that follows these turns, whatever a training would learn of them."""
+    given = [turn._replace(loss=False) for turn in turns]
+    return encode_eval(tokenizer, [given], sys.maxsize, sys.maxsize)[0].prompt_ids
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], block_size: int) -> list[TrainRow]:

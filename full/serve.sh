@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a tuned model to programs that speak OpenAI's interface, and its base beside it under the name base.
+# Serves a tuned model to programs that speak OpenAI's interface.
 #     bash serve.sh                                      the newest training, at http://127.0.0.1:8000/v1
 #     HOST=0.0.0.0 API_KEY=secret bash serve.sh          reachable from other machines
 #     CHECKPOINT= MODEL=demo3 bash serve.sh              a base model alone

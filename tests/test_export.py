@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import encoded
 from safetensors.torch import load_file
+from shell import ROOT, run_program
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.arguments import LoraArguments, PrefixArguments
@@ -28,7 +28,6 @@ from common.models.chatglm2 import ChatGLMConfig, ChatGLMForConditionalGeneratio
 from common.models.registry import open_model
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = str(ROOT / "common" / "export" / "export.py")
 SPACES = ("", " ", "  a", "a  b ", "\n", "\n\n a\t", " \n ", "\u3000全角", "a\r\nb")
 TEXTS = (
@@ -38,14 +37,8 @@ TEXTS = (
 )
 
 
-def export(monkeypatch, *flags: object) -> int:
-    """Runs the program in this process; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", [PROGRAM, *map(str, flags)])
-    try:
-        runpy.run_path(PROGRAM, run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
+def export(*flags: object) -> int:
+    return run_program([PROGRAM, *map(str, flags)])
 
 
 def small_folder(generation: str, folder: Path, **config) -> Path:
@@ -66,9 +59,8 @@ def small_folder(generation: str, folder: Path, **config) -> Path:
 def exported(tmp_path_factory) -> Path:
     """demo3 as GLM of transformers, in float32, in several files."""
     folder = tmp_path_factory.mktemp("exported") / "glm"
-    with pytest.MonkeyPatch.context() as patch:
-        flags = ("--dtype", "float32", "--max_shard_size", "4MB", "--output_dir", folder)
-        assert export(patch, "--model_name_or_path", "demo3", *flags) == 0
+    flags = ("--dtype", "float32", "--max_shard_size", "4MB", "--output_dir", folder)
+    assert export("--model_name_or_path", "demo3", *flags) == 0
     return folder
 
 
@@ -182,10 +174,10 @@ def test_plain_transformers_computes_the_same(exported, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "ratio"), [("chatglm2", 4), ("chatglm3", 50)])
-def test_the_variants_for_long_texts_compute_the_same(family, ratio, tmp_path, monkeypatch, capsys):
+def test_the_variants_for_long_texts_compute_the_same(family, ratio, tmp_path, capsys):
     folder = small_folder(family, tmp_path / family, rope_ratio=ratio)
     flags = ("--model_name_or_path", folder, "--output_dir", tmp_path / "out", "--dtype", "float32")
-    assert export(monkeypatch, *flags) == 0
+    assert export(*flags) == 0
     assert "logits within 0" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     older = config.get("rope_scaling", {"factor": config["rope_theta"] / 10000})
@@ -206,13 +198,13 @@ def test_an_export_that_computes_something_else_is_refused(exported, tmp_path):
         compare.compare_prompts(load_tokenizer("demo3"), "chatglm3", broken)
 
 
-def test_an_adapter_is_merged_before_it_leaves(tmp_path, monkeypatch, capsys):
+def test_an_adapter_is_merged_before_it_leaves(tmp_path, capsys):
     model = attach_lora(load_model("demo3"), LoraArguments(lora_dropout=0.0))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
     Lora(LoraArguments()).save(model, tmp_path / "adapter")
-    assert export(monkeypatch, "--checkpoint", tmp_path / "adapter", "--dtype", "float32") == 0
+    assert export("--checkpoint", tmp_path / "adapter", "--dtype", "float32") == 0
     folder = tmp_path / "adapter" / "glm"
     assert f"exported {tmp_path / 'adapter'}: {folder}" in capsys.readouterr().out
     with torch.no_grad():
@@ -223,14 +215,14 @@ def test_an_adapter_is_merged_before_it_leaves(tmp_path, monkeypatch, capsys):
     assert difference < 1e-4 and not list(folder.glob("merged*"))
 
 
-def test_an_export_in_bfloat16_is_taken_for_what_it_is(tmp_path, monkeypatch):
+def test_an_export_in_bfloat16_is_taken_for_what_it_is(tmp_path):
     """Rounding decides between tokens that are equally likely, which is no fault."""
     flags = ("--dtype", "bfloat16", "--output_dir", tmp_path / "out")
-    assert export(monkeypatch, "--model_name_or_path", "demo3", *flags) == 0
+    assert export("--model_name_or_path", "demo3", *flags) == 0
 
 
-def test_16_bit_is_the_default_and_no_file_is_executable_code(tmp_path, monkeypatch):
-    assert export(monkeypatch, "--model_name_or_path", "demo3", "--output_dir", tmp_path / "out") == 0
+def test_16_bit_is_the_default_and_no_file_is_executable_code(tmp_path):
+    assert export("--model_name_or_path", "demo3", "--output_dir", tmp_path / "out") == 0
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names | {"chat_template.jinja", "model.safetensors"}
     assert {w.dtype for w in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
@@ -240,9 +232,9 @@ def test_16_bit_is_the_default_and_no_file_is_executable_code(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_gguf_file_holds_weights_vocabulary_and_template(dtype, tmp_path, monkeypatch):
+def test_a_gguf_file_holds_weights_vocabulary_and_template(dtype, tmp_path):
     flags = ("--format", "gguf", "--dtype", dtype, "--output_dir", tmp_path / "out")
-    assert export(monkeypatch, "--model_name_or_path", "demo3", *flags) == 0
+    assert export("--model_name_or_path", "demo3", *flags) == 0
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     own, tokenizer = load_model("demo3"), load_tokenizer("demo3")
     expected = {name: w for name, w in own.state_dict().items() if "inv_freq" not in name}
@@ -269,9 +261,9 @@ def test_a_gguf_file_holds_weights_vocabulary_and_template(dtype, tmp_path, monk
 
 
 @pytest.mark.parametrize("model", ["demo", "demo3"])
-def test_the_original_format_names_the_official_code_and_holds_none(model, tmp_path, monkeypatch, capsys):
+def test_the_original_format_names_the_official_code_and_holds_none(model, tmp_path, capsys):
     flags = ("--format", "original", "--output_dir", tmp_path / "out", "--max_shard_size", "5MB")
-    assert export(monkeypatch, "--model_name_or_path", model, *flags) == 0
+    assert export("--model_name_or_path", model, *flags) == 0
     assert "copy configuration_chatglm.py, modeling_chatglm.py" in capsys.readouterr().out
     files = list((tmp_path / "out").iterdir())
     assert not [file for file in files if file.suffix in (".py", ".safetensors")]
@@ -315,7 +307,7 @@ def test_what_cannot_leave_is_said_in_a_sentence(flags, problem, tmp_path, monke
         PTuning(PrefixArguments()).save(model, tmp_path / "PREFIX")
     flags = [str(tmp_path / flag) if flag.partition("/")[0].isupper() else flag for flag in flags]
     monkeypatch.chdir(tmp_path)
-    assert export(monkeypatch, *flags) == 2
+    assert export(*flags) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(problem, error), error
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "PREFIX") == ["EMPTY", "FULL"]

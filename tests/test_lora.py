@@ -1,9 +1,7 @@
 """LoRA: what trains, what stays, what is saved, loaded, merged and refused, on small random models."""
 
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from shell import ROOT, run_program
 from test_caches import full_disk
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from common.models import chatglm, chatglm2
 from common.models.registry import open_model
 
 METHOD = Lora(LoraArguments())
-ROOT = Path(__file__).resolve().parents[1]
+
 KINDS = ("chatglm", "chatglm2")
 ATTENTION = {
     "chatglm": "transformer.layers.{}.attention.query_key_value",
@@ -418,15 +417,8 @@ def adapter(checkpoint, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-def merge(monkeypatch, *flags: object) -> int:
-    """Runs common/merge.py in this process; returns its exit code."""
-    program = str(ROOT / "common" / "merge.py")
-    monkeypatch.setattr(sys, "argv", [program, *map(str, flags)])
-    try:
-        runpy.run_path(program, run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    return 0
+def merge(*flags: object) -> int:
+    return run_program([str(ROOT / "common" / "merge.py"), *map(str, flags)])
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -436,11 +428,11 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def test_a_merged_checkpoint_answers_as_the_adapter_does(checkpoint, adapter, tmp_path, monkeypatch, capsys):
+def test_a_merged_checkpoint_answers_as_the_adapter_does(checkpoint, adapter, tmp_path, capsys):
     """It has the keys of the original format, and needs nothing besides."""
     merged = tmp_path / "merged"
     flags = ("--lora_checkpoint", adapter, "--output_dir", merged, "--dtype", "float32")
-    assert merge(monkeypatch, *flags) == 0
+    assert merge(*flags) == 0
     assert f"merged {adapter} into {checkpoint}" in capsys.readouterr().out
     assert {*stored(merged), "lm_head.weight"} == {*stored(checkpoint), "lm_head.weight"}
     expected, plain = load_model(checkpoint, adapter=adapter), load_model(checkpoint)
@@ -449,7 +441,7 @@ def test_a_merged_checkpoint_answers_as_the_adapter_does(checkpoint, adapter, tm
     assert (logits_of(found) - logits_of(plain)).abs().max() > 1e-2
     text = "你好，今天天气怎么样？"
     assert load_tokenizer(merged).encode(text) == load_tokenizer(checkpoint).encode(text)
-    assert merge(monkeypatch, *flags) == 2  # a second time
+    assert merge(*flags) == 2  # a second time
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -458,17 +450,17 @@ def test_a_merge_that_fails_leaves_nothing_and_what_a_kill_left_is_cleared(check
     partial.mkdir()
     (partial / "model-00002-of-00002.safetensors").write_bytes(b"of a merge that was killed")
     with full_disk(20_000):
-        assert merge(monkeypatch, *flags) == 3
+        assert merge(*flags) == 3
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert merge(monkeypatch, *flags) == 3
+    assert merge(*flags) == 3
     assert not partial.exists() and not (tmp_path / "merged").exists()
     monkeypatch.undo()
-    assert merge(monkeypatch, *flags) == 0
+    assert merge(*flags) == 0
     assert not list((tmp_path / "merged").glob("*-of-*"))
 
 
-def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, tmp_path, monkeypatch):
-    assert merge(monkeypatch, "--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 0
+def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, tmp_path):
+    assert merge("--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 0
     dtypes = {name: tensor.dtype for name, tensor in stored(checkpoint).items()}
     assert {name: tensor.dtype for name, tensor in stored(tmp_path / "merged").items() if name in dtypes} == (
         {name: dtype for name, dtype in dtypes.items() if name in stored(tmp_path / "merged")}
@@ -477,23 +469,23 @@ def test_merged_weights_are_half_precision_as_the_original(checkpoint, adapter, 
     assert config["torch_dtype"] == "float16"
 
 
-def test_nothing_is_merged_into_a_quantized_base(adapter, checkpoint, tmp_path, monkeypatch, capsys):
+def test_nothing_is_merged_into_a_quantized_base(adapter, checkpoint, tmp_path, capsys):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_bit": 4}))
-    assert merge(monkeypatch, "--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 2
+    assert merge("--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged") == 2
     assert "holds quantized weights, into which nothing can be added" in capsys.readouterr().err
     assert not (tmp_path / "merged" / "config.json").exists()
 
 
-def test_a_base_that_moved_is_named_and_can_be_given(adapter, checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_base_that_moved_is_named_and_can_be_given(adapter, checkpoint, tmp_path, capsys):
     assert find_trained(str(adapter)) == (str(checkpoint), {"adapter": str(adapter)})
     moved = checkpoint.rename(tmp_path / f"moved-{checkpoint.name}")
     flags = ("--lora_checkpoint", adapter, "--output_dir", tmp_path / "merged")
-    assert merge(monkeypatch, *flags) == 2
+    assert merge(*flags) == 2
     error = capsys.readouterr().err
     assert f"{adapter} was trained on {checkpoint}, which does not exist any more: set MODEL (--model_name" in error
     assert find_trained(str(adapter), str(moved))[0] == str(moved)
-    assert merge(monkeypatch, *flags, "--model_name_or_path", moved) == 0
+    assert merge(*flags, "--model_name_or_path", moved) == 0
 
 
 def test_an_adapter_of_a_demo_finds_it_anywhere(tmp_path):

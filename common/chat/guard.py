@@ -4,6 +4,7 @@ Any other page that a visitor has open can send requests to this server. It can 
 rebinding), and would then read the answers. So each request must name a host of this server, and come from its page.
 """
 
+import argparse
 import asyncio
 import ipaddress
 import re
@@ -159,6 +160,29 @@ def login(user: str, password: str) -> Callable[[str, str], Awaitable[bool]]:
             waiting -= 1
 
     return is_right
+
+
+def add_address_flags(parser: argparse.ArgumentParser, port: int) -> None:
+    """The flags of a server; ``port``: the default."""
+    address = "address to listen on; 0.0.0.0: all addresses (%(default)s)"
+    parser.add_argument("--host", default="127.0.0.1", help=address)
+    next_one = "port; if it is taken, the next free one (%(default)s)"
+    parser.add_argument("--port", type=int, default=port, help=next_one)
+    names = "more host names that it is reached by, with commas between: those of a reverse proxy"
+    parser.add_argument("--allowed_hosts", default="", help=names)
+
+
+def names_of(allowed_hosts: str) -> set[str]:
+    """The host names of --allowed_hosts."""
+    return {name.strip().lower() for name in allowed_hosts.split(",")} - {""}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises UserError if another program has taken the port since ``find_port`` found it free."""
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"port {port} was taken while the model was loaded: start again.") from error
 
 
 def find_port(host: str, first: int) -> int:

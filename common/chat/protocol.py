@@ -12,12 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from common.chat.chat import process_response
 from common.data.messages import read_messages, tools_text
 from common.data.rows import RowError
-from common.encoding import encode_eval, has_roles
+from common.encoding import encode_prompt, has_roles
 from common.tokenizers.base import Turn
 
-UNLIMITED = 2**30
 IDS = {"messages.tool_call_id", "messages.tool_calls.id"}  # a call is followed by its result, so none is needed
-Stop = str | list[str] | None
 
 
 class ApiError(Exception):
@@ -40,7 +38,7 @@ class Asked(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)  # None: that of the server's flags
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: Stop = None
+    stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1, None] = 1
     frequency_penalty: Literal[0, None] = 0
@@ -111,8 +109,7 @@ def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, system: str 
         roles = [turn.role for turn in turns]
         if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
             raise ApiError(400, "messages: this model reads questions of the user and answers of the assistant in turn")
-    turns = [turn._replace(loss=False) for turn in turns]
-    return encode_eval(tokenizer, [turns], UNLIMITED, UNLIMITED)[0].prompt_ids
+    return encode_prompt(tokenizer, turns)
 
 
 def new_id(kind: str) -> str:
@@ -140,7 +137,3 @@ def tool_call(name: str, content: str) -> dict[str, Any] | None:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
     return {"id": new_id("call"), "type": "function", "function": {"name": name, "arguments": text}}
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.chat import service
 from common.chat.chat import FULL_WIDTH, MAX_NEW_TOKENS, chat_parser, load_chat
-from common.chat.guard import Guard, find_port, longest_body
+from common.chat.guard import Guard, add_address_flags, find_port, listen, longest_body, names_of
 from common.chat.protocol import (
     ApiError,
     Asked,
@@ -38,7 +38,6 @@ from common.chat.protocol import (
     read_request,
     split_answer,
     tool_call,
-    usage,
 )
 from common.encoding import stop_ids
 from common.errors import UserError, exit_on_user_error, note
@@ -116,18 +115,19 @@ class Answer:
         Raises ApiError if the model fails, or takes longer than the limit.
         """
         stops, sent = self.asked.stops, 0
+        at_once = not (self.asked.stream or stops)  # nobody looks at the text before its end
         longest = max(map(len, stops), default=1) - 1
         end = time.monotonic() + self.answers.timeout
         try:
             while True:
                 item = await asyncio.wait_for(self.queue.get(), end - time.monotonic())
                 if isinstance(item, Exception):
-                    raise ApiError(500, f"the model failed: {type(item).__name__}", "server_error") from item
+                    raise failure(item)
                 if isinstance(item, str):
                     self.finish = item
                     break
                 self.tokens.append(item)
-                if not (self.asked.stream or stops):
+                if at_once:
                     continue
                 self.text = self.decoded()
                 if places := [place for place in map(self.text.find, stops) if place >= 0]:
@@ -137,7 +137,7 @@ class Answer:
                 if ready > sent:
                     yield self.text[sent:ready]
                     sent = ready
-            if not (self.asked.stream or stops):
+            if at_once:
                 self.text = self.decoded()
             if len(self.text) > sent:
                 yield self.text[sent:]
@@ -178,7 +178,8 @@ class Answer:
         return described(token.id, token.logprob) | {"top_logprobs": top}
 
     def usage(self) -> dict[str, int]:
-        return usage(len(self.prompt), len(self.tokens))
+        prompt, answer = len(self.prompt), len(self.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def message_of(answer: Answer, asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
@@ -273,16 +274,17 @@ def events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
         try:
             async for chunk in chunks:
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-        except ApiError as error:
-            yield f"data: {json.dumps(error.content, ensure_ascii=False)}\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(failure(error).content, ensure_ascii=False)}\n\n"
+            shown = error if isinstance(error, ApiError) else failure(error)
+            yield f"data: {json.dumps(shown.content, ensure_ascii=False)}\n\n"
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")
 
 
 def failure(error: Exception) -> ApiError:
+    """What a visitor is told of a fault of ours; the server's own messages tell more."""
+    note(f"warning: a request failed: {type(error).__name__}: {error}")
     return ApiError(500, f"the server failed: {type(error).__name__}", "server_error")
 
 
@@ -343,12 +345,7 @@ def build_app(answers: Answers, key: str) -> FastAPI:
 def server_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
     parser.add_argument("--served_name", default="tuned", help="name of the model in requests (%(default)s)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses (%(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port; if it is taken, the next free one (%(default)s)")
-    names = "more host names that programs reach it by, with commas between: those of a reverse proxy"
-    parser.add_argument("--allowed_hosts", default="", help=names)
+    add_address_flags(parser, 8000)
     parser.add_argument("--max_batch", type=int, default=32, help="requests that are answered at once (%(default)s)")
     parser.add_argument("--max_waiting", type=int, default=256, help="requests that may wait beside them (%(default)s)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of the longest answer (%(default)s)")
@@ -376,13 +373,14 @@ def main() -> None:
     if not key and args.host not in ("127.0.0.1", "localhost"):
         note("warning: everybody who can reach this endpoint may use it; set API_KEY to ask for a key.")
     answers = Answers(args)
-    names = {name.strip().lower() for name in args.allowed_hosts.split(",")} - {""}
-    app = Guard(build_app(answers, key), args.host, names, longest_body(answers.context), PATHS, refusal)
+    names, longest = names_of(args.allowed_hosts), longest_body(answers.context)
+    app = Guard(build_app(answers, key), args.host, names, longest, PATHS, refusal)
+    listener = listen(args.host, port)
     print(f"ready: http://{args.host}:{port}/v1, models {', '.join(answers.service.speakers)}", flush=True)
     try:
-        config = uvicorn.Config(app, args.host, port, log_level="warning", ws="none", server_header=False)
+        config = uvicorn.Config(app, log_level="warning", ws="none", proxy_headers=False, server_header=False)
         config.timeout_graceful_shutdown = 5  # seconds that answers get to end
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run([listener])
     except KeyboardInterrupt:
         note("stopped")
     finally:

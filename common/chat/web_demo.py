@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -159,10 +158,7 @@ def web_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
     compare = "let the base answer too; auto: if that needs no second model in memory"
     parser.add_argument("--compare", choices=("auto", "true", "false"), default="auto", help=compare)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7860, help="port; if it is taken, the next free one (7860)")
-    names = "more host names that visitors reach the page by, with commas between: those of a reverse proxy"
-    parser.add_argument("--allowed_hosts", default="", help=names)
+    guard.add_address_flags(parser, 7860)
     share = "also open a public link through Gradio's servers"
     parser.add_argument("--share", choices=("true", "false"), default="false", help=share)
     parser.epilog = f"If PASSWORD is set in the environment, visitors must log in as {USER}."
@@ -263,12 +259,8 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
         ssr_mode=False,
         mcp_server=False,
     )
-    names = {name.strip().lower() for name in args.allowed_hosts.split(",")} - {""}
-    guarded = guard.Guard(app, args.host, names, guard.longest_body(context))
-    try:
-        listener = socket.create_server((args.host, port))
-    except OSError as error:
-        raise UserError(f"port {port} was taken while the model was loaded: start again.") from error
+    guarded = guard.Guard(app, args.host, guard.names_of(args.allowed_hosts), guard.longest_body(context))
+    listener = guard.listen(args.host, port)
     config = uvicorn.Config(
         guarded, log_level="warning", limit_concurrency=CONNECTIONS, ws="none", proxy_headers=False, server_header=False
     )

@@ -6,14 +6,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GlmForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.data.messages import read_given
-from common.encoding import encode_eval
+from common.data.messages import read_messages
+from common.encoding import encode_prompt
 from common.errors import UserError
-from common.tokenizers.base import Conversation, Turn
 
 Messages = list[dict[str, Any]]
 
-UNLIMITED = 2**30
 TOKENS = 64  # of a greedy answer
 ROUNDS: Messages = [
     {"role": "user", "content": "  People of philosophy\n\n"},
@@ -29,18 +27,9 @@ WITH_TOOLS: Messages = [
 ]
 
 
-def turns_of(messages: Messages) -> Conversation:
-    """The messages as the tokenizers here take them, with the tools in the system's text."""
-    return [
-        read_given("system", message, message["content"], False, "messages", set())
-        if message["role"] == "system"
-        else Turn(message["role"], message["content"], message.get("metadata", ""))
-        for message in messages
-    ]
-
-
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    return encode_eval(tokenizer, [turns_of(messages)], UNLIMITED, UNLIMITED)[0].prompt_ids
+    """The prompt here, of messages as a file of training rows has them."""
+    return encode_prompt(tokenizer, read_messages(messages, "conversations", set()))
 
 
 def compare_prompts(tokenizer: PreTrainedTokenizerBase, family: str, folder: Path) -> None:
