@@ -71,6 +71,7 @@ PRIVATE = {  # name -> what breaks without it, or if its meaning changes
     "transformers.cache_utils.DynamicCache": "the models keep no cache",
     "transformers.cache_utils.DynamicLayer": "answers copy all keys and values for each token, or do not fit",
     "torch.ops.mkldnn._linear_pointwise": "products in float32 take twice as long on CPUs that are not Intel's",
+    "torch.ops.mkldnn._reorder_linear_weight": "answers on CPUs that are not Intel's take half as long again",
     # data and downloads
     "_indices": "of a Dataset: the data report of a million rows takes 2 GB",
     "_fingerprint": "of a Dataset: the cache of --dataset_name does not notice other rows",

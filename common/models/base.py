@@ -270,7 +270,7 @@ class ForNextToken(PreTrainedModel):
         outputs = self.base_model(input_ids, use_cache=use_cache, **kwargs)
         hidden_states = outputs.last_hidden_state
         head = self.get_output_embeddings()
-        logits = None if loss_only else head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        logits = None if loss_only else head(slice_logits_to_keep(hidden_states, logits_to_keep).contiguous())
         loss = None
         if labels is not None:
             loss = next_token_loss(

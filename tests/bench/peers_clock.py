@@ -26,7 +26,11 @@ def answer_sizes(args, result):
     return list((result["sequences"] if isinstance(result, dict) else result).shape)
 
 
-# module -> class ("": none), function, what it is, its sizes. Encoding: reading the files and making token ids of them.
+def no_rows(args, result):
+    return [0]
+
+
+# module -> class ("": none), functions, what they are, sizes. Encoding: reading the files and making token ids of them.
 METHODS = {
     "transformers.trainer": ("Trainer", "training_step", "batch", batch_sizes),
     "transformers.trainer_callback": ("CallbackHandler", "on_step_end", "step", no_sizes),
@@ -34,6 +38,7 @@ METHODS = {
     "datasets.load": ("", "load_dataset", "encoding", no_sizes),
     "datasets.arrow_dataset": ("Dataset", "map", "encoding", no_sizes),
     "common.data.dataset": ("", "prepare_dataset", "encoding", no_sizes),
+    "common.models.products": ("", "pack unpack", "answers", no_rows),
 }
 
 
@@ -71,12 +76,13 @@ class Finder:
     def find_spec(name, path, target=None):
         if name not in METHODS:
             return None
-        spec, (owner, *noted) = PathFinder.find_spec(name, path), METHODS[name]
+        spec, (owner, functions, *noted) = PathFinder.find_spec(name, path), METHODS[name]
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            note_calls(vars(module)[owner] if owner else module, *noted)
+            for function in functions.split():
+                note_calls(vars(module)[owner] if owner else module, function, *noted)
 
         spec.loader.exec_module = exec_module
         return spec
