@@ -8,8 +8,9 @@ a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that 
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,13 +72,23 @@ class PTuning(Method):
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
 
-    @contextmanager
-    def base(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        encoder, model.base_model.prefix_encoder = model.base_model.prefix_encoder, None
-        try:
-            yield model
-        finally:
-            model.base_model.prefix_encoder = encoder
+    def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        return with_prefix(model, None)
+
+    def more(self, model: PreTrainedModel, folder: Path) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+        with with_prefix(model, None):
+            load_prefix(model, folder)
+            return partial(with_prefix, model, model.base_model.prefix_encoder)
+
+
+@contextmanager
+def with_prefix(model: PreTrainedModel, encoder: nn.Module | None) -> Iterator[PreTrainedModel]:
+    """A context in which the model has another prefix, or none."""
+    own, model.base_model.prefix_encoder = model.base_model.prefix_encoder, encoder
+    try:
+        yield model
+    finally:
+        model.base_model.prefix_encoder = own
 
 
 class PrefixEncoder(nn.Module):

@@ -75,8 +75,8 @@ def packed(model: nn.Module) -> Iterator[None]:
 def pack(model: nn.Module) -> dict[nn.Linear, Tensor]:
     """Arranges the weights of linear layers for the products of a few rows, where oneDNN computes. No gradients then.
 
-    Each arranged weight takes the place of the plain one, which reads as NaN. Weights that others use too stay: those of
-    a tied embedding or of an optimizer's flat buffer, and all beside DoRA, which computes with them. Returns the
+    Each arranged weight takes the place of the plain one, which reads as NaN. Weights that others use too stay: those
+    of a tied embedding or of an optimizer's flat buffer, and all beside DoRA, which computes with them. Returns the
     arranged weights.
     """
     layers: dict[nn.Linear, Tensor] = {}
