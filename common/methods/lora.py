@@ -208,7 +208,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
             raise
         detail = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise UserError(f"the adapter in {folder} belongs to a model of another size: {detail}") from error
-    misfits = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    misfits = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key and f".{name}." in key)]
     if misfits:
         raise UserError(f"the adapter in {folder} belongs to another model: {misfits[0]} does not fit.")
     return adapted.eval()

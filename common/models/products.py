@@ -5,6 +5,7 @@ uses it on all of them, and is 1.3 to 2.6 times as fast on an AMD EPYC. Of a few
 where it need not arrange the weights for each product.
 """
 
+import ctypes
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def pack(model: nn.Module) -> dict[nn.Linear, Tensor]:
             layers[layer] = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
             layer.weight.data = weight.new_full((), torch.nan).expand_as(weight)
             layer.forward = partial(linear, weight=layers[layer], bias=layer.bias)  # type: ignore[method-assign]
+    ctypes.CDLL(None).malloc_trim(0)  # else the plain weights' memory stays with the process, in pieces
     return layers
 
 
