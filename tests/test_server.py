@@ -274,6 +274,7 @@ def test_models_without_roles_take_questions_and_answers_only(addresses):
         (["--served_name", "base"], "base is that of the base model"),
         (["--model_name_or_path", "nowhere"], "no model folder nowhere"),
         (["--checkpoint", "a={one},b={adapter}"], "can't share a base model: give prefixes only, or adapters only"),
+        (["--checkpoint", "{one},{two}", "--served_name", "x"], "--served_name x: the names of several models stand"),
         (["--checkpoint", "{one},{one}"], "'one' would name two models"),
         (["--checkpoint", "{one},b={other}"], "was trained on demo3, and"),
         (["--host", "203.0.113.7"], "can't listen on 203.0.113.7"),

@@ -25,21 +25,24 @@ from common.models.registry import open_model
 from common.trained import find_training
 
 BROKEN = "\ufffd"  # a character of which the answer has not all bytes yet
+ONE = "tuned"  # name of a single model
 MOST_ROWS = 32  # that are answered at once unless --max_batch says otherwise
 
 
-def named_folders(given: str, name: str) -> dict[str, Path]:
-    """{name in requests: trained folder}. One folder is called ``name``; of several, NAME=FOLDER,FOLDER, a folder
-    without a name has its own.
+def named_folders(given: str, name: str | None) -> dict[str, Path]:
+    """{name in requests: trained folder}. One folder is called ``name`` or tuned; of several, NAME=FOLDER,FOLDER, one
+    without a name has that of its folder.
 
-    Raises UserError for a name that comes twice, and as ``find_training``.
+    Raises UserError for a name that comes twice or belongs to no folder, and as ``find_training``.
     """
     parts = [given] if Path(given).exists() else [part.strip() for part in given.split(",") if part.strip()]
+    if parts[1:] and name:
+        raise UserError(f"--served_name {name}: the names of several models stand before their folders, NAME=FOLDER.")
     found: dict[str, Path] = {}
     for part in parts:
         label, _, path = ("", "", part) if Path(part).exists() else part.rpartition("=")
         folder = find_training(path)
-        label = label or (folder.resolve().name if parts[1:] else name)
+        label = label or (folder.resolve().name if parts[1:] else name or ONE)
         if label in ("base", *found):
             raise UserError(f"CHECKPOINT (--checkpoint): {label!r} would name two models: write NAME={path}.")
         found[label] = folder
@@ -81,7 +84,7 @@ class Answers:
         folders = named_folders(args.checkpoint, args.served_name) if args.checkpoint else {}
         if folders:
             check_together([*folders.values()], args.model_name_or_path)
-        name, *others = folders or [args.served_name]
+        name, *others = folders or [args.served_name or ONE]
         args.checkpoint = folders.get(name)
         model, self.tokenizer, trained = load_chat(args)
         self.context, self.longest = model.config.max_position_embeddings, args.max_new_tokens or MAX_NEW_TOKENS

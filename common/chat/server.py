@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from common.chat.answers import MOST_ROWS, Answer, Answers, failure
+from common.chat.answers import MOST_ROWS, ONE, Answer, Answers, failure
 from common.chat.chat import FULL_WIDTH, chat_parser
 from common.chat.guard import Guard, add_address_flags, find_port, listen, longest_body, names_of
 from common.chat.protocol import (
@@ -201,7 +201,9 @@ def build_app(answers: Answers, key: str) -> FastAPI:
 
 def server_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
-    parser.add_argument("--served_name", default="tuned", help="name of a single model in requests (%(default)s)")
+    parser.add_argument(
+        "--served_name", help=f"name of the model in requests; default: {ONE}; of several, write NAME=FOLDER"
+    )
     add_address_flags(parser, 8000)
     parser.add_argument(
         "--max_batch",
