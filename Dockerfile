@@ -4,6 +4,7 @@
 FROM python:3.11-slim-bookworm
 
 # DeepSpeed and Triton compile parts of themselves.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
