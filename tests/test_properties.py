@@ -182,7 +182,6 @@ TEMPLATES = {
     "by position": (
         "[gMASK]<sop>{% for m in messages %}{% if loop.index0 % 2 %}{{ m.content }}#{% else %}<|{{ m.role }}|>"
         "{{ m.content[:1] }}{{ m.content }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
 }
 
