@@ -17,7 +17,7 @@ from common.arguments import DataArguments, PrefixArguments
 from common.data.dataset import prepare_dataset
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
-from common.loading import load_model, load_tokenizer
+from common.loading import find_trained, load_model, load_tokenizer
 from common.methods.prefix import PTuning
 from common.tokenizers.base import Turn
 
@@ -263,10 +263,13 @@ def test_gradients_of_a_prefix_are_those_without_checkpointing_and_of_the_loss(g
 
 
 def test_p_tuning_on_glm4_trains_and_answers_beside_its_base(glm_folder, tmp_path, monkeypatch):
-    flags = ["--pre_seq_len", "4", "--evaluate_base"]
+    flags = ["--pre_seq_len", "4", "--evaluate_base", "--do_eval", "--validation_file", str(tmp_path / "chats.json")]
     start("ptuning", glm_folder, tmp_path / "out", monkeypatch, *TWO_STEPS, *PREDICTION, *flags)
+    losses = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert losses["eval_loss"] < losses["eval_base_loss"]
     stored = torch.load(tmp_path / "out" / "pytorch_model.bin")
     assert list(stored) == ["transformer.prefix_encoder.embedding.weight"]
+    assert find_trained(str(tmp_path / "out")) == (str(glm_folder), {"ptuning_checkpoint": str(tmp_path / "out")})
     tuned = load_model(glm_folder, ptuning_checkpoint=tmp_path / "out")
     base = load_model(glm_folder)
     ids = torch.arange(12)[None]

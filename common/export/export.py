@@ -69,7 +69,8 @@ def check_leaves(folder: ModelFolder, form: str) -> None:
     if folder.bits:
         raise UserError(f"{folder.path} holds quantized weights: export the 16-bit model.")
     if folder.spec.key == "glm":
-        raise UserError(f"{folder.path} is in the format of transformers, which other programs load as it is.")
+        merged = "merge an adapter by lora/merge.sh, and they load the result"
+        raise UserError(f"{folder.path} is in the format of transformers: other programs load it as it is; {merged}.")
     if folder.spec.key == "chatglm" and form != "original":
         raise UserError(
             "ChatGLM-6B reads a question in both directions, which no other program computes: "

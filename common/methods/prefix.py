@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from common.arguments import PrefixArguments
 from common.errors import UserError
-from common.files import read_json, weight_files
+from common.files import read_json, weight_files, write_json
 from common.methods import Method, check_flags
 from common.models.chatglm import ChatGLMConfig
 from common.models.registry import ModelFolder, empty_model
@@ -66,6 +66,8 @@ class PTuning(Method):
         whole = {name.replace(own, KEY_PREFIX): x.float().cpu().contiguous() for name, x in tensors.items()}
         torch.save(whole, folder / "pytorch_model.bin")
         model.config.save_pretrained(folder)
+        config = read_json(folder / "config.json") or {}
+        write_json(folder / "config.json", config | {"_name_or_path": model.name_or_path})  # of its base
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))

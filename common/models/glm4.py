@@ -3,6 +3,8 @@
 The head computes the logits of labelled positions only. A prefix enters each layer in its attention function.
 """
 
+from functools import wraps
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -51,7 +53,8 @@ class WithPrefix(ForNextToken):
         super().__init__(config)
         self.base_model.prefix_encoder = None
 
-    def forward(self, input_ids: Tensor, **kwargs):
+    @wraps(ForNextToken.forward)  # the Trainer reads the names of its arguments
+    def forward(self, input_ids: Tensor, *args, **kwargs):
         encoder = self.base_model.prefix_encoder
         if encoder is not None and self.config._attn_implementation != PREFIX_ATTENTION:
             self.set_attn_implementation(PREFIX_ATTENTION)
@@ -59,7 +62,7 @@ class WithPrefix(ForNextToken):
             prefixes = [None] * len(self.base_model.layers) if encoder is None else encoder(len(input_ids))
             for layer, prefix in zip(self.base_model.layers, prefixes, strict=True):
                 layer.self_attn.prefix = prefix
-        return super().forward(input_ids, **kwargs)
+        return super().forward(input_ids, *args, **kwargs)
 
 
 class GlmForCausalLM(WithPrefix, transformers.GlmForCausalLM):
