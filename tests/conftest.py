@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from common.encoding import EvalRow, TrainRow
 from common.models import chatglm, chatglm2
-from common.tokenizers.base import SentencePieceTokenizer
+from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
@@ -76,7 +76,7 @@ def load_tiny_model(spec: Spec, folder: Path) -> PreTrainedModel:
     return spec.model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def encoded(tokenizer: SentencePieceTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encoded(tokenizer: GLMTokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
 
 
@@ -85,7 +85,7 @@ def whole(rows: Iterable[TrainRow | EvalRow]) -> list[tuple]:
     return [(row.input_ids, row.labels, *row[2:]) if isinstance(row, TrainRow) else tuple(row) for row in rows]
 
 
-def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:
+def load_real_tokenizer(spec: Spec, folder: Path) -> GLMTokenizer:
     """The tokenizer with the original vocabulary, which is not ours to ship; skips the test without it."""
     vocabulary = os.environ.get(spec.vocabulary_variable)
     name = spec.tokenizer_class.vocab_files_names["vocab_file"]
@@ -239,7 +239,7 @@ def tokenizer_goldens2(spec) -> dict:
 
 
 @pytest.fixture(scope="session")
-def real_tokenizer2(spec, tmp_path_factory) -> SentencePieceTokenizer:
+def real_tokenizer2(spec, tmp_path_factory) -> GLMTokenizer:
     return load_real_tokenizer(spec, tmp_path_factory.mktemp("real_tokenizer2"))
 
 
@@ -271,7 +271,7 @@ def small_vocabulary(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer(spec, small_vocabulary) -> SentencePieceTokenizer:
+def small_tokenizer(spec, small_vocabulary) -> GLMTokenizer:
     return spec.tokenizer_class(str(small_vocabulary))
 
 

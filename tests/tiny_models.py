@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.models import chatglm, chatglm2
-from common.tokenizers.base import SentencePieceTokenizer
+from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 
@@ -157,7 +157,7 @@ class Spec(NamedTuple):
 
     name: str
     model_class: Any
-    tokenizer_class: type[SentencePieceTokenizer]
+    tokenizer_class: type[GLMTokenizer]
     vocabulary_variable: str  # the environment variable with the path of the original vocabulary
     config: dict
     tokenizer_config: dict

@@ -80,14 +80,14 @@ def json_of(name: str, value: Any) -> Any:
         raise RowError(f"{name} is not JSON: {error}") from error
 
 
-def tools_text(name: str, value: Any, indent: int | None = None) -> str:
+def tools_text(name: str, value: Any) -> str:
     """The tools as JSON, "" for none. Fields of ``properties`` that are null, as tables have, are left out."""
     tools = json_of(name, value)
     if not tools:
         return ""
-    if not isinstance(tools, (list, dict)):
+    if not all(isinstance(tool, dict) for tool in (tools if isinstance(tools, list) else [tools])):
         raise RowError(f"{name} must hold a list of tools, not {tools!r:.40}")
-    return check_text(name, json.dumps(without_null_properties(tools), ensure_ascii=False, indent=indent))
+    return check_text(name, json.dumps(without_null_properties(tools), ensure_ascii=False))
 
 
 def without_null_properties(value: Any) -> Any:
@@ -225,11 +225,10 @@ def read_given(role: str, message: dict[str, Any], content: Any, loss: bool, col
     if any(not is_empty(message.get(name)) for name in ("tool_calls", "function_call")):
         raise RowError(f"only the assistant calls tools, not {role}")
     text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    # Beside a text, the tokenizer of ChatGLM3 indents the tools.
-    tools = tools_text("tools", message.get("tools"), indent=4 if text else None) if role == "system" else ""
+    tools = tools_text("tools", message.get("tools")) if role == "system" else ""
     if content is None and not tools:
         raise RowError(f"{role} without content")
-    return Turn(role, "\n".join(filter(None, (text, tools))), metadata, loss)
+    return Turn(role, text, metadata, loss, tools=tools)
 
 
 def note_unread(fields: dict[str, Any], read: set[str], where: str, unread: set[str]) -> None:

@@ -62,7 +62,7 @@ def special_tokens(tokenizer: ChatGLM2Tokenizer) -> dict[str, int]:
 
 def as_bpe(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
     """The vocabulary with merges: two pieces merge as early as the piece that they make has a high score."""
-    pieces: SentencePieceProcessor = tokenizer.sp_model
+    pieces: SentencePieceProcessor = tokenizer.pieces
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     texts = {
         piece: index
