@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint, write_tokenizer_config
+from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_chatglm4, write_checkpoint, write_tokenizer_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -34,6 +34,7 @@ from common.models import chatglm, chatglm2
 from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
 
 gc.freeze()  # or each full collection of the tests looks at all that the libraries have made
 GOLDENS = CHATGLM.goldens
@@ -283,6 +284,22 @@ def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
 @pytest.fixture(scope="session")
 def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
     return ChatGLM3Tokenizer(str(small_vocabulary))
+
+
+# GLM-4 in its first format
+
+
+@pytest.fixture(scope="session")
+def chatglm4_folder(tmp_path_factory) -> Path:
+    """The folder of a small random model, with the files of ``write_poison``."""
+    folder = write_chatglm4(tmp_path_factory.mktemp("glm-4-9b-chat"))
+    write_poison(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer4(chatglm4_folder) -> ChatGLM4Tokenizer:
+    return ChatGLM4Tokenizer.from_pretrained(chatglm4_folder)
 
 
 # Models that think

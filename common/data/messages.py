@@ -319,7 +319,7 @@ def call_of(call: Any, where: str, unread: set[str]) -> tuple[Any, Any]:
 
 
 def read_call(name: Any, parameters: Any, loss: bool) -> Turn:
-    """The assistant's turn that calls a tool, written as in ChatGLM3's training data: tool_call(city='北京')."""
+    """The assistant's turn that calls a tool, with the text of ChatGLM3's training data: tool_call(city='北京')."""
     if not isinstance(name, str) or not name:
         raise RowError('a tool call needs a "name"')
     parameters = json_of(f"the parameters of {name}", parameters) or {}
@@ -331,4 +331,5 @@ def read_call(name: Any, parameters: Any, loss: bool) -> Turn:
     if other:  # names that are no Python identifiers: tool_call(city='北京', **{'a-b': 1})
         arguments.append(f"**{other!r}")
     content = check_text(f"the parameters of {name}", f"```python\ntool_call({', '.join(arguments)})\n```")
-    return Turn("assistant", content, metadata=check_text("name", name), loss=loss)
+    as_json = json.dumps(given, ensure_ascii=False)
+    return Turn("assistant", content, check_text("name", name), loss, arguments=as_json)

@@ -36,7 +36,8 @@ class PTuning(Method):
         args = self.args
         if folder.spec.key == "glm":
             raise UserError(
-                f"P-Tuning v2 is for ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B; {folder.path} is a {folder.spec.name}."
+                f"P-Tuning v2 is for models in their first format; {folder.path} is a {folder.spec.name} in that of "
+                "transformers."
             )
         if args.ptuning_checkpoint:
             check_prefix(args.ptuning_checkpoint, args)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ class Turn(NamedTuple):
     loss: bool = False  # whether the model learns to write this turn
     reasoning_content: str = ""  # in a turn of the assistant: its thoughts, for a chat template that writes them
     tools: str = ""  # in a system turn: the tools as JSON, which each model reads in another form
+    arguments: str = ""  # in a call of a tool: its arguments as JSON, which the content has as Python
 
 
 Conversation = Sequence[Turn]
@@ -46,6 +47,14 @@ def with_tools(turn: Turn) -> Turn:
         return turn
     indented = json.dumps(json.loads(turn.tools), indent=4, ensure_ascii=False)
     return turn._replace(content=f"{turn.content}\n{indented}" if turn.content else turn.tools, tools="")
+
+
+def added_tokens(special: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Special tokens as a tokenizer_config.json has them."""
+    return {
+        str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+        for token, number in special.items()
+    }
 
 
 class GLMTokenizer(PreTrainedTokenizer):

@@ -109,17 +109,22 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The messages that a turn is written as."""
         return [with_tools(turn)]
 
+    def texts_of(self, turn: Turn) -> tuple[str, ...]:
+        """The texts of a message that are encoded each for itself."""
+        return f"{turn.metadata}\n", turn.content
+
     def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
         """Every message with its token ids: the header is the role token, the body metadata line and content."""
         conversations = [[each for turn in turns for each in self.messages_of(turn)] for turns in conversations]
         turns = [turn for conversation in conversations for turn in conversation]
         roles = {role: np.array([self.get_command(f"<|{role}|>")], np.int32) for role in ROLES}
-        texts = [text for turn in turns for text in (f"{turn.metadata}\n", turn.content)]
+        texts = [text for turn in turns for text in self.texts_of(turn)]
         different = list(dict.fromkeys(texts))  # a system prompt may come with each conversation
         ids = dict(zip(different, self.encode_batch(different), strict=True))
         pieces = [ids[text] for text in texts]
         joined = np.concatenate([np.empty(0, np.int32), *pieces])  # all at once, which is faster than one by one
-        ends = list(accumulate(map(len, pieces)))[1::2]
+        step = len(texts) // len(turns) if turns else 1
+        ends = list(accumulate(map(len, pieces)))[step - 1 :: step]
         bodies = (joined[begin:end] for begin, end in pairwise([0, *ends]))
         return [
             [EncodedTurn(turn, roles[turn.role], next(bodies)) for turn in conversation]

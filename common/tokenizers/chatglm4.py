@@ -13,7 +13,7 @@ import numpy as np
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from common.tokenizers.base import Ids, Turn
+from common.tokenizers.base import Ids, Turn, added_tokens
 from common.tokenizers.chatglm2 import ROLES, ChatGLM3Tokenizer
 from common.tokenizers.tools import tools_prompt
 
@@ -36,16 +36,12 @@ def shown(token: bytes) -> str:
 def read_table(file: str) -> list[bytes]:
     """The tokens of a tiktoken table by their numbers. Raises ValueError for a table that is none."""
     lines = [line.split() for line in Path(file).read_bytes().splitlines()]
-    tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
-    if [int(number) for _, number in lines] != list(range(len(lines))):
-        raise ValueError("the numbers of its tokens don't count from 0")
-    different = set(tokens)
-    if (
-        len(different) < len(tokens)
-        or max(map(len, tokens)) > LONGEST
-        or any(bytes([b]) not in different for b in range(256))
-    ):
-        raise ValueError("a token is there twice or too long, or a byte is missing")
+    numbers = {base64.b64decode(token, validate=True): int(number) for token, number in lines}
+    tokens = sorted(numbers, key=numbers.__getitem__)
+    if list(map(numbers.__getitem__, tokens)) != list(range(len(lines))):
+        raise ValueError("its tokens are not numbered from 0, or one is there twice")
+    if max(map(len, tokens)) > LONGEST or not {bytes([byte]) for byte in range(256)} <= numbers.keys():
+        raise ValueError("a token is too long, or that of a byte is missing")
     return tokens
 
 
@@ -132,16 +128,19 @@ class ChatGLM4Tokenizer(ChatGLM3Tokenizer):
 
     def messages_of(self, turn: Turn) -> list[Turn]:
         """The tools are a system message of their own. Given messages without text are left out, as in the original."""
-        own = [turn] if turn.content or turn.role == "assistant" else []
-        return [turn._replace(content=tools_prompt(json.loads(turn.tools))), *own] if turn.tools else own
+        found = [turn._replace(content=tools_prompt(json.loads(turn.tools)))] if turn.tools else []
+        if turn.content or turn.role == "assistant":
+            found.append(turn._replace(content=turn.arguments or turn.content))
+        return found
+
+    def texts_of(self, turn: Turn) -> tuple[str, ...]:
+        return (f"{turn.metadata}\n{turn.content}",)
 
     def config_fields(self) -> dict:
         """With these the newer of the two original codes knows its special tokens."""
-        added = {
-            str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-            for token, number in self.special_token_ids.items()
-        }
-        return super().config_fields() | self.named_tokens | {"added_tokens_decoder": added}
+        return (
+            super().config_fields() | self.named_tokens | {"added_tokens_decoder": added_tokens(self.special_token_ids)}
+        )
 
 
 def as_fast(tokenizer: ChatGLM4Tokenizer) -> Tokenizer:

@@ -162,7 +162,7 @@ def leaves_out_thoughts(turn: Turn, body: str) -> bool:
 def message_of(turn: Turn) -> dict[str, Any]:
     """The turn as chat templates read it; a template tells a missing thought from an empty one."""
     message = turn._asdict()
-    del message["tools"]  # they are in the text
+    del message["tools"], message["arguments"]  # they are in the text
     if turn.reasoning_content:
         message["thinking"] = turn.reasoning_content  # the name that older templates read
     else:

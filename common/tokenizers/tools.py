@@ -8,7 +8,7 @@ TOOLS = (
     "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的问题和要求"
     "提供适当的答复和支持。\n\n# 可用工具"
 )
-FUNCTION = "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+FUNCTION = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
 OWN_TOOLS = {
     "python": "当你向 `python` 发送包含 Python 代码的消息时，该代码将会在一个有状态的 Jupyter notebook 环境中执行。\n"
     "`python` 返回代码执行的输出，或在执行 60 秒后返回超时。\n"
@@ -40,6 +40,6 @@ def tools_prompt(tools: list[dict[str, Any]] | dict[str, Any]) -> str:
     for tool in tools if isinstance(tools, list) else [tools]:
         function = tool["function"] if isinstance(tool.get("function"), dict) else tool
         name, own = function.get("name", tool.get("type")), OWN_TOOLS.get(str(tool.get("type")))
-        description = own or json.dumps(function, ensure_ascii=False, indent=4) + FUNCTION
+        description = own or json.dumps(function, ensure_ascii=False, indent=4) + "\n" + FUNCTION
         text += f"\n\n## {name}\n\n{description}"
     return text
