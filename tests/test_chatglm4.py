@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 import torch
-from conftest import encoded
+from conftest import ROOT, encoded
+from shell import run_program
 from transformers import GlmForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -298,3 +299,75 @@ def test_a_saved_checkpoint_has_the_weights_and_fields_of_the_original(own, chat
     again = load_model(tmp_path)
     assert type(again) is type(own) and again.config.generation == "chatglm4"
     assert all(torch.equal(weight, own.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
+# The whole way
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    messages = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "今天天气很好。"}]
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    file.write_text((json.dumps({"messages": messages}) + "\n") * 4)
+    return file
+
+
+def start(method: str, model: Path, data: Path, output: Path, *flags: str) -> int:
+    argv = [str(ROOT / method / "main.py"), "--model_name_or_path", str(model), "--output_dir", str(output)]
+    argv += ["--train_file", str(data), "--test_file", str(data), "--validation_file", str(data), "--use_cpu"]
+    argv += ["--max_source_length", "32", "--max_target_length", "32", "--max_new_tokens", "4", "--report_to", "none"]
+    argv += ["--do_train", "--do_eval", "--do_predict", "--max_steps", "3", "--learning_rate", "1e-2"]
+    return run_program([*argv, "--per_device_train_batch_size", "2", *flags])
+
+
+METHODS = {
+    "ptuning": (["--pre_seq_len", "4", "--quantization_bit", "8"], "pytorch_model.bin"),
+    "lora": ([], "adapter_model.safetensors"),
+    "full": (["--activation_checkpointing"], "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_evaluates_and_answers(method, chatglm4_folder, data, tmp_path, capsys):
+    flags, saved = METHODS[method]
+    out = tmp_path / "out"
+    assert start(method, chatglm4_folder, data, out, *flags) == 0
+    assert (out / saved).is_file() and not (chatglm4_folder / "executed").exists()
+    answers = (out / "generated_predictions.txt").read_text().splitlines()
+    assert [json.loads(line)["labels"] for line in answers] == ["今天天气很好。"] * 4
+    assert json.loads((out / "eval_results.json").read_text())["eval_loss"] > 0
+    assert run_program([str(ROOT / "common" / "inference_hf.py"), str(out), "--prompt", "你好"]) == 0
+    if method == "lora":
+        merged = ["--lora_checkpoint", str(out), "--dtype", "float32"]
+        assert run_program([str(ROOT / "common" / "merge.py"), *merged]) == 0
+        assert load_model(out / "merged").config.rope_ratio == 500
+    export = [str(ROOT / "common" / "export" / "export.py"), "--checkpoint", str(out), "--dtype", "float32"]
+    if method == "ptuning":
+        assert run_program(export) == 2
+        return
+    assert run_program(export) == 0
+    model = GlmForCausalLM.from_pretrained(out / "glm")
+    assert model.config.rope_parameters["rope_theta"] == 10000 * 500 and model.config.bos_token_id is None
+    assert run_program([*export, "--format", "original"]) == 0
+    fields = json.loads((out / "original" / "tokenizer_config.json").read_text())
+    assert fields["auto_map"]["AutoTokenizer"][0] == "tokenization_chatglm.ChatGLM4Tokenizer"
+    assert fields["chat_template"].startswith("{%- set own") and "<|user|>" in json.dumps(
+        fields["added_tokens_decoder"]
+    )
+    capsys.readouterr()
+    assert run_program([*export, "--format", "gguf", "--output_dir", str(tmp_path / "gguf")]) == 2
+    assert "of a GLM-4 no GGUF file is written here: take FORMAT=glm" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(chatglm4_folder, small_vocabulary, tmp_path):
+    """Both have a file of that name: each says so in one sentence."""
+    mixed = shutil.copytree(chatglm4_folder, tmp_path / "glm-4-9b")
+    shutil.copyfile(small_vocabulary, mixed / "tokenizer.model")
+    with pytest.raises(UserError, match="tokenizer.model is no vocabulary of GLM-4: copy or download it again"):
+        load_tokenizer(mixed)
+    config = json.loads((mixed / "config.json").read_text()) | {"generation": "chatglm3"}
+    (mixed / "config.json").write_text(json.dumps(config))
+    (mixed / "tokenizer_config.json").unlink()
+    shutil.copyfile(chatglm4_folder / "tokenizer.model", mixed / "tokenizer.model")
+    with pytest.raises(UserError, match="tokenizer.model is text, not the vocabulary"):
+        load_tokenizer(mixed)

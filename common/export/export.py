@@ -114,7 +114,8 @@ def write_original(folder: ModelFolder, output_dir: Path, dtype: torch.dtype, li
     weights = empty_model(folder.spec, folder.config).original_state_dict(dtype, dict(stored_weights(folder)))
     write_shards(weights.items(), output_dir, "pytorch_model.bin", limit, torch.save)
     compare_answers(load_model(folder, dtype), load_model(output_dir, dtype), encode_chat(tokenizer, SAMPLE))
-    print(f"copy {', '.join(original.MODEL_CODE)} beside it from the base model: this folder holds no code")
+    code = ", ".join(original.MODEL_CODE)
+    print(f"copy {code} beside it from the base model, as far as it has them: this folder holds no code")
 
 
 WRITERS = {"glm": write_glm, "gguf": write_gguf, "original": write_original}

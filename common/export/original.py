@@ -15,7 +15,7 @@ AUTO_MAP = {
 
 
 def write_settings(folder: ModelFolder, output_dir: Path) -> None:
-    """config.json and tokenizer_config.json with the names of the official code's classes; GLM-4's has no template."""
+    """config.json and tokenizer_config.json with the names of the official code's classes, and GLM-4's template."""
     folder.config.save_pretrained(output_dir)
     tokenizer = f"tokenization_chatglm.{folder.spec.tokenizer.original_class}"
     template = {"chat_template": TEMPLATES["chatglm4"]} if folder.spec.key == "chatglm4" else {}
