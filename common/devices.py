@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import torch
 
 from common.errors import UserError, note
@@ -97,6 +98,11 @@ def oldest_capability(device: torch.device) -> tuple[int, int] | None:
         return None
     module = torch.get_device_module(device)
     return min(module.get_device_capability(index) for index in range(module.device_count()))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; on a CPU, in the host."""
+    return psutil.virtual_memory().available if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
 
 
 def check_bits(bits: int | None, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 # Serves a tuned model to programs that speak OpenAI's interface, and its base beside it under the name base.
 #     bash serve.sh                                      the newest training, at http://127.0.0.1:8000/v1
 #     HOST=0.0.0.0 API_KEY=secret bash serve.sh          reachable from other machines
+#     CHECKPOINT=output/one,two=output/other bash serve.sh   several trainings of one base, under their names
 #     CHECKPOINT= MODEL=demo3 bash serve.sh              a base model alone
 # shellcheck source-path=SCRIPTDIR
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"

@@ -169,7 +169,7 @@ FLAGS = cases(
     ("--dataloader_drop_last --per_device_train_batch_size 50", "4 rows fill no batch of 50"),
     ("--push_to_hub", "--push_to_hub can't be used"),
     ("--report_to wandb", "--report_to wandb: wandb is not installed here: .* -m pip install wandb"),
-    ("--report_to tensorboard swanlab comet_ml", "swanlab, comet_ml are not installed .* install swanlab comet-ml"),
+    ("--report_to tensorboard swanlab comet_ml", r"swanlab, comet_ml are not .* 'swanlab\[dashboard\]<0.8' comet-ml"),
     ("--report_to mlflow,tensorboard", "mlflow is not installed"),
     ("--report_to wandbb", "wandbb is no tracker; there are .*, tensorboard, .*, wandb"),
     ("--report_to none wandb", "--report_to none,wandb: none is no tracker; it stands alone"),

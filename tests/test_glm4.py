@@ -11,13 +11,14 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache, Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common.arguments import DataArguments
+from common.arguments import DataArguments, PrefixArguments
 from common.data.dataset import prepare_dataset
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
+from common.methods.prefix import PTuning
 from common.tokenizers.base import Turn
 
 GLM_SPECIALS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -215,6 +216,65 @@ def test_shards_of_glm4_without_their_index_are_read(glm_folder, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(folder).state_dict().items())
 
 
-def test_p_tuning_on_glm4_is_refused(glm_folder):
-    with pytest.raises(UserError, match="P-Tuning v2 is for models in their first format; .* is a GLM-4 in that of"):
-        load_model(glm_folder, pre_seq_len=4)
+# P-Tuning v2
+
+
+@torch.no_grad()
+def test_a_prefix_is_what_a_cache_of_transformers_holds(glm_folder):
+    """Logits of padded rows, and greedy answers with a cache and without one."""
+    torch.manual_seed(0)
+    ours = load_model(glm_folder, pre_seq_len=5)
+    theirs = {"glm": GlmForCausalLM, "glm4": Glm4ForCausalLM}[ours.config.model_type].from_pretrained(
+        glm_folder, dtype=torch.float32
+    )
+    ids = torch.randint(256, (3, 12))
+    mask = (torch.arange(12) >= torch.tensor([[0], [4], [7]])).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache()
+    for layer, states in enumerate(ours.model.prefix_encoder(3)):
+        cache.update(*states, layer)
+    seen = torch.cat((torch.ones(3, 5, dtype=torch.long), mask), dim=1)
+    expected = theirs(ids, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
+    found = ours(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+    assert (found - load_model(glm_folder)(ids, attention_mask=mask, position_ids=positions).logits).abs().max() > 1e-3
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    answers = [ours.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False)]
+    assert torch.equal(*answers)
+
+
+def test_gradients_of_a_prefix_are_those_without_checkpointing_and_of_the_loss(glm_folder):
+    torch.manual_seed(0)
+    model, ids, gradients = load_model(glm_folder, pre_seq_len=5).train(), torch.randint(256, (3, 12)), []
+    model.model.prefix_encoder.dropout.p = 0.0
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(ids, labels=ids, loss_only=True).loss.backward()
+        gradients.append(model.model.prefix_encoder.embedding.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-7)
+    weight, step = model.model.prefix_encoder.embedding.weight.data, 1e-2 * gradients[0] / gradients[0].norm()
+    with torch.no_grad():
+        losses = [model(ids, labels=ids).loss for change in (step, -2 * step) if weight.add_(change) is weight]
+    assert (losses[0] - losses[1]).item() == pytest.approx(2e-2 * gradients[0].norm().item(), rel=0.02)
+
+
+def test_p_tuning_on_glm4_trains_and_answers_beside_its_base(glm_folder, tmp_path, monkeypatch):
+    flags = ["--pre_seq_len", "4", "--evaluate_base"]
+    start("ptuning", glm_folder, tmp_path / "out", monkeypatch, *TWO_STEPS, *PREDICTION, *flags)
+    stored = torch.load(tmp_path / "out" / "pytorch_model.bin")
+    assert list(stored) == ["transformer.prefix_encoder.embedding.weight"]
+    tuned = load_model(glm_folder, ptuning_checkpoint=tmp_path / "out")
+    base = load_model(glm_folder)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert (tuned(ids).logits - base(ids).logits).abs().max() > 1e-3
+        with PTuning(PrefixArguments()).base(tuned) as plain:
+            torch.testing.assert_close(plain(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
+    assert all(torch.equal(tensor, tuned.state_dict()[name]) for name, tensor in base.state_dict().items())
+    other = load_model(glm_folder, pre_seq_len=4)
+    with pytest.raises(UserError, match="holds no prefix"):
+        load_model(glm_folder, ptuning_checkpoint=glm_folder)
+    PTuning(PrefixArguments()).restore(other, tmp_path / "out")
+    assert torch.equal(other.model.prefix_encoder.embedding.weight, tuned.model.prefix_encoder.embedding.weight)

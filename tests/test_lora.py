@@ -239,6 +239,23 @@ def test_without_the_adapter_is_the_base_model(base):
     assert (tuned - before).abs().max() > 1e-3
 
 
+def test_several_adapters_take_turns_over_one_base(base, kind, tmp_path):
+    """One trained otherwise beside the first, which is active again afterwards, also after an error."""
+    first, other = trained(base), trained(make_model(kind), lora_rank=4, use_dora=True, lora_target="all-linear")
+    METHOD.save(other, tmp_path / "1.5")
+    expected = logits_of(first), logits_of(other)
+    with METHOD.base(first) as plain:
+        untrained = logits_of(plain)
+    choose = METHOD.more(first, tmp_path / "1.5")
+    assert torch.equal(logits_of(first), expected[0])
+    with pytest.raises(KeyError), choose() as model:
+        torch.testing.assert_close(logits_of(model), expected[1], rtol=0, atol=1e-5)
+        raise KeyError
+    assert torch.equal(logits_of(first), expected[0])
+    with METHOD.base(first) as plain:
+        assert torch.equal(logits_of(plain), untrained)
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from transformers.integrations import integration_utils
 
 from common.arguments import DataArguments
 from common.data.dataset import prepare_dataset
@@ -229,7 +230,8 @@ def test_the_code_reads_the_shared_variables():
 @each_readme
 def test_the_text_names_files_variables_and_flags_that_exist(readme):
     scripts = "".join((ROOT / name).read_text() for name in SHIPPED if name.endswith(".sh"))
-    variables = {*shared_variables(), *re.findall(r"\b[A-Z][A-Z_]+\b", scripts)}
+    trackers = Path(integration_utils.__file__).read_text()
+    variables = {*shared_variables(), *re.findall(r"\b[A-Z][A-Z_]+\b", scripts + trackers)}
     flags = {flag for program in PROGRAMS for flag in flags_of(program)} | {f"--{name}" for name in RENAMED | REMOVED}
     for span in spans(prose(readme)):
         for word in span.split():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,33 +18,39 @@ import torch
 from langchain_openai import ChatOpenAI
 from shell import ROOT, environment
 
-from common.arguments import PrefixArguments
+from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import generation_settings, stream_chat
 from common.chat.protocol import ApiError, ChatAsked, prompt_of, split_answer, tool_call
 from common.encoding import encode_chat
 from common.loading import load_model, load_tokenizer
+from common.methods.lora import Lora, attach_lora
 from common.methods.prefix import PTuning, attach_prefix
 
 QUESTIONS = ["类型#裙*颜色#白色*风格#甜美", "类型#裤*裤型#阔腿裤", "类型#上衣*材质#棉*图案#条纹", "类型#裙*裙型#A字"]
 KEY = "secret"
+SERVED = {"first": "one", "two": "two"}  # a prefix's name in requests, and that of its folder
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory) -> Path:
+def prefixes(tmp_path_factory) -> dict[str, Path]:
+    """Two prefixes of different lengths."""
     torch.manual_seed(0)
-    attach_prefix(model := load_model("demo"), 4)
-    folder = tmp_path_factory.mktemp("prefix")
-    PTuning(PrefixArguments()).save(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "demo"}))
-    return folder
+    folders = {}
+    for name, length in (("one", 4), ("two", 7)):
+        attach_prefix(model := load_model("demo"), length)
+        folders[name] = tmp_path_factory.mktemp("prefixes") / name
+        PTuning(PrefixArguments()).save(model, folders[name])
+        config = json.loads((folders[name] / "config.json").read_text())
+        (folders[name] / "config.json").write_text(json.dumps(config | {"_name_or_path": "demo"}))
+    return folders
 
 
 @pytest.fixture(scope="module")
-def addresses(prefix) -> Iterator[dict[str, str]]:
-    """Two endpoints: demo3 with a key, and a prefix of demo beside its base."""
+def addresses(prefixes) -> Iterator[dict[str, str]]:
+    """Two endpoints: demo3 with a key, and two prefixes of demo beside their base."""
     jobs, found = {}, {}
-    flags = {"demo3": ["--model_name_or_path", "demo3"], "prefix": ["--checkpoint", str(prefix)]}
+    checkpoint = f"first={prefixes['one']},{prefixes['two']}"
+    flags = {"demo3": ["--model_name_or_path", "demo3"], "prefix": ["--checkpoint", checkpoint]}
     for name, given in flags.items():
         command = [sys.executable, str(ROOT / "common/chat/server.py"), *given]
         environ = environment(API_KEY=KEY if name == "demo3" else "")
@@ -102,6 +109,10 @@ def test_length_stop_seed_and_logprobs_do_what_they_say(client):
     entries = whole.choices[0].logprobs.content
     assert len(entries) == whole.usage.completion_tokens
     assert all(entry.logprob == entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob for entry in entries)
+    chunks = ask(client, QUESTIONS[0], logprobs=True, top_logprobs=2, stream=True)
+    assert [entry.token for chunk in chunks for entry in chunk.choices[0].logprobs.content] == [
+        e.token for e in entries
+    ]
     short = ask(client, QUESTIONS[0], max_tokens=6).choices[0]
     assert short.finish_reason == "length" and text.startswith(short.message.content) and short.message.content
     stop = text[4:6]
@@ -125,12 +136,13 @@ def test_requests_at_once_get_the_answers_that_they_get_alone(client):
     assert found == expected * 12
 
 
-def test_tuned_and_base_answer_beside_each_other(addresses, prefix):
-    """ChatGLM-6B with its two kinds of positions, with a prefix and without one, in one server."""
+def test_prefixes_and_their_base_answer_beside_each_other(addresses, prefixes):
+    """ChatGLM-6B with its two kinds of positions, with one of two prefixes and without any, in one server."""
     client = openai.OpenAI(base_url=f"{addresses['prefix']}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["tuned", "base"]
+    assert [model.id for model in client.models.list()] == ["first", "two", "base"]
     tokenizer = load_tokenizer("demo")
-    expected = {"tuned": load_model("demo", ptuning_checkpoint=prefix), "base": load_model("demo")}
+    expected = {"base": load_model("demo")}
+    expected |= {name: load_model("demo", ptuning_checkpoint=prefixes[own]) for name, own in SERVED.items()}
     jobs = [(name, question) for question in QUESTIONS for name in expected]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda job: ask(client, job[1], job[0], max_tokens=24).choices[0].message.content, jobs))
@@ -144,6 +156,10 @@ def test_plain_text_is_completed(client):
     assert len(reply.choices[0].logprobs.tokens) == reply.usage.completion_tokens == 5
     pieces = client.completions.create(model="tuned", prompt="这条裙子", max_tokens=5, temperature=0, stream=True)
     assert "".join(piece.choices[0].text for piece in pieces) == reply.choices[0].text
+    pieces = client.completions.create(
+        model="tuned", prompt="这条裙子", max_tokens=5, temperature=0, stream=True, logprobs=1
+    )
+    assert [token for piece in pieces for token in piece.choices[0].logprobs.tokens] == reply.choices[0].logprobs.tokens
 
 
 def test_langchain_asks_and_streams(addresses):
@@ -165,9 +181,9 @@ def test_langchain_asks_and_streams(addresses):
         ({"temperature": 3}, openai.BadRequestError, "temperature: "),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
         ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias is not supported here"),
-        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice: there is no such tool; there are none"),
+        ({"tool_choice": "some"}, openai.BadRequestError, "tool_choice"),
         ({"seed": 2**64}, openai.BadRequestError, "seed: "),
-        ({"stream": True, "logprobs": True}, openai.BadRequestError, "logprobs: not supported in a stream"),
     ],
 )
 def test_bad_settings_are_refused_as_openai_does(client, settings, error, sentence):
@@ -247,7 +263,7 @@ def test_models_without_roles_take_questions_and_answers_only(addresses):
     client = openai.OpenAI(base_url=f"{addresses['prefix']}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="reads questions of the user and answers of"):
         client.chat.completions.create(
-            model="tuned", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+            model="two", messages=[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
         )
 
 
@@ -257,10 +273,19 @@ def test_models_without_roles_take_questions_and_answers_only(addresses):
         (["--max_batch", "0"], "--max_batch 0: it must be above 0"),
         (["--served_name", "base"], "base is that of the base model"),
         (["--model_name_or_path", "nowhere"], "no model folder nowhere"),
+        (["--checkpoint", "a={one},b={adapter}"], "can't share a base model: give prefixes only, or adapters only"),
+        (["--checkpoint", "{one},{two}", "--served_name", "x"], "--served_name x: the names of several models stand"),
+        (["--checkpoint", "{one},{one}"], "'one' would name two models"),
+        (["--checkpoint", "{one},b={other}"], "was trained on demo3, and"),
         (["--host", "203.0.113.7"], "can't listen on 203.0.113.7"),
     ],
 )
-def test_bad_flags_end_the_program_before_a_model_is_loaded(flags, sentence):
+def test_bad_flags_end_the_program_before_a_model_is_loaded(flags, sentence, prefixes, tmp_path):
+    folders = prefixes | {"adapter": tmp_path / "adapter", "other": tmp_path / "other"}
+    shutil.copytree(prefixes["one"], folders["other"])
+    (folders["other"] / "config.json").write_text('{"pre_seq_len": 4, "_name_or_path": "demo3"}')
+    Lora(LoraArguments()).save(attach_lora(load_model("demo"), LoraArguments()), folders["adapter"])
+    flags = [flag.format(**folders) for flag in flags]
     done = subprocess.run(
         [sys.executable, str(ROOT / "common/chat/server.py"), *flags], capture_output=True, text=True, env=environment()
     )
@@ -268,6 +293,22 @@ def test_bad_flags_end_the_program_before_a_model_is_loaded(flags, sentence):
 
 
 # Tools
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("get", "get_time")
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_begins_with_the_call_that_a_request_demands(client, stream):
+    for choice, names in (
+        ({"type": "function", "function": {"name": "get_time"}}, ["get_time"]),
+        ("required", ["get", "get_time"]),
+    ):
+        reply = ask(client, QUESTIONS[0], tools=TOOLS, tool_choice=choice, stream=stream)
+        text = "".join(c.choices[0].delta.content or "" for c in reply) if stream else reply.choices[0].message.content
+        name, fence, call = text.split("\n", 2)
+        assert name in names and fence == "```python" and call.startswith("tool_call")  # the demo knows no arguments
 
 
 def test_tools_and_their_results_reach_the_model_as_they_are_trained():
@@ -311,6 +352,11 @@ def test_a_call_is_read_and_never_executed(content, arguments):
     call = tool_call("weather", content)
     assert (call and json.loads(call["function"]["arguments"])) == arguments
     assert call is None or call["function"]["name"] == "weather"
+
+
+def test_a_call_of_glm4_is_json():
+    assert tool_call("weather", '{"city": "北京"}')["function"]["arguments"] == '{"city": "北京"}'
+    assert tool_call("weather", '{"city": NaN}') is None and tool_call("weather", "[1]") is None
 
 
 def test_the_line_before_a_call_names_the_tool():

@@ -16,7 +16,6 @@ from common.encoding import History, check_system, encode_chat, stop_ids
 from common.errors import UserError
 from common.loading import find_trained, load_model, load_tokenizer
 from common.models.precision import compute_dtype
-from common.models.products import pack
 from common.models.registry import open_model
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.trained import find_training, recorded
@@ -62,7 +61,6 @@ def load_chat(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     if device.type == "cpu":
         note_cpu(folder.name, folder.config.hidden_size)
     model = load_model(folder, compute_dtype(device), args.quantization_bit or None, device=device, **trained)
-    pack(model)
     if args.max_new_tokens is None:
         args.max_new_tokens = min(MAX_NEW_TOKENS, model.config.max_position_embeddings // 2)
     return model, tokenizer, trained

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.chat.chat import chat_parser, count_forgotten, generation_settings, load_chat, stream_chat
 from common.errors import UserError, exit_on_user_error
+from common.models.products import pack
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # other bytes than UTF-8 are refused as a question, and no more
     model, tokenizer, _ = load_chat(args)
+    pack(model)
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
     room = model.config.max_position_embeddings - args.max_new_tokens
     print("输入内容即可对话，clear 清空对话历史，stop 终止程序 (type a question; clear: new conversation, stop: leave)")

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from common.chat.chat import process_response
 from common.data.messages import read_messages, tools_text
 from common.data.rows import RowError
-from common.encoding import encode_prompt, has_roles
+from common.encoding import encode_prompt, has_roles, with_methods
 from common.tokenizers.base import Turn
+from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 
 IDS = {"messages.tool_call_id", "messages.tool_calls.id"}  # a call is followed by its result, so none is needed
 
@@ -52,13 +53,24 @@ class Asked(BaseModel):
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
 
+class Named(BaseModel):
+    name: str
+
+
+class NamedTool(BaseModel):
+    """The tool that an answer must call."""
+
+    type: Literal["function"] = "function"
+    function: Named
+
+
 class ChatAsked(Asked):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", None] = None
+    tool_choice: Literal["auto", "none", "required", None] | NamedTool = None
     parallel_tool_calls: bool | None = None
 
 
@@ -116,22 +128,55 @@ def new_id(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
 
 
+def tools_of(asked: ChatAsked) -> list[dict[str, Any]]:
+    """Those that an answer may call."""
+    return asked.tools or [] if asked.tool_choice != "none" else []
+
+
+def names_of(tools: Sequence[dict[str, Any]]) -> list[str]:
+    return [str((tool.get("function") or tool).get("name")) for tool in tools]
+
+
+def call_starts(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens with one of which an answer begins that must call a tool: its name, and of ChatGLM3-6B more.
+
+    Raises ApiError where there is no such tool.
+    """
+    if asked.tool_choice in (None, "auto", "none"):
+        return []
+    known = names = names_of(tools_of(asked))
+    if isinstance(asked.tool_choice, NamedTool):
+        names = [name for name in known if name == asked.tool_choice.function.name]
+    if not names:
+        raise ApiError(400, f"tool_choice: there is no such tool; there are {', '.join(known) or 'none'}")
+    parts = ["```python\ntool_call"] if isinstance(tokenizer, ChatGLM3Tokenizer) else []
+    encode = with_methods(tokenizer).encode_batch
+    return [[number for ids in encode([f"{name}\n", *parts]) for number in ids.tolist()] for name in names]
+
+
 def split_answer(text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """(name of the called tool or "", content) of an answer: ChatGLM3-6B writes a line with the name before a call."""
+    """(name of the called tool or "", content) of an answer: the line before a call has the tool's name."""
     name, _, content = text.partition("\n")
-    names = {str((tool.get("function") or tool).get("name")) for tool in tools}
-    return (name.strip(), content.strip()) if name.strip() in names else ("", process_response(text, tokenizer))
+    return (
+        (name.strip(), content.strip()) if name.strip() in names_of(tools) else ("", process_response(text, tokenizer))
+    )
 
 
 def tool_call(name: str, content: str) -> dict[str, Any] | None:
-    """The call that an answer writes as Python, tool_call(city='北京'); None for other content. Nothing is executed."""
+    """The call that an answer writes: ChatGLM3-6B as Python, tool_call(city='北京'), GLM-4 as JSON, {"city": "北京"}.
+
+    None for other content. Nothing is executed.
+    """
     code = content.strip().removeprefix("```python").removesuffix("```").strip()
     try:
-        call = ast.parse(code, mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "tool_call":
-            return None
-        given = {word.arg or "": ast.literal_eval(word.value) for word in call.keywords}
-        arguments = given.pop("", {}) | given  # **{'a-b': 1} holds names that are no identifiers
+        if code.startswith("{"):
+            arguments = json.loads(code)
+        else:
+            call = ast.parse(code, mode="eval").body
+            if not isinstance(call, ast.Call) or call.args or ast.unparse(call.func) != "tool_call":
+                return None
+            given = {word.arg or "": ast.literal_eval(word.value) for word in call.keywords}
+            arguments = given.pop("", {}) | given  # **{'a-b': 1} holds names that are no identifiers
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):

@@ -4,7 +4,6 @@ python common/chat/server.py [--checkpoint FOLDER] [--model_name_or_path BASE] [
 """
 
 import argparse
-import asyncio
 import json
 import os
 import re
@@ -12,8 +11,6 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,161 +22,26 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from transformers import PreTrainedTokenizerBase
 
-from common.chat import service
-from common.chat.chat import FULL_WIDTH, MAX_NEW_TOKENS, chat_parser, load_chat
+from common.chat.answers import MOST_ROWS, ONE, Answer, Answers, failure
+from common.chat.chat import FULL_WIDTH, chat_parser
 from common.chat.guard import Guard, add_address_flags, find_port, listen, longest_body, names_of
 from common.chat.protocol import (
     ApiError,
-    Asked,
     ChatAsked,
     TextAsked,
+    call_starts,
     new_id,
     prompt_of,
     read_request,
     split_answer,
     tool_call,
+    tools_of,
 )
-from common.encoding import stop_ids
 from common.errors import UserError, exit_on_user_error, note
-from common.loading import method_of
 
 PATHS = re.compile(r"/(v1/(models(/[^/]+)?|chat/completions|completions)|health|metrics)")
 UNDECIDED = "".join(FULL_WIDTH)  # ChatGLM-6B's punctuation gets its width from the character that follows
 ABOUT = {"object": "model", "created": 0, "owned_by": "local"}
-BROKEN = "\ufffd"  # a character of which the answer has not all bytes yet
-
-
-class Answers:
-    """The endpoint's model under its names, and what requests to it need."""
-
-    def __init__(self, args: argparse.Namespace):
-        model, self.tokenizer, trained = load_chat(args)
-        self.context, self.longest = model.config.max_position_embeddings, args.max_new_tokens or MAX_NEW_TOKENS
-        self.timeout, self.system = args.timeout, args.system_prompt
-        self.temperature, self.top_p = args.temperature, args.top_p
-        speakers: dict[str, service.Speaker] = {args.served_name: partial(nullcontext, model)}
-        if trained:  # the same model without prefix or adapter
-            speakers["base"] = partial(method_of(**trained).base, model)
-        self.service = service.Service(speakers, args.max_batch, args.max_waiting)
-
-    def check_name(self, name: str) -> None:
-        """Raises ApiError for an unknown model."""
-        if name not in self.service.speakers:
-            names = ", ".join(self.service.speakers)
-            raise ApiError(404, f"the model {name!r} does not exist; there are {names}", code="model_not_found")
-
-    def begin(self, asked: Asked, prompt: list[int], limit: int | None, likeliest: int) -> "Answer":
-        """Raises ApiError for an unknown model, a prompt that is too long, and if too many requests wait."""
-        self.check_name(asked.model)
-        room = self.context - len(prompt)
-        if room < 1 or limit is not None and limit > room:
-            message = f"the prompt has {len(prompt)} tokens and the model's context {self.context}"
-            message += f"; max_tokens is {limit}" if limit else ""
-            raise ApiError(400, message, code="context_length_exceeded")
-        return Answer(self, asked, prompt, min(limit or self.longest, room), likeliest)
-
-
-class Answer:
-    """One answer as it grows: asynchronously, ``pieces`` gives its text."""
-
-    def __init__(self, answers: Answers, asked: Asked, prompt: list[int], limit: int, likeliest: int):
-        self.answers, self.asked, self.prompt = answers, asked, prompt
-        self.tokens: list[service.Token] = []
-        self.text, self.finish = "", ""
-        self.queue: asyncio.Queue[service.Token | Exception | str] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(item: service.Token | Exception | str) -> None:
-            with suppress(RuntimeError):  # the loop is closed: the server ends
-                loop.call_soon_threadsafe(self.queue.put_nowait, item)
-
-        self.request = service.Request(
-            prompt=prompt,
-            speaker=asked.model,
-            deliver=deliver,
-            max_tokens=limit,
-            stops=frozenset(stop_ids(answers.tokenizer)),
-            temperature=answers.temperature if asked.temperature is None else asked.temperature,
-            top_p=answers.top_p if asked.top_p is None else asked.top_p,
-            seed=asked.seed,
-            likeliest=likeliest,
-        )
-        try:
-            answers.service.submit(self.request)
-        except UserError as error:
-            raise ApiError(429, str(error), "rate_limit_error", "rate_limit_exceeded") from error
-
-    async def pieces(self) -> AsyncIterator[str]:
-        """The text, piece by piece; a piece never ends within a character or within a text that would end the answer.
-
-        Raises ApiError if the model fails, or takes longer than the limit.
-        """
-        stops, sent = self.asked.stops, 0
-        at_once = not (self.asked.stream or stops)  # nobody looks at the text before its end
-        longest = max(map(len, stops), default=1) - 1
-        end = time.monotonic() + self.answers.timeout
-        try:
-            while True:
-                item = await asyncio.wait_for(self.queue.get(), end - time.monotonic())
-                if isinstance(item, Exception):
-                    raise failure(item)
-                if isinstance(item, str):
-                    self.finish = item
-                    break
-                self.tokens.append(item)
-                if at_once:
-                    continue
-                self.text = self.decoded()
-                if places := [place for place in map(self.text.find, stops) if place >= 0]:
-                    self.text, self.finish = self.text[: min(places)], "stop"
-                    break
-                ready = len(self.text.rstrip(BROKEN)) - longest
-                if ready > sent:
-                    yield self.text[sent:ready]
-                    sent = ready
-            if at_once:
-                self.text = self.decoded()
-            if len(self.text) > sent:
-                yield self.text[sent:]
-        except asyncio.TimeoutError as error:
-            raise ApiError(504, f"the answer took longer than {self.answers.timeout} s", "timeout") from error
-        finally:  # also where the visitor has left
-            self.request.unwanted.set()
-
-    def decoded(self) -> str:
-        return self.answers.tokenizer.decode([token.id for token in self.tokens], skip_special_tokens=True)
-
-    async def whole(self, request: Request) -> str:
-        """All of the text; a visitor who leaves ends the answer."""
-
-        async def watch() -> None:
-            while not await request.is_disconnected():
-                await asyncio.sleep(0.2)
-            self.request.unwanted.set()
-
-        watching = asyncio.create_task(watch())
-        try:
-            async for _ in self.pieces():
-                pass
-        finally:
-            watching.cancel()
-        return self.text
-
-    def logprobs(self) -> dict[str, Any]:
-        """Of each token, as /v1/chat/completions gives them."""
-        return {"content": [self.entry(token) for token in self.tokens]}
-
-    def entry(self, token: service.Token) -> dict[str, Any]:
-        def described(number: int, logprob: float) -> dict[str, Any]:
-            text = self.answers.tokenizer.decode([number])
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-        top = [described(*each) for each in token.likeliest]
-        return described(token.id, token.logprob) | {"top_logprobs": top}
-
-    def usage(self) -> dict[str, int]:
-        prompt, answer = len(self.prompt), len(self.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
 def message_of(answer: Answer, asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
@@ -191,17 +53,11 @@ def message_of(answer: Answer, asked: ChatAsked, tokenizer: PreTrainedTokenizerB
     return {"role": "assistant", "content": f"{name}\n{content}" if name else content}, answer.finish
 
 
-def tools_of(asked: ChatAsked) -> list[dict[str, Any]]:
-    """Those that an answer may call."""
-    return asked.tools or [] if asked.tool_choice != "none" else []
-
-
 async def chat(answers: Answers, asked: ChatAsked, request: Request) -> Response:
-    if asked.stream and asked.logprobs:
-        raise ApiError(400, "logprobs: not supported in a stream")
     likeliest = (asked.top_logprobs or 0) if asked.logprobs else 0
     prompt = prompt_of(asked, answers.tokenizer, answers.system)
-    answer = answers.begin(asked, prompt, asked.max_completion_tokens or asked.max_tokens, likeliest)
+    limit, starts = asked.max_completion_tokens or asked.max_tokens, call_starts(asked, answers.tokenizer)
+    answer = answers.begin(asked, prompt, limit, likeliest, starts)
     head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": asked.model}
     if asked.stream:
         return events(stream_chat(answers, asked, answer, head | {"object": "chat.completion.chunk"}))
@@ -215,8 +71,14 @@ async def chat(answers: Answers, asked: ChatAsked, request: Request) -> Response
 async def stream_chat(
     answers: Answers, asked: ChatAsked, answer: Answer, head: dict[str, Any]
 ) -> AsyncIterator[dict[str, Any]]:
+    noted = 0  # tokens whose logprobs are sent
+
     def chunk(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return head | {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+        nonlocal noted
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        if asked.logprobs:
+            choice["logprobs"], noted = answer.logprobs(noted), len(answer.tokens)
+        return head | {"choices": [choice]}
 
     yield chunk({"role": "assistant", "content": ""})
     sent, text, waits = "", "", bool(tools_of(asked))  # with tools, the answer may be a call: its text is held back
@@ -237,14 +99,23 @@ async def stream_chat(
 
 
 async def complete(answers: Answers, asked: TextAsked, request: Request) -> Response:
-    if asked.stream and asked.logprobs is not None:
-        raise ApiError(400, "logprobs: not supported in a stream")
     prompt = answers.tokenizer.encode(asked.prompt if isinstance(asked.prompt, str) else asked.prompt[0])
     answer = answers.begin(asked, prompt, asked.max_tokens or 16, asked.logprobs or 0)
     head = {"id": new_id("cmpl"), "created": int(time.time()), "model": asked.model, "object": "text_completion"}
 
+    noted = 0  # tokens whose logprobs are sent
+
     def choice(text: str, finish: str | None) -> dict[str, Any]:
-        return head | {"choices": [{"index": 0, "text": text, "finish_reason": finish, "logprobs": None}]}
+        nonlocal noted
+        logprobs = None
+        if asked.logprobs is not None:
+            entries, noted = answer.logprobs(noted)["content"], len(answer.tokens)
+            logprobs = {
+                "tokens": [entry["token"] for entry in entries],
+                "token_logprobs": [entry["logprob"] for entry in entries],
+                "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+            }
+        return head | {"choices": [{"index": 0, "text": text, "finish_reason": finish, "logprobs": logprobs}]}
 
     async def stream() -> AsyncIterator[dict[str, Any]]:
         async for piece in answer.pieces():
@@ -256,15 +127,7 @@ async def complete(answers: Answers, asked: TextAsked, request: Request) -> Resp
     if asked.stream:
         return events(stream())
     text = await answer.whole(request)
-    content = choice(text, answer.finish) | {"usage": answer.usage()}
-    if asked.logprobs is not None:
-        entries = answer.logprobs()["content"]
-        content["choices"][0]["logprobs"] = {
-            "tokens": [entry["token"] for entry in entries],
-            "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
-        }
-    return JSONResponse(content)
+    return JSONResponse(choice(text, answer.finish) | {"usage": answer.usage()})
 
 
 def events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
@@ -280,12 +143,6 @@ def events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
         yield "data: [DONE]\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")
-
-
-def failure(error: Exception) -> ApiError:
-    """What a visitor is told of a fault of ours; the server's own messages tell more."""
-    note(f"warning: a request failed: {type(error).__name__}: {error}")
-    return ApiError(500, f"the server failed: {type(error).__name__}", "server_error")
 
 
 def build_app(answers: Answers, key: str) -> FastAPI:
@@ -344,9 +201,15 @@ def build_app(answers: Answers, key: str) -> FastAPI:
 
 def server_parser() -> argparse.ArgumentParser:
     parser = chat_parser(__doc__.splitlines()[0])
-    parser.add_argument("--served_name", default="tuned", help="name of the model in requests (%(default)s)")
+    parser.add_argument(
+        "--served_name", help=f"name of the model in requests; default: {ONE}; of several, write NAME=FOLDER"
+    )
     add_address_flags(parser, 8000)
-    parser.add_argument("--max_batch", type=int, default=32, help="requests that are answered at once (%(default)s)")
+    parser.add_argument(
+        "--max_batch",
+        type=int,
+        help=f"requests that are answered at once; default: as many as fit, at most {MOST_ROWS}",
+    )
     parser.add_argument("--max_waiting", type=int, default=256, help="requests that may wait beside them (%(default)s)")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of the longest answer (%(default)s)")
     parser.epilog = "If API_KEY is set in the environment, requests must bring it as their bearer token."
@@ -360,7 +223,7 @@ def refusal(sentence: str) -> dict[str, Any]:
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for values with which nothing would be answered."""
     for name in ("max_batch", "max_waiting", "timeout"):
-        if vars(args)[name] <= 0:
+        if vars(args)[name] is not None and vars(args)[name] <= 0:
             raise UserError(f"--{name} {vars(args)[name]}: it must be above 0.")
     if args.served_name in ("", "base"):
         raise UserError(f"--served_name {args.served_name!r}: choose another name; base is that of the base model.")

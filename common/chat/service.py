@@ -19,6 +19,9 @@ STEPS = 8  # between two admissions: prompts that are read together cost less, a
 
 COLDEST = 1e-5  # temperature; below it the likeliest token is chosen
 
+Starts = Sequence[Sequence[int]]
+"""Tokens with one of which an answer must begin; none: it begins freely."""
+
 Speaker = Callable[[], AbstractContextManager[PreTrainedModel]]
 """Gives a model, for as long as its context lasts: the tuned one, or the same without prefix or adapter."""
 
@@ -42,22 +45,33 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     likeliest: int = 0
+    starts: Starts = ()
     unwanted: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.count = 0
+        self.tokens: list[int] = []  # of the answer so far
         self.generator = torch.Generator()
         if self.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(self.seed)
 
+    def allowed(self) -> list[int]:
+        """The tokens that may come next; []: all."""
+        length = len(self.tokens)
+        return [start[length] for start in self.starts if len(start) > length and [*start[:length]] == self.tokens]
+
 
 def choose(logits: Tensor, requests: Sequence[Request]) -> list[Token]:
     """The next token of each answer, from logits [b, v]."""
     logits = logits.float().cpu()
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.argmax(-1)
+    for row, request in enumerate(requests):
+        if allowed := request.allowed():
+            others = torch.ones_like(logits[row], dtype=torch.bool)
+            others[allowed] = False
+            logits[row, others] = -torch.inf
+    chosen = logits.argmax(-1)
     for row, request in enumerate(requests):
         if request.temperature >= COLDEST:
             scaled = (logits[row] - logits[row].max()) / request.temperature
@@ -107,8 +121,8 @@ class Group:
             stopped = token.id in request.stops
             if not stopped:
                 request.deliver(token)
-                request.count += 1
-            if stopped or request.count >= request.max_tokens or request.unwanted.is_set():
+                request.tokens.append(token.id)
+            if stopped or len(request.tokens) >= request.max_tokens or request.unwanted.is_set():
                 request.deliver("stop" if stopped else "length")
                 self.done.add(request)
 

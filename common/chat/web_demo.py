@@ -33,6 +33,7 @@ from common.encoding import has_roles
 from common.errors import UserError, exit_on_user_error, note
 from common.loading import load_model, method_of
 from common.models.precision import compute_dtype
+from common.models.products import pack
 from common.trained import base_of
 
 USER = "chatglm"  # the user name if a password is set
@@ -168,6 +169,7 @@ def web_parser() -> argparse.ArgumentParser:
 def load(args: argparse.Namespace) -> Chat:
     """The chat of all speakers. The tuned model comes first, because visitors wait for it."""
     model, tokenizer, trained = load_chat(args)
+    pack(model)
     speakers: dict[str, Callable] = {"微调后 / tuned" if args.checkpoint else "ChatGLM": partial(nullcontext, model)}
     if trained and args.compare != "false":  # the same model without prefix or adapter
         speakers["基座 / base"] = partial(method_of(**trained).base, model)

@@ -24,6 +24,7 @@ from common.arguments import (
     Switch,
     TrainingArguments,
 )
+from common.devices import free_memory
 from common.engine import Engine
 from common.errors import UserError, note
 from common.files import gb, read_json
@@ -104,7 +105,7 @@ def forecast(
             "(--per_device_train_batch_size), TOKENS_PER_BATCH (--tokens_per_batch), EVAL_BATCH_SIZE "
             "(--per_device_eval_batch_size) or the lengths."
         )
-    available = card_memory(args) or free_memory(args)
+    available = card_memory(args) or free_share(args)
     if args.do_train and (args.batch_sizes or args.auto_checkpointing):
         case = choose_passes(case, args, data_args, available)
     args.auto_answers = args.auto_answers and not (args.per_device_eval_batch_size == 1 and data_args.do_sample)
@@ -192,11 +193,9 @@ def card_memory(args: TrainingArguments) -> int:
     return max(1, int(size * 1e9 - CUDA_CONTEXT)) if size else 0
 
 
-def free_memory(args: TrainingArguments) -> int:
+def free_share(args: TrainingArguments) -> int:
     """Bytes that one process may take: free on its GPU, or its share of the host."""
-    if args.device.type != "cpu":
-        return torch.accelerator.get_memory_info(args.device)[0]
-    return psutil.virtual_memory().available // processes_here(args)
+    return free_memory(args.device) // (processes_here(args) if args.device.type == "cpu" else 1)
 
 
 def margins(plan: Plan, setup: Setup) -> dict[str, int]:

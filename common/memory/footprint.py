@@ -280,7 +280,7 @@ def answer_step(model: PreTrainedModel, setup: Setup, *_: Any) -> None:
     model.eval()
     count, end = setup.generation_batch_size, setup.source_length + (setup.answer_length or setup.target_length)
     config = model.config
-    prefix_length = vars(config).get("pre_seq_len") or 0
+    prefix_length = (config.pre_seq_len or 0) if config.model_type == "chatglm" else 0  # others cache no prefix
     decode_step(model, count, setup.source_length, 0, Cache(layer_class_to_replicate=GrowingLayer))
     shape = (count, config.num_key_value_heads, prefix_length + end - 1, config.head_dim)
     cache = Cache(layer_class_to_replicate=GrowingLayer)

@@ -1,6 +1,6 @@
 """The three methods of fine-tuning, one class each, with the same order of definitions; all else is shared."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +46,10 @@ class Method(Protocol):
 
     def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
         """A context that gives the model without the trained parameters; full training keeps no base in memory."""
+        raise NotImplementedError
+
+    def more(self, model: PreTrainedModel, folder: Path) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+        """Reads other trained parameters beside the attached ones. Returns a context that gives the model with them."""
         raise NotImplementedError
 
     def optimizer(self, model: PreTrainedModel, args: Any) -> torch.optim.Optimizer | None:

@@ -6,9 +6,10 @@ LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.0
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ class Lora(Method):
         with model.disable_adapter():
             yield model
 
+    def more(self, model: PeftModel, folder: Path) -> Callable[[], AbstractContextManager[PeftModel]]:
+        load_adapter(model, folder, str(folder).replace(".", "_"))  # PEFT makes it the name of a module
+        return partial(with_adapter, model, str(folder).replace(".", "_"))
+
     def optimizer(self, model: PeftModel, args: TrainingArguments) -> torch.optim.Optimizer | None:
         """LoRA+, https://arxiv.org/abs/2402.12354: the B matrices learn ``loraplus_lr_ratio`` times faster than A."""
         if self.args.loraplus_lr_ratio is None:
@@ -98,6 +103,17 @@ class Lora(Method):
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
         )
+
+
+@contextmanager
+def with_adapter(model: PeftModel, name: str) -> Iterator[PeftModel]:
+    """A context in which the model has another of its adapters."""
+    own = model.active_adapter
+    model.set_adapter(name)
+    try:
+        yield model
+    finally:
+        model.set_adapter(own)
 
 
 def target_text(targets: str | Collection[str], layers: set[str]) -> str:
@@ -164,9 +180,14 @@ def attach_lora(model: PreTrainedModel, args: LoraArguments) -> PeftModel:
     return get_peft_model(model, config)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """The model with a saved adapter of PEFT. Raises UserError for the adapter of another model."""
-    check_targets(folder, adapter_config(folder)["target_modules"], model)
+def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "default") -> PeftModel:
+    """The model with a saved adapter of PEFT; ``name``: of another one beside it.
+
+    Raises UserError for the adapter of another model.
+    """
+    targets = adapter_config(folder)["target_modules"]
+    if not isinstance(model, PeftModel):
+        check_targets(folder, targets, model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False  # it may be trained further
@@ -174,18 +195,20 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         if model.device.type == "meta":  # other ways to begin would compute with the model's weights
             config.init_lora_weights = True
         config.base_model_name_or_path = model.name_or_path  # where the base is now
-        adapted = get_peft_model(model, config)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        adapted = model if isinstance(model, PeftModel) else get_peft_model(model, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         detail = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{Path(folder) / 'adapter_config.json'}: PEFT can't use it: {detail}.") from error
     try:
-        result: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+        result: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"), name)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         detail = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
         raise UserError(f"the adapter in {folder} belongs to a model of another size: {detail}") from error
-    misfits = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    misfits = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key and f".{name}." in key)]
     if misfits:
         raise UserError(f"the adapter in {folder} belongs to another model: {misfits[0]} does not fit.")
     return adapted.eval()

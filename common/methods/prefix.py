@@ -8,8 +8,9 @@ a ``config.json`` that names ``pre_seq_len`` and ``prefix_projection``, so that 
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from common.arguments import PrefixArguments
 from common.errors import UserError
 from common.files import read_json, weight_files
 from common.methods import Method, check_flags
+from common.models.chatglm import ChatGLMConfig
 from common.models.registry import ModelFolder, empty_model
 from common.models.tensors import read_weights
 
@@ -34,11 +36,6 @@ class PTuning(Method):
 
     def check(self, folder: ModelFolder, do_train: bool) -> None:
         args = self.args
-        if folder.spec.key == "glm":
-            raise UserError(
-                f"P-Tuning v2 is for models in their first format; {folder.path} is a {folder.spec.name} in that of "
-                "transformers."
-            )
         if args.ptuning_checkpoint:
             check_prefix(args.ptuning_checkpoint, args)
             check_fits(folder, args.ptuning_checkpoint)
@@ -53,7 +50,7 @@ class PTuning(Method):
         """Freezes the model and adds a trained or a new prefix. An old checkpoint may hold one beside the model."""
         args = self.args
         source = args.ptuning_checkpoint
-        if source is None and model.config.pre_seq_len and read_prefix(model.name_or_path):
+        if source is None and vars(model.config).get("pre_seq_len") and read_prefix(model.name_or_path):
             source = model.name_or_path
         if source:
             load_prefix(model, source, args)
@@ -64,21 +61,32 @@ class PTuning(Method):
     def save(self, model: PreTrainedModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Writes the prefix alone, in float32, and the config, in the format of the original code."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x for name, x in (weights or model.state_dict()).items() if name.startswith(KEY_PREFIX)}
-        whole = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+        own = f"{model.base_model_prefix}.prefix_encoder."
+        tensors = {name: x for name, x in (weights or model.state_dict()).items() if name.startswith(own)}
+        whole = {name.replace(own, KEY_PREFIX): x.float().cpu().contiguous() for name, x in tensors.items()}
         torch.save(whole, folder / "pytorch_model.bin")
         model.config.save_pretrained(folder)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         model.base_model.prefix_encoder.load_state_dict(read_prefix(folder))
 
-    @contextmanager
-    def base(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        encoder, model.base_model.prefix_encoder = model.base_model.prefix_encoder, None
-        try:
-            yield model
-        finally:
-            model.base_model.prefix_encoder = encoder
+    def base(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        return with_prefix(model, None)
+
+    def more(self, model: PreTrainedModel, folder: Path) -> Callable[[], AbstractContextManager[PreTrainedModel]]:
+        with with_prefix(model, None):
+            load_prefix(model, folder)
+            return partial(with_prefix, model, model.base_model.prefix_encoder)
+
+
+@contextmanager
+def with_prefix(model: PreTrainedModel, encoder: nn.Module | None) -> Iterator[PreTrainedModel]:
+    """A context in which the model has another prefix, or none."""
+    own, model.base_model.prefix_encoder = model.base_model.prefix_encoder, encoder
+    try:
+        yield model
+    finally:
+        model.base_model.prefix_encoder = own
 
 
 class PrefixEncoder(nn.Module):
@@ -94,7 +102,8 @@ class PrefixEncoder(nn.Module):
         self.num_layers = config.num_hidden_layers
         self.kv_shape = (config.num_key_value_heads, config.head_dim)
         size = self.num_layers * 2 * config.num_key_value_heads * config.head_dim
-        embedding_size = config.prefix_projection_size if projection else size
+        of_first = projection and isinstance(config, ChatGLMConfig)
+        embedding_size = config.hidden_size if of_first else size
         self.embedding = nn.Embedding(pre_seq_len, embedding_size)
         self.trans: nn.Module = nn.Identity()
         if projection:

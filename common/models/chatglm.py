@@ -28,7 +28,6 @@ class ChatGLMConfig(GLMConfig):
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "num_key_value_heads": "num_attention_heads",
-        "prefix_projection_size": "hidden_size",  # width of the embedding that a prefix with projection begins with
     }
 
     vocab_size: int = 130528

@@ -40,11 +40,6 @@ class ChatGLMConfig(GLMConfig):
     # The model family, "chatglm2", "chatglm3" or "chatglm4": no other field distinguishes the first two. It is ours.
     generation: str | None = None
 
-    @property
-    def prefix_projection_size(self) -> int:
-        """Width of the embedding that a prefix with projection begins with: all keys and values of a position."""
-        return self.num_layers * 2 * self.multi_query_group_num * self.kv_channels
-
     def to_diff_dict(self) -> dict:
         """It has all switches of the original, because the defaults of the original code are others."""
         written_out = {name: self.to_dict()[name] for name in ("padded_vocab_size", "add_qkv_bias", "eos_token_id")}

@@ -39,7 +39,12 @@ SPLITS = (  # split, the flag that names its files, the flag that limits its row
 )
 # Trackers whose module or package has another name.
 MODULES = {"azure_ml": "azureml", "flyte": "flytekit"}
-PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
+PACKAGES = {
+    "azure_ml": "azureml-core",
+    "comet_ml": "comet-ml",
+    "flyte": "flytekit",
+    "swanlab": "'swanlab[dashboard]<0.8'",  # the callback of transformers breaks on newer ones
+}
 
 
 def needs(split: str, data_args: DataArguments, args: TrainingArguments) -> bool:
