@@ -90,6 +90,8 @@ def test_the_files_of_glm4_are_understood(kind, tmp_path, capsys):
     file = write_official(tmp_path, kind, **changes, **{"max_input_length: 256": later})
     assert flags_of(file, tmp_path)[1:3] == (method, data)
     assert "combine is not read: all answers are learned" in " ".join(capsys.readouterr().err.split())
+    tracked = write_official(tmp_path, kind, **{"max_input_length: 256": 'swanlab: "cloud"\nmax_input_length: 256'})
+    assert read_config(tracked, tmp_path, "demo3", [])[1]["report_to"] in ("swanlab", ["swanlab"])
 
 
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)
