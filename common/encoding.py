@@ -258,11 +258,11 @@ def cut_given(messages: list[EncodedTurn], excess: int, keep: int) -> list[Encod
 def train_messages(
     tokenizer: Tokenizer, conversations: Conversations, max_source_length: int, max_target_length: int
 ) -> Iterator[TrainRow]:
-    """One row per conversation: ``[gMASK] sop message … message </s>`` (GLM-4: ``<|user|>``), at most source +
-    target + 1 tokens.
+    """One row per conversation: ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
-    The role token of a trained turn has no label. The token after the turn has one, because it ends the turn. If the
-    last round alone is too long, its given messages are cut to ``max_source_length`` tokens, then the end of the row.
+    The role token of a trained turn has no label. The token after the turn has one, because it ends the turn; GLM-4's
+    row ends with the role token of the user. If the last round alone is too long, its given messages are cut to
+    ``max_source_length`` tokens, then the end of the row.
     """
     adapter = with_methods(tokenizer)
     start, end = as_ids(adapter.start_ids()), as_ids(adapter.end_ids())

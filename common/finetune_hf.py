@@ -66,7 +66,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
             raise UserError(f"{file}: {name} must hold keys with values.")
     if config.get("combine"):
         note(f"{file}: combine is not read: all answers are learned, but those with loss: false in the data.")
-    if config.get("swanlab", "disabled") != "disabled":
+    if config.get("swanlab") not in (None, False, "disabled"):
         config["training_args"].setdefault("report_to", "swanlab")
     return config
 

@@ -214,15 +214,10 @@ CHATGLM3 = CHATGLM2._replace(
 
 # GLM-4 in its first format
 
-CHATGLM4_TEXTS = (
-    "你好，今天天气怎么样？今天天气很好。",
-    "类型#裙*颜色#白色*风格#简约",
-    "hello world, it's 12345 days; def f(x):\n    return x",
-    "你是一个名为 ChatGLM 的人工智能助手。",
-)
+CHATGLM4_TEXTS = ("你好，今天天气怎么样？今天天气很好。", "hello world, it's 12345 days; def f(x):\n    return x")
 
 
-def write_table(file: Path, size: int = 600) -> Path:
+def write_table(file: Path, size: int = 1000) -> Path:
     """A small table of tiktoken: base64 and number of each token, the bytes first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -233,7 +228,8 @@ def write_table(file: Path, size: int = 600) -> Path:
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(CHATGLM4_TEXTS * 3, trainer)
+    rows = (Path(__file__).parents[1] / "AdvertiseGen" / "dev.json").read_text(encoding="utf-8").splitlines()
+    tokenizer.train_from_iterator([*CHATGLM4_TEXTS * 9, *rows], trainer)
     byte = {chr(character): byte for byte, character in CHARACTERS.items()}
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     lines = [f"{base64.b64encode(bytes(map(byte.get, t))).decode()} {number}\n" for number, t in enumerate(tokens)]

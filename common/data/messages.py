@@ -331,5 +331,5 @@ def read_call(name: Any, parameters: Any, loss: bool) -> Turn:
     if other:  # names that are no Python identifiers: tool_call(city='北京', **{'a-b': 1})
         arguments.append(f"**{other!r}")
     content = check_text(f"the parameters of {name}", f"```python\ntool_call({', '.join(arguments)})\n```")
-    as_json = json.dumps(given, ensure_ascii=False)
+    as_json = check_text(f"the parameters of {name}", json.dumps(given, ensure_ascii=False))
     return Turn("assistant", content, check_text("name", name), loss, arguments=as_json)

@@ -71,7 +71,7 @@ def check_leaves(folder: ModelFolder, form: str) -> None:
     if folder.spec.key == "glm":
         raise UserError(f"{folder.path} is in the format of transformers, which other programs load as it is.")
     if folder.spec.key == "chatglm4" and form == "gguf":
-        raise UserError("of a GLM-4 no GGUF file is written here: take FORMAT=glm, which llama.cpp converts.")
+        raise UserError("of a GLM-4 no GGUF file is written here: take FORMAT=glm and llama.cpp's own converter.")
     if folder.spec.key == "chatglm" and form != "original":
         raise UserError(
             "ChatGLM-6B reads a question in both directions, which no other program computes: "

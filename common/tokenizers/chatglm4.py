@@ -63,7 +63,8 @@ class TokenTable:
         self.tokens = read_table(file)
         self.names = list(map(shown, self.tokens))
         self.numbers = {name: number for number, name in enumerate(self.names)}
-        self.bpe = models.BPE(self.numbers, list(merges_of(self.numbers)), ignore_merges=True)
+        merges = list(merges_of(self.numbers))
+        self.bpe = models.BPE(self.numbers, merges, ignore_merges=True, cache_capacity=0)  # words are kept below
 
     def merged(self, word: str) -> list[int]:
         return [token.id for token in self.bpe.tokenize(shown(word.encode()))]
