@@ -298,6 +298,35 @@ def test_thoughts_that_a_template_leaves_out_are_refused(fields, thinking_tokeni
         encode_train(tokenizer, [turns], 99, 99)
 
 
+@pytest.mark.parametrize(
+    ("fields", "learned"),
+    [
+        ({"content": "乙"}, "\n\n</think>\n\n乙"),
+        ({"content": "<think>丙</think>乙"}, "\n丙\n</think>\n\n乙"),
+        ({"content": "乙", "reasoning_content": "丙"}, "\n丙\n</think>\n\n乙"),
+    ],
+)
+def test_rows_agree_with_a_prompt_that_begins_the_thoughts(fields, learned, thinking_tokenizer):
+    """As of GLM-Z1, whose template writes earlier answers without thoughts and asks for one with them."""
+    tokenizer = copy.deepcopy(thinking_tokenizer)
+    tokenizer.chat_template = (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content.split('</think>')[-1] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n<think>{% endif %}"
+    )
+    turns = FormatReader(Columns(), tokenizer).read(answer(**fields))
+    chat = [Turn("user", "甲"), Turn("assistant", "<think>丁</think>戊"), *turns]
+    [row] = encode_train(tokenizer, [chat], 99, 99)
+    asked = "[gMASK]<sop><|user|>\n甲<|assistant|>\n戊<|user|>\n甲<|assistant|>\n<think>"
+    assert tokenizer.decode(row.input_ids) == asked + learned + "<|endoftext|>"
+    assert tokenizer.decode([label for label in row.labels if label != -100]) == learned + "<|endoftext|>"
+    [question] = encode_eval(tokenizer, [chat], 99, 99)
+    assert tokenizer.decode(question.prompt_ids) == asked and question.reference == learned.strip()
+    assert encode_eval(tokenizer, [chat[:-1]], 99, 99)[0].reference is None
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n<think>", "!")
+    with pytest.raises(UserError, match="asks for answers in another form than it writes them"):
+        encode_train(tokenizer, [chat], 99, 99)
+
+
 def test_answers_that_are_empty_go_with_their_questions(tokenizer3):
     def message(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}

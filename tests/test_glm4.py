@@ -47,7 +47,7 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module", params=["glm", "glm4"])
+@pytest.fixture(scope="module", params=["glm", "glm4", "edge"])
 def glm_folder(request, tmp_path_factory) -> Path:
     """A random model with one token a byte, the special tokens after them."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -59,10 +59,12 @@ def glm_folder(request, tmp_path_factory) -> Path:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left"
     )
-    fast.chat_template = GLM_TEMPLATE if request.param == "glm" else GLM4_TEMPLATE
+    fast.chat_template = GLM4_TEMPLATE if request.param == "glm4" else GLM_TEMPLATE
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    model = GlmForCausalLM(GlmConfig(**SIZES)) if request.param == "glm" else Glm4ForCausalLM(Glm4Config(**SIZES))
+    edge = {"tie_word_embeddings": True, "partial_rotary_factor": 1.0} if request.param == "edge" else {}
+    glm4 = request.param == "glm4"
+    model = Glm4ForCausalLM(Glm4Config(**SIZES)) if glm4 else GlmForCausalLM(GlmConfig(**SIZES, **edge))
     model.save_pretrained(folder)
     return folder
 

@@ -1,5 +1,6 @@
 """Rows of a file -> texts or checked conversations. Its keys tell the format of a row, unless flags name columns."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from operator import attrgetter
@@ -357,7 +358,7 @@ def check_roles(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], asking: b
 
 
 def has_thoughts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.is_fast and "reasoning_content" in str(tokenizer.chat_template)
+    return tokenizer.is_fast and re.search("reasoning_content|<think>", str(tokenizer.chat_template)) is not None
 
 
 def is_text(row: dict[str, Any], columns: Columns) -> bool:

@@ -29,8 +29,9 @@ def check_expressions(file: Path) -> None:
             raise UserError(f"{file} splits texts by {expression[:80]!r}, which may take for ever: download it again.")
 
 
-Kind = tuple[str, str, str, bool]
-"""What decides how a template writes a turn beside its content: the role before, role, metadata, whether it thinks."""
+Kind = tuple[str, str, str, bool, bool]
+"""What decides how a turn is written beside its content: the role before, role, metadata, whether it is learned, and
+whether it thinks."""
 
 
 class Form(NamedTuple):
@@ -92,7 +93,10 @@ class GLM4Adapter:
         return [[EncodedTurn(turn, next(ids), next(ids)) for turn in turns] for turns in conversations]
 
     def texts_of(self, turns: Conversation) -> list[tuple[str, str]]:
-        """(header, body) of each turn: the text that the template adds to the text of the turns before it."""
+        """(header, body) of each turn: the text that the template adds to the text of the turns before it.
+
+        Where it asks for thoughts and writes none, a learned answer has its own, or none, before its text.
+        """
         asked = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         texts = self.render(
             [(turns[:end], False) for end in range(len(turns) + 1)] + [(turns[:end], True) for end in asked]
@@ -106,7 +110,11 @@ class GLM4Adapter:
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} rewrites earlier messages: not supported."
                 )
-            body = after.removeprefix(before).removeprefix(header)
+            text = after.removeprefix(before)
+            if text and not text.startswith(header):
+                found.append((header, self.thoughts_and_answer(header, turn)) if turn.loss else ("", text))
+                continue
+            body = text.removeprefix(header)
             if leaves_out_thoughts(turn, body):
                 raise UserError(
                     f"the chat template of {self.tokenizer.name_or_path} leaves out the thoughts of an answer: remove "
@@ -114,6 +122,19 @@ class GLM4Adapter:
                 )
             found.append((header, body))
         return found
+
+    def thoughts_and_answer(self, header: str, turn: Turn) -> str:
+        """The body of a learned answer after a header that begins its thoughts. Raises UserError for another header."""
+        if not header.rstrip().endswith("<think>"):
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} asks for answers in another form than it writes "
+                "them: not supported."
+            )
+        if not (turn.content or turn.reasoning_content):
+            return ""
+        before, _, answer = turn.content.rpartition("</think>")
+        thoughts = turn.reasoning_content or before.partition("<think>")[2] or before
+        return "\n" * (not header.endswith("\n")) + f"{thoughts.strip()}\n</think>\n\n{answer.strip()}"
 
     def render(self, conversations: Sequence[tuple[Conversation, bool]]) -> list[str]:
         """The texts that the chat template makes of conversations, which may be empty; True: an answer follows."""
@@ -126,7 +147,7 @@ class GLM4Adapter:
 
 
 def kind_of(turn: Turn, before: str) -> Kind:
-    return before, turn.role, turn.metadata, bool(turn.reasoning_content) or "</think>" in turn.content
+    return before, turn.role, turn.metadata, turn.loss, bool(turn.reasoning_content) or "</think>" in turn.content
 
 
 def texts_by_form(turns: Conversation, forms: Mapping[Kind, Form]) -> list[tuple[str, str]] | None:
