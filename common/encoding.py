@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn, Ids, SentencePieceTokenizer, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, GLMTokenizer, Ids, Turn
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from common.tokenizers.glm4 import GLM4Adapter
@@ -116,7 +116,7 @@ def encode_eval(
 
 def has_roles(tokenizer: Tokenizer) -> bool:
     """Whether the model reads messages, with a system prompt if wanted; otherwise it reads numbered rounds."""
-    return isinstance(tokenizer, ChatGLM3Tokenizer) or not isinstance(tokenizer, SentencePieceTokenizer)
+    return isinstance(tokenizer, ChatGLM3Tokenizer) or not isinstance(tokenizer, GLMTokenizer)
 
 
 def check_system(tokenizer: Tokenizer, system: str) -> None:
@@ -162,7 +162,7 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
 
 def with_methods(tokenizer: Tokenizer) -> ChatGLMTokenizer | ChatGLM2Tokenizer | GLM4Adapter:
     """The tokenizer itself, or an adapter with the same methods if its class is not ours."""
-    return tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else GLM4Adapter(tokenizer)
+    return tokenizer if isinstance(tokenizer, GLMTokenizer) else GLM4Adapter(tokenizer)
 
 
 # Numbered rounds: ChatGLM-6B and ChatGLM2-6B
@@ -260,11 +260,12 @@ def train_messages(
 ) -> Iterator[TrainRow]:
     """One row per conversation: ``[gMASK] sop message … message </s>``, at most source + target + 1 tokens.
 
-    The role token of a trained turn has no label. The token after the turn has one, because it ends the turn. If the
-    last round alone is too long, its given messages are cut to ``max_source_length`` tokens, then the end of the row.
+    The role token of a trained turn has no label. The token after the turn has one, because it ends the turn; GLM-4's
+    row ends with the role token of the user. If the last round alone is too long, its given messages are cut to
+    ``max_source_length`` tokens, then the end of the row.
     """
     adapter = with_methods(tokenizer)
-    start, end = as_ids(adapter.start_ids()), as_ids([tokenizer.eos_token_id])
+    start, end = as_ids(adapter.start_ids()), as_ids(adapter.end_ids())
     limit = max_source_length + max_target_length + 1
     for index, messages in enumerate(adapter.encode_turns(conversations)):
         answered = length_of([message for message in messages if message.turn.loss])

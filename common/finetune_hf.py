@@ -1,4 +1,4 @@
-"""Fine-tune from a YAML file, with the command line and the files of the ChatGLM3 repository.
+"""Fine-tune from a YAML file, with the command line and the files of the ChatGLM3 and GLM-4 repositories.
 
 python common/finetune_hf.py DATA_DIR MODEL_DIR CONFIG.yaml [yes|no|STEP] [--flag value ...]
 
@@ -19,14 +19,17 @@ import yaml
 
 from common.data.look import check_files
 from common.declared import declared
-from common.errors import UserError, exit_on_user_error, nearest
+from common.errors import UserError, exit_on_user_error, nearest, note
 from common.flags import REMOVED, RENAMED, current_flag, make_arguments, read_flags
 
 if TYPE_CHECKING:  # torch and transformers take seconds
     from common.arguments import TrainingArguments
     from common.methods import Method
 
-SECTIONS = ("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config")
+SECTIONS = (
+    *("data_config", "max_input_length", "max_output_length", "quantization_bit", "training_args", "peft_config"),
+    *("combine", "freezeV", "swanlab"),  # of GLM-4
+)
 DATA_FILES = {  # key -> flag of the file, flag of the job
     "train_file": ("train_file", "do_train"),
     "val_file": ("validation_file", "do_eval"),
@@ -61,6 +64,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
         config[name] = config.get(name) or {}
         if not isinstance(config[name], dict):
             raise UserError(f"{file}: {name} must hold keys with values.")
+    if config.get("combine"):
+        note(f"{file}: combine is not read: all answers are learned, but those with loss: false in the data.")
+    if config.get("swanlab") not in (None, False, "disabled"):
+        config["training_args"].setdefault("report_to", "swanlab")
     return config
 
 
@@ -83,8 +90,6 @@ def data_defaults(file: Path, config: dict[str, Any], data_dir: Path) -> dict[st
     for key, value in data.items():
         if key.endswith("_column") and not isinstance(value, str | None):
             raise UserError(f"{file}: data_config.{key} is {value!r:.80}: give the name of a column.")
-    if not {"prompt_column", "conversation_column", "text_column"} & data.keys():
-        data["conversation_column"] = "conversations"
     data.setdefault("max_eval_samples", 50)  # the official script looks at the first 50 rows
     for key, (name, job) in DATA_FILES.items():
         value = data.pop(key, None)

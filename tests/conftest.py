@@ -24,16 +24,17 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_checkpoint, write_tokenizer_config
+from tiny_models import CHATGLM, CHATGLM2, CHATGLM3, Spec, write_chatglm4, write_checkpoint, write_tokenizer_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.encoding import EvalRow, TrainRow
 from common.models import chatglm, chatglm2
-from common.tokenizers.base import SentencePieceTokenizer
+from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
 
 gc.freeze()  # or each full collection of the tests looks at all that the libraries have made
 GOLDENS = CHATGLM.goldens
@@ -76,7 +77,7 @@ def load_tiny_model(spec: Spec, folder: Path) -> PreTrainedModel:
     return spec.model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def encoded(tokenizer: SentencePieceTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encoded(tokenizer: GLMTokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
 
 
@@ -85,7 +86,7 @@ def whole(rows: Iterable[TrainRow | EvalRow]) -> list[tuple]:
     return [(row.input_ids, row.labels, *row[2:]) if isinstance(row, TrainRow) else tuple(row) for row in rows]
 
 
-def load_real_tokenizer(spec: Spec, folder: Path) -> SentencePieceTokenizer:
+def load_real_tokenizer(spec: Spec, folder: Path) -> GLMTokenizer:
     """The tokenizer with the original vocabulary, which is not ours to ship; skips the test without it."""
     vocabulary = os.environ.get(spec.vocabulary_variable)
     name = spec.tokenizer_class.vocab_files_names["vocab_file"]
@@ -239,7 +240,7 @@ def tokenizer_goldens2(spec) -> dict:
 
 
 @pytest.fixture(scope="session")
-def real_tokenizer2(spec, tmp_path_factory) -> SentencePieceTokenizer:
+def real_tokenizer2(spec, tmp_path_factory) -> GLMTokenizer:
     return load_real_tokenizer(spec, tmp_path_factory.mktemp("real_tokenizer2"))
 
 
@@ -271,7 +272,7 @@ def small_vocabulary(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer(spec, small_vocabulary) -> SentencePieceTokenizer:
+def small_tokenizer(spec, small_vocabulary) -> GLMTokenizer:
     return spec.tokenizer_class(str(small_vocabulary))
 
 
@@ -283,6 +284,22 @@ def tokenizer2(small_vocabulary) -> ChatGLM2Tokenizer:
 @pytest.fixture(scope="session")
 def tokenizer3(small_vocabulary) -> ChatGLM3Tokenizer:
     return ChatGLM3Tokenizer(str(small_vocabulary))
+
+
+# GLM-4 in its first format
+
+
+@pytest.fixture(scope="session")
+def chatglm4_folder(tmp_path_factory) -> Path:
+    """The folder of a small random model, with the files of ``write_poison``."""
+    folder = write_chatglm4(tmp_path_factory.mktemp("glm-4-9b-chat"))
+    write_poison(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer4(chatglm4_folder) -> ChatGLM4Tokenizer:
+    return ChatGLM4Tokenizer.from_pretrained(chatglm4_folder)
 
 
 # Models that think

@@ -161,14 +161,14 @@ def test_round_trip(small_tokenizer, text):
 @pytest.mark.parametrize("text", TYPED)
 def test_tokens_that_somebody_types_stay_text(small_tokenizer, text):
     """Otherwise a message could end the answer or speak for the assistant."""
-    pieces = small_tokenizer.sp_model.get_piece_size()
+    pieces = small_tokenizer.pieces.get_piece_size()
     for typed in (text, f"请解释{text}的意思", f"{text}\n 你好"):
         ids = small_tokenizer.encode(typed, add_special_tokens=False)
         assert max(ids) < pieces and not set(ids) & {0, 1, 2}
 
 
 def test_special_tokens_follow_the_pieces(small_tokenizer, spec):
-    pieces = small_tokenizer.sp_model.get_piece_size()
+    pieces = small_tokenizer.pieces.get_piece_size()
     tokens = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *(ROLE_TOKENS if spec.name == "chatglm3-6b" else [])]
     assert [small_tokenizer.get_command(token) for token in tokens] == list(range(pieces, pieces + len(tokens)))
     assert small_tokenizer.vocab_size == pieces + len(tokens)

@@ -83,6 +83,10 @@ def test_the_vocabulary_gives_the_same_tokens(tmp_path):
     assert_same_ids(load_tokenizer("demo3"), tmp_path)
 
 
+def test_a_table_of_tiktoken_gives_the_same_tokens(tokenizer4, tmp_path):
+    assert_same_ids(tokenizer4, tmp_path)
+
+
 def test_the_real_vocabulary_gives_the_same_tokens(real_tokenizer2, tmp_path):
     assert_same_ids(real_tokenizer2, tmp_path)
 
@@ -90,12 +94,12 @@ def test_the_real_vocabulary_gives_the_same_tokens(real_tokenizer2, tmp_path):
 def conversation(draw: random.Random, family: str) -> list[dict]:
     """A random one, which ends with a question or a tool's result."""
     rounds, messages = draw.randint(1, 4), []
-    if family == "chatglm3" and draw.random() < 0.5:
+    if family != "chatglm2" and draw.random() < 0.5:
         tools = [{"name": "天气", "parameters": {"city": {"type": "string", "默认": draw.choice(TEXTS)}}}]
         messages.append({"role": "system", "content": draw.choice(TEXTS)} | draw.choice([{}, {"tools": tools}]))
     for number in range(rounds):
         messages.append({"role": "user", "content": draw.choice(TEXTS)})
-        if family == "chatglm3" and draw.random() < 0.3:
+        if family != "chatglm2" and draw.random() < 0.3:
             call = {"role": "assistant", "metadata": "天气", "content": "```python\ntool_call(city='北京')\n```"}
             messages += [call, {"role": "observation", "content": draw.choice(TEXTS)}]
         if number < rounds - 1:
@@ -105,9 +109,9 @@ def conversation(draw: random.Random, family: str) -> list[dict]:
     return messages
 
 
-@pytest.mark.parametrize("family", ["chatglm2", "chatglm3"])
-def test_the_template_writes_conversations_as_they_are_trained(family, tmp_path):
-    own = load_tokenizer(small_folder(family, tmp_path / family))
+@pytest.mark.parametrize("family", ["chatglm2", "chatglm3", "chatglm4"])
+def test_the_template_writes_conversations_as_they_are_trained(family, tokenizer4, tmp_path):
+    own = tokenizer4 if family == "chatglm4" else load_tokenizer(small_folder(family, tmp_path / family))
     save_vocabulary(own, tmp_path, 8192)
     theirs, draw = AutoTokenizer.from_pretrained(tmp_path), random.Random(0)
     for _ in range(200):
@@ -119,22 +123,26 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **giv
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **given)
 
 
-def test_tools_and_calls_as_openai_gives_them_are_those_of_the_training(exported):
-    """``tools`` beside the messages are a column of that name, and a call is written as Python."""
-    own, theirs = load_tokenizer("demo3"), AutoTokenizer.from_pretrained(exported)
+@pytest.mark.parametrize("family", ["chatglm3", "chatglm4"])
+def test_tools_and_calls_as_openai_gives_them_are_those_of_the_training(family, tokenizer4, tmp_path):
+    """``tools`` beside the messages are a column of that name; a call is written as Python, by GLM-4 as JSON."""
+    own = tokenizer4 if family == "chatglm4" else load_tokenizer("demo3")
+    save_vocabulary(own, tmp_path, 8192)
+    theirs, begin = AutoTokenizer.from_pretrained(tmp_path), "" if family == "chatglm4" else "\n "
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}]
+    tools += [{"type": "python"}]
     function = {"name": "weather", "arguments": {"city": "北京's", "days": 3, "exact": True}}
     system = {"role": "system", "content": "短"}
     asked = [
         {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "\n 好"},
+        {"role": "assistant", "content": f"{begin}好"},
         {"role": "user", "content": "天气"},
         {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
         {"role": "tool", "content": "3°"},
     ]
     for messages in (asked, [system, *asked]):
         row = {"messages": [*messages, {"role": "assistant", "content": "x"}], "tools": tools}
-        row["messages"] = [m | {"content": "好"} if m["content"] == "\n 好" else m for m in row["messages"]]
+        row["messages"] = [m | {"content": "好"} if m["content"] == f"{begin}好" else m for m in row["messages"]]
         turns = FormatReader(Columns(None, None, None, None, None), own, asking=False).read(row)
         expected = encode_eval(own, [turns], 10**6, 10**6)[-1].prompt_ids
         assert template_ids(theirs, messages, tools=tools) == expected

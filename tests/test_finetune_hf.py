@@ -1,4 +1,4 @@
-"""The command line of the ChatGLM3 repository: its YAML files unchanged, resuming, and one answer at the end."""
+"""The command line of the ChatGLM3 and GLM-4 repositories: their YAML files, resuming, and one answer at the end."""
 
 import json
 import runpy
@@ -73,10 +73,25 @@ def test_the_official_files_mean_what_they_say(tmp_path, kind, expected):
     _, method, data, training = flags_of(write_official(tmp_path, kind), tmp_path)
     assert method == (expected or PrefixArguments(pre_seq_len=128))
     assert (data.max_source_length, data.max_target_length, data.max_new_tokens) == (256, 512, 512)
-    assert (data.train_file, data.conversation_column) == (str(tmp_path / "train.json"), "conversations")
+    assert (data.train_file, data.conversation_column) == (str(tmp_path / "train.json"), None)
     assert data.max_eval_samples == 50
     assert (training.learning_rate, training.max_steps, training.eval_strategy) == (5e-5, 3000, "steps")
     assert training.per_device_train_batch_size == 4 and training.predict_with_generate
+
+
+@pytest.mark.parametrize("kind", ["lora", "ptuning_v2", "sft"])
+def test_the_files_of_glm4_are_understood(kind, tmp_path, capsys):
+    """Those of 2024 lack combine at first; those of 2025 name LoRA's layers as in transformers, and no prefix."""
+    later = 'combine: True\nfreezeV: True\nswanlab: "disabled"\nmax_input_length: 256'
+    changes = {"train_file: train.json": "train_file: train.jsonl", "evaluation_strategy": "eval_strategy"}
+    _, method, data, training = flags_of(write_official(tmp_path, kind, **changes), tmp_path)
+    assert data.train_file == str(tmp_path / "train.jsonl") and training.eval_strategy == "steps"
+    assert not capsys.readouterr().err
+    file = write_official(tmp_path, kind, **changes, **{"max_input_length: 256": later})
+    assert flags_of(file, tmp_path)[1:3] == (method, data)
+    assert "combine is not read: all answers are learned" in " ".join(capsys.readouterr().err.split())
+    tracked = write_official(tmp_path, kind, **{"max_input_length: 256": 'swanlab: "cloud"\nmax_input_length: 256'})
+    assert read_config(tracked, tmp_path, "demo3", [])[1]["report_to"] in ("swanlab", ["swanlab"])
 
 
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)

@@ -20,7 +20,13 @@ from common.tokenizers.chatglm2 import ChatGLM3Tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 BAD_INPUTS = ROOT / "tests" / "bad_inputs"
 TOOLS = [{"name": "get_weather", "description": "查天气", "parameters": {"city": "城市"}}]
-CALL = Turn("assistant", "```python\ntool_call(city='北京', days=2)\n```", metadata="get_weather", loss=True)
+CALL = Turn(
+    "assistant",
+    "```python\ntool_call(city='北京', days=2)\n```",
+    metadata="get_weather",
+    loss=True,
+    arguments='{"city": "北京", "days": 2}',
+)
 TOOL_TURN = {
     "role": "tool",
     "name": "get_weather",
@@ -106,8 +112,8 @@ def test_tools_are_the_first_system_prompt(written):
     """As JSON whose Chinese stays readable; a system prompt of the conversation follows."""
     system = {"role": "system", "content": "你是客服。"}
     turns = read([system, *CHAT], tools=written)
-    assert turns[0] == Turn("system", json.dumps(TOOLS, ensure_ascii=False))
-    assert "查天气" in turns[0].content
+    assert turns[0] == Turn("system", "", tools=json.dumps(TOOLS, ensure_ascii=False))
+    assert "查天气" in turns[0].tools
     assert turns[1] == Turn("system", "你是客服。")
     assert turns[2:] == read(CHAT)
     assert read(CHAT, tools=[]) == read(CHAT, tools=None) == read(CHAT)
@@ -194,7 +200,7 @@ def test_nothing_that_fits_is_an_error(tmp_path, tokenizer3):
 def test_a_tool_without_parameters_is_called_without_arguments():
     messages = [CHAT[0], {"role": "tool", "name": "now", "observation": "12:00"}, CHAT[2]]
     turns = read(messages)
-    assert turns[1] == Turn("assistant", "```python\ntool_call()\n```", "now", True)
+    assert turns[1] == Turn("assistant", "```python\ntool_call()\n```", "now", True, arguments="{}")
     assert turns[2] == Turn("observation", "12:00")
 
 

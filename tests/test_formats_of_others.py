@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from common.data.formats import Columns, FormatReader
 from common.data.rows import RowError
 from common.encoding import encode_train
+from common.tokenizers.base import with_tools
 
 FORMATS = Path(__file__).parent / "formats"
 SYSTEM, USER, ASSISTANT, OBSERVATION = "system", "user", "assistant", "observation"
@@ -257,7 +258,7 @@ EXPECTED: dict[str, tuple[str, list[list[tuple[str, str, bool]]], dict[str, int]
 def test_each_format_is_read_as_its_tool_means_it(fixture, tokenizer_of):
     reader = FormatReader(Columns(), tokenizer_of)
     found = [reader.read(row) for row in rows_of(fixture)]
-    turns = [[(turn.role, turn.content, turn.loss) for turn in row] for row in found]
+    turns = [[(turn.role, with_tools(turn).content, turn.loss) for turn in row] for row in found]
     assert (reader.name, turns, dict(reader.unread), reader.empty_answers) == EXPECTED[fixture.name]
 
 

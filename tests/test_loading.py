@@ -21,6 +21,7 @@ from common.models import chatglm, chatglm2
 from common.models.registry import make_config, open_model, read_config, spec_of
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = {"model_type": "chatglm", "vocab_size": 130528, "inner_hidden_size": 64, "position_encoding_2d": True}
@@ -66,6 +67,8 @@ def changed(folder: Path, to: Path, **config) -> Path:
 
 # Which generation a folder holds
 
+GLM4_SIZE = {"padded_vocab_size": 151552}
+
 
 @pytest.mark.parametrize(
     ("config", "key", "model_class", "tokenizer_class"),
@@ -73,6 +76,8 @@ def changed(folder: Path, to: Path, **config) -> Path:
         (FIRST, "chatglm", chatglm.ChatGLMForConditionalGeneration, ChatGLMTokenizer),
         (SECOND | {"generation": "chatglm2"}, "chatglm2", chatglm2.ChatGLMForConditionalGeneration, ChatGLM2Tokenizer),
         (SECOND | {"generation": "chatglm3"}, "chatglm3", chatglm2.ChatGLMForConditionalGeneration, ChatGLM3Tokenizer),
+        (SECOND | {"generation": "chatglm4"}, "chatglm4", chatglm2.ChatGLMForConditionalGeneration, ChatGLM4Tokenizer),
+        (SECOND | GLM4_SIZE, "chatglm4", chatglm2.ChatGLMForConditionalGeneration, ChatGLM4Tokenizer),
     ],
 )
 def test_config_tells_the_generation(config, key, model_class, tokenizer_class, tmp_path):
@@ -194,7 +199,6 @@ def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, 
     [
         (SECOND, r'may be a ChatGLM2 or a ChatGLM3.*"generation": "chatglm3"'),
         (FIRST | {"vocab_size": 150528}, "old vocabulary of 150,528 words: use a checkpoint with 130,528"),
-        (SECOND | {"padded_vocab_size": 151552}, "a GLM-4 in its first format.*-hf"),
         ({"model_type": "chatglm"}, "a model of type 'chatglm'"),
         (
             {"model_type": "llama", "vocab_size": 32000},
@@ -203,7 +207,7 @@ def test_a_short_name_is_downloaded_after_a_look_at_its_config(chatglm3_folder, 
         ({}, "a model of type None"),
         (FIRST | {"eva_config": {}, "qformer_config": {}, "image_length": 32}, "a model that sees pictures"),
         (FIRST | {"auto_map": {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGenerationWithImage"}}, "pictures"),
-        (SECOND | {"padded_vocab_size": 151552, "vision_config": {"image_size": 1120}}, "a model that sees pictures"),
+        (SECOND | GLM4_SIZE | {"vision_config": {"image_size": 1120}}, "a model that sees pictures"),
         ({"model_type": "glm", "num_hidden_layers": 28, "vision_config": {}, "boi_token_id": 1}, "pictures: supported"),
         ({"architectures": ["CogVLMForCausalLM"], "num_hidden_layers": 32}, "a model that sees pictures"),
         ({"model_type": "glm4v", "text_config": {}}, "a model of type 'glm4v'"),

@@ -133,9 +133,9 @@ def test_every_file_gives_rows_or_one_sentence(tmp_path_factory, content, ending
     file.unlink()
 
 
-@pytest.fixture(scope="module", params=["chatglm", "chatglm2", "chatglm3", "glm"])
+@pytest.fixture(scope="module", params=["chatglm", "chatglm2", "chatglm3", "chatglm4", "glm"])
 def tokenizer(request):
-    names = {"chatglm": "demo_tokenizer", "chatglm2": "tokenizer2", "chatglm3": "tokenizer3"}
+    names = {"chatglm": "demo_tokenizer"} | {f"chatglm{number}": f"tokenizer{number}" for number in (2, 3, 4)}
     return request.getfixturevalue(names.get(request.param, "thinking_tokenizer"))
 
 

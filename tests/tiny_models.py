@@ -1,5 +1,6 @@
 """The tiny checkpoints that the golden numbers were computed with, one per model family."""
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable
@@ -8,12 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from common.models import chatglm, chatglm2
-from common.tokenizers.base import SentencePieceTokenizer
+from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.chatglm4 import CHARACTERS, EXPRESSION, ChatGLM4Tokenizer
 
 
 class Draws:
@@ -157,7 +161,7 @@ class Spec(NamedTuple):
 
     name: str
     model_class: Any
-    tokenizer_class: type[SentencePieceTokenizer]
+    tokenizer_class: type[GLMTokenizer]
     vocabulary_variable: str  # the environment variable with the path of the original vocabulary
     config: dict
     tokenizer_config: dict
@@ -206,6 +210,65 @@ CHATGLM3 = CHATGLM2._replace(
     sha256="5834b526e83ad0e0c07b68f91cba49511036767d0e9a6c7ac60259d109a55745",
     stop_ids=[2, 64795, 64797],
 )
+
+
+# GLM-4 in its first format
+
+CHATGLM4_TEXTS = ("你好，今天天气怎么样？今天天气很好。", "hello world, it's 12345 days; def f(x):\n    return x")
+
+
+def write_table(file: Path, size: int = 1000) -> Path:
+    """A small table of tiktoken: base64 and number of each token, the bytes first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(EXPRESSION), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    rows = (Path(__file__).parents[1] / "AdvertiseGen" / "dev.json").read_text(encoding="utf-8").splitlines()
+    tokenizer.train_from_iterator([*CHATGLM4_TEXTS * 9, *rows], trainer)
+    byte = {chr(character): byte for byte, character in CHARACTERS.items()}
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    lines = [f"{base64.b64encode(bytes(map(byte.get, t))).decode()} {number}\n" for number, t in enumerate(tokens)]
+    file.write_text("".join(lines))
+    return file
+
+
+# The fields of glm-4-9b-chat's config.json that its sizes have nothing to do with.
+CHATGLM4_CONFIG = CHATGLM2_CONFIG | {
+    "architectures": ["ChatGLMModel"],
+    "layernorm_epsilon": 1.5625e-07,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "rope_ratio": 500,
+    "seq_length": 256,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.30.2",
+}
+
+
+def write_chatglm4(folder: Path) -> Path:
+    """A random small model as the first checkpoints of GLM-4 are stored, its tokens of few bytes."""
+    tokenizer = ChatGLM4Tokenizer(str(write_table(folder / "tokenizer.model")))
+    special = tokenizer.special_token_ids
+    tokens = {"pad_token_id": special["<|endoftext|>"], "eos_token_id": tokenizer.stop_ids()}
+    config = CHATGLM4_CONFIG | tokens | {"padded_vocab_size": -(-tokenizer.vocab_size // 64) * 64}
+    torch.manual_seed(4)
+    model = chatglm2.ChatGLMForConditionalGeneration(chatglm2.ChatGLMConfig(**config))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.15)
+    save_file(model.original_state_dict(torch.bfloat16), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    auto_map = {"AutoTokenizer": ["tokenization_chatglm.ChatGLM4Tokenizer", None]}
+    added = {str(number): {"content": token, "special": True} for token, number in special.items()}
+    fields = {"tokenizer_class": "ChatGLM4Tokenizer", "auto_map": auto_map, "added_tokens_decoder": added}
+    fields |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "padding_side": "left"}
+    fields |= {"additional_special_tokens": list(special), "remove_space": False, "do_lower_case": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2))
+    return folder
 
 
 def check_sha256(weights: dict[str, Tensor], sha256: str) -> None:

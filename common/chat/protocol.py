@@ -116,7 +116,7 @@ def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, system: str 
         raise ApiError(400, "messages: the last one must be of the user, or a tool's result")
     if system and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
-    turns = [Turn("system", tools), *turns] if tools else turns
+    turns = [Turn("system", "", tools=tools), *turns] if tools else turns
     if not has_roles(tokenizer):
         roles = [turn.role for turn in turns]
         if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
@@ -149,7 +149,7 @@ def call_starts(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[li
         names = [name for name in known if name == asked.tool_choice.function.name]
     if not names:
         raise ApiError(400, f"tool_choice: there is no such tool; there are {', '.join(known) or 'none'}")
-    parts = ["```python\ntool_call"] if isinstance(tokenizer, ChatGLM3Tokenizer) else []
+    parts = ["```python\ntool_call"] if type(tokenizer) is ChatGLM3Tokenizer else []  # GLM-4 writes JSON
     encode = with_methods(tokenizer).encode_batch
     return [[number for ids in encode([f"{name}\n", *parts]) for number in ids.tolist()] for name in names]
 

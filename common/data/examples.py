@@ -136,7 +136,7 @@ def text_of(content: str | Sequence[Turn]) -> str:
     """All text of an example; examples that differ have different texts."""
     if isinstance(content, str):
         return content
-    return "\x1f".join([f"{turn.role}\x1e{turn.content}\x1e{turn.metadata}" for turn in content])
+    return "\x1f".join([f"{turn.role}\x1e{turn.content}{turn.tools}\x1e{turn.metadata}" for turn in content])
 
 
 def hash_of(text: str) -> int:

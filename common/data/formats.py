@@ -263,13 +263,10 @@ def text_of(row: dict[str, Any], column: str) -> str:
 
 
 def given_turns(row: dict[str, Any], shape: Shape) -> list[Turn]:
-    """The system turns of a row: its system prompt, then its tools as JSON."""
-    texts = []
-    if shape.system:
-        texts.append(text_of(row, shape.system))
-    if shape.tools:
-        texts.append(tools_text(f"column {shape.tools!r}", row[shape.tools]))
-    return [Turn("system", text) for text in texts if text]
+    """The system turns of a row: its system prompt, then its tools."""
+    text = text_of(row, shape.system) if shape.system else ""
+    tools = tools_text(f"column {shape.tools!r}", row[shape.tools]) if shape.tools else ""
+    return [turn for turn in (Turn("system", text), Turn("system", "", tools=tools)) if turn != Turn("system", "")]
 
 
 def history_turns(row: dict[str, Any], column: str | None, unread: set[str]) -> list[Turn]:

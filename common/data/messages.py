@@ -80,14 +80,14 @@ def json_of(name: str, value: Any) -> Any:
         raise RowError(f"{name} is not JSON: {error}") from error
 
 
-def tools_text(name: str, value: Any, indent: int | None = None) -> str:
+def tools_text(name: str, value: Any) -> str:
     """The tools as JSON, "" for none. Fields of ``properties`` that are null, as tables have, are left out."""
     tools = json_of(name, value)
     if not tools:
         return ""
-    if not isinstance(tools, (list, dict)):
+    if not all(isinstance(tool, dict) for tool in (tools if isinstance(tools, list) else [tools])):
         raise RowError(f"{name} must hold a list of tools, not {tools!r:.40}")
-    return check_text(name, json.dumps(without_null_properties(tools), ensure_ascii=False, indent=indent))
+    return check_text(name, json.dumps(without_null_properties(tools), ensure_ascii=False))
 
 
 def without_null_properties(value: Any) -> Any:
@@ -225,11 +225,10 @@ def read_given(role: str, message: dict[str, Any], content: Any, loss: bool, col
     if any(not is_empty(message.get(name)) for name in ("tool_calls", "function_call")):
         raise RowError(f"only the assistant calls tools, not {role}")
     text, metadata = content_text(content, column, unread), check_text("metadata", message.get("metadata"))
-    # Beside a text, the tokenizer of ChatGLM3 indents the tools.
-    tools = tools_text("tools", message.get("tools"), indent=4 if text else None) if role == "system" else ""
+    tools = tools_text("tools", message.get("tools")) if role == "system" else ""
     if content is None and not tools:
         raise RowError(f"{role} without content")
-    return Turn(role, "\n".join(filter(None, (text, tools))), metadata, loss)
+    return Turn(role, text, metadata, loss, tools=tools)
 
 
 def note_unread(fields: dict[str, Any], read: set[str], where: str, unread: set[str]) -> None:
@@ -320,7 +319,7 @@ def call_of(call: Any, where: str, unread: set[str]) -> tuple[Any, Any]:
 
 
 def read_call(name: Any, parameters: Any, loss: bool) -> Turn:
-    """The assistant's turn that calls a tool, written as in ChatGLM3's training data: tool_call(city='北京')."""
+    """The assistant's turn that calls a tool, with the text of ChatGLM3's training data: tool_call(city='北京')."""
     if not isinstance(name, str) or not name:
         raise RowError('a tool call needs a "name"')
     parameters = json_of(f"the parameters of {name}", parameters) or {}
@@ -332,4 +331,5 @@ def read_call(name: Any, parameters: Any, loss: bool) -> Turn:
     if other:  # names that are no Python identifiers: tool_call(city='北京', **{'a-b': 1})
         arguments.append(f"**{other!r}")
     content = check_text(f"the parameters of {name}", f"```python\ntool_call({', '.join(arguments)})\n```")
-    return Turn("assistant", content, metadata=check_text("name", name), loss=loss)
+    as_json = check_text(f"the parameters of {name}", json.dumps(given, ensure_ascii=False))
+    return Turn("assistant", content, check_text("name", name), loss, arguments=as_json)

@@ -186,7 +186,7 @@ def new_model(spec: DemoSpec, config: PreTrainedConfig) -> PreTrainedModel:
 
 def text_pieces(tokenizer: ChatGLM3Tokenizer) -> list[str]:
     """The pieces that mean text, without the bytes."""
-    vocabulary = tokenizer.sp_model
+    vocabulary = tokenizer.pieces
     texts = range(vocabulary.eos_id() + 1, vocabulary.get_piece_size())
     pieces = [vocabulary.id_to_piece(index) for index in texts if not vocabulary.is_byte(index)]
     return [piece.replace("\u2581", " ") for piece in pieces]

@@ -35,7 +35,7 @@ def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[in
 def compare_prompts(tokenizer: PreTrainedTokenizerBase, family: str, folder: Path) -> None:
     """Raises UserError if the tokenizer in a folder makes other tokens of a conversation."""
     theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for messages in (ROUNDS, WITH_SYSTEM, WITH_TOOLS) if family == "chatglm3" else (ROUNDS,):
+    for messages in (ROUNDS, WITH_SYSTEM, WITH_TOOLS) if family != "chatglm2" else (ROUNDS,):
         own = prompt_of(tokenizer, messages)
         written = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if own != written:

@@ -71,6 +71,8 @@ def check_leaves(folder: ModelFolder, form: str) -> None:
     if folder.spec.key == "glm":
         merged = "merge an adapter by lora/merge.sh, and they load the result"
         raise UserError(f"{folder.path} is in the format of transformers: other programs load it as it is; {merged}.")
+    if folder.spec.key == "chatglm4" and form == "gguf":
+        raise UserError("of a GLM-4 no GGUF file is written here: take FORMAT=glm and llama.cpp's own converter.")
     if folder.spec.key == "chatglm" and form != "original":
         raise UserError(
             "ChatGLM-6B reads a question in both directions, which no other program computes: "
@@ -113,7 +115,8 @@ def write_original(folder: ModelFolder, output_dir: Path, dtype: torch.dtype, li
     weights = empty_model(folder.spec, folder.config).original_state_dict(dtype, dict(stored_weights(folder)))
     write_shards(weights.items(), output_dir, "pytorch_model.bin", limit, torch.save)
     compare_answers(load_model(folder, dtype), load_model(output_dir, dtype), encode_chat(tokenizer, SAMPLE))
-    print(f"copy {', '.join(original.MODEL_CODE)} beside it from the base model: this folder holds no code")
+    code = ", ".join(original.MODEL_CODE)
+    print(f"copy {code} beside it from the base model, as far as it has them: this folder holds no code")
 
 
 WRITERS = {"glm": write_glm, "gguf": write_gguf, "original": write_original}

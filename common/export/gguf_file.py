@@ -82,7 +82,7 @@ def write_config(writer: GGUFWriter, config: ChatGLMConfig) -> None:
 
 def write_vocabulary(writer: GGUFWriter, tokenizer: ChatGLM2Tokenizer, rows: int, stops: list[int]) -> None:
     """``rows``: those of the embedding, which has more than there are tokens."""
-    pieces = tokenizer.sp_model
+    pieces = tokenizer.pieces
     count = pieces.get_piece_size()
     tokens = [pieces.id_to_piece(index) for index in range(count)] + list(special_tokens(tokenizer))
     kinds = [kind_of(pieces, index) for index in range(count)] + [TokenType.CONTROL] * len(tokenizer.special_tokens)

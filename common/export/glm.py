@@ -1,4 +1,4 @@
-"""A whole ChatGLM2-6B or ChatGLM3-6B as GlmForCausalLM of transformers, which computes the same."""
+"""A whole ChatGLM2-6B, ChatGLM3-6B or GLM-4 as GlmForCausalLM of transformers, which computes the same."""
 
 from typing import Any
 
@@ -63,8 +63,8 @@ def glm_config(config: ChatGLMConfig, dtype: torch.dtype, stops: list[int]) -> G
         rms_norm_eps=config.layernorm_epsilon,
         attention_bias=config.add_qkv_bias,
         rope_parameters=rope | {"partial_rotary_factor": 0.5},
-        pad_token_id=0,
-        bos_token_id=1,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
         eos_token_id=stops,
         tie_word_embeddings=False,
     )

@@ -1,4 +1,4 @@
-"""The vocabulary of ChatGLM2-6B and ChatGLM3-6B as tokenizer.json, and their chat formats as templates."""
+"""The vocabularies of ChatGLM2-6B to GLM-4 as tokenizer.json, and their chat formats as templates."""
 
 import json
 import shutil
@@ -7,7 +7,10 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from common.tokenizers.base import added_tokens
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer, as_fast
+from common.tokenizers.tools import FUNCTION, OWN_TOOLS, TOOLS
 
 # Where other programs look for special tokens in text, they would find the original sop and eop in "philosophy" and
 # "people": those are written as in GLM-4, with the same numbers.
@@ -52,7 +55,36 @@ ROUNDS = r"""[gMASK]<sop>
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\n\n答：' -}}{%- endif -%}"""
-TEMPLATES = {"chatglm2": ROUNDS, "chatglm3": MESSAGES}
+# GLM-4 reads its tools in a system message of their own.
+GLM4 = (
+    "{%- set own = " + json.dumps(OWN_TOOLS, ensure_ascii=False) + " -%}"
+    "{%- macro described(tools) -%}{{- '<|system|>\\n" + TOOLS.replace("\n", "\\n") + "' -}}"
+    r"""
+    {%- for tool in tools -%}
+        {%- set function = tool['function'] or tool -%}
+        {{- '\n\n## ' + (function['name'] or tool['type']) + '\n\n' -}}
+        {{- own[tool['type']] or (function | tojson(indent=4)) + '\n"""
+    + FUNCTION
+    + r"""' -}}
+    {%- endfor -%}
+{%- endmacro -%}
+[gMASK]<sop>
+{%- if tools -%}{{- described(tools) -}}{%- endif -%}
+{%- for message in messages -%}
+    {%- if message['tools'] -%}{{- described(message['tools']) -}}{%- endif -%}
+    {%- if message['content'] or message['role'] == 'assistant' and not message['tool_calls'] -%}
+        {{- '<|' + ('observation' if message['role'] == 'tool' else message['role']) + '|>' -}}
+        {{- (message['metadata'] or '') + '\n' + (message['content'] or '') -}}
+    {%- endif -%}
+    {%- for call in message['tool_calls'] or [] -%}
+        {%- set function = call['function'] or call -%}
+        {{- '<|assistant|>' + function['name'] + '\n' -}}
+        {{- function['arguments'] if function['arguments'] is string else function['arguments'] | tojson -}}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
+)
+TEMPLATES = {"chatglm2": ROUNDS, "chatglm3": MESSAGES, "chatglm4": GLM4}
 
 
 def special_tokens(tokenizer: ChatGLM2Tokenizer) -> dict[str, int]:
@@ -62,7 +94,7 @@ def special_tokens(tokenizer: ChatGLM2Tokenizer) -> dict[str, int]:
 
 def as_bpe(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
     """The vocabulary with merges: two pieces merge as early as the piece that they make has a high score."""
-    pieces: SentencePieceProcessor = tokenizer.sp_model
+    pieces: SentencePieceProcessor = tokenizer.pieces
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
     texts = {
         piece: index
@@ -85,18 +117,15 @@ def as_bpe(tokenizer: ChatGLM2Tokenizer) -> Tokenizer:
 
 def save_vocabulary(tokenizer: ChatGLM2Tokenizer, folder: Path, length: int) -> None:
     """Writes the files of a tokenizer that transformers loads without our code; ``length``: the longest text."""
-    as_bpe(tokenizer).save(str(folder / "tokenizer.json"))
+    fast = as_fast(tokenizer) if isinstance(tokenizer, ChatGLM4Tokenizer) else as_bpe(tokenizer)
+    fast.save(str(folder / "tokenizer.json"))
     shutil.copyfile(tokenizer.vocab_file, folder / "tokenizer.model")
-    added = {
-        str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
-        for token, number in special_tokens(tokenizer).items()
-    }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"unk_token": "<unk>", "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        **tokenizer.named_tokens,
         **{"padding_side": "left", "clean_up_tokenization_spaces": False, "model_max_length": length},
         "model_input_names": ["input_ids", "attention_mask"],
-        "added_tokens_decoder": added,
+        "added_tokens_decoder": added_tokens(special_tokens(tokenizer)),
     }
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ SHORT_NAMES = (
     *("chatglm-6b", "chatglm-6b-int8", "chatglm-6b-int4"),
     *("chatglm2-6b", "chatglm2-6b-32k", "chatglm2-6b-int4", "chatglm2-6b-32k-int4"),
     *("chatglm3-6b", "chatglm3-6b-base", "chatglm3-6b-32k", "chatglm3-6b-128k"),
+    *("glm-4-9b", "glm-4-9b-chat", "glm-4-9b-chat-1m", "codegeex4-all-9b", "LongWriter-glm4-9b"),
     *("glm-4-9b-hf", "glm-4-9b-chat-hf", "GLM-4-9B-0414", "GLM-4-32B-0414", "GLM-Z1-9B-0414"),
     *("glm-edge-1.5b-chat", "glm-edge-4b-chat"),
 )

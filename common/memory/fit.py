@@ -81,7 +81,7 @@ class Forecast(NamedTuple):
 def open_shape(name: str, revision: str, cache_dir: str | None, config_name: str | None) -> ModelFolder:
     """The model to plan for. The three 6B models need no folder and no hub."""
     plain = Path(name).name.lower().removesuffix("-6b")
-    if name.endswith("-6b") and plain in SPECS and not is_local(name):
+    if name.endswith("-6b") and plain in ("chatglm", "chatglm2", "chatglm3") and not is_local(name):
         spec = SPECS[plain]
         return ModelFolder(name, Path(name), spec, spec.config(), bits=None, weights=())
     return open_model(name, revision, cache_dir, config_name)

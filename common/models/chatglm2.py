@@ -1,6 +1,6 @@
-"""ChatGLM2-6B and ChatGLM3-6B on transformers 5, with the module and parameter names of the original checkpoints.
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4 in its first format on transformers 5, with the names of the original weights.
 
-Both have one architecture; they differ in tokenizer, prompt and context length.
+They have one architecture; they differ in sizes, tokenizer, prompt and context length.
 
 Shapes: b batch, s new positions, h heads, g groups of shared keys and values, d head size.
 """
@@ -37,12 +37,14 @@ class ChatGLMConfig(GLMConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
-    # The model family, "chatglm2" or "chatglm3": no other field distinguishes them. The field is ours.
+    # The model family, "chatglm2", "chatglm3" or "chatglm4": no other field distinguishes the first two. It is ours.
     generation: str | None = None
 
     def to_diff_dict(self) -> dict:
         """It has all switches of the original, because the defaults of the original code are others."""
         written_out = {name: self.to_dict()[name] for name in ("padded_vocab_size", "add_qkv_bias", "eos_token_id")}
+        if self.generation == "chatglm4":
+            written_out["num_hidden_layers"] = self.num_layers
         return super().to_diff_dict() | written_out | ORIGINAL_SWITCHES
 
 
@@ -63,7 +65,7 @@ ORIGINAL_SWITCHES = {
 def inverse_frequencies(config: ChatGLMConfig, device: torch.device | None = None) -> Tensor:
     """Inverse frequencies of the rotary embedding, which covers half of a head, in float32: [d / 4].
 
-    The variants for long texts use ``rope_ratio``: ChatGLM2 divides the positions by it, ChatGLM3 raises the base.
+    The variants for long texts use ``rope_ratio``: ChatGLM2 divides the positions by it, the others raise the base.
     """
     dim = config.kv_channels // 2
     if config.generation == "chatglm2":

@@ -26,6 +26,7 @@ from common.models import chatglm, chatglm2, glm4
 from common.models.tensors import check_not_quantized
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
 
 PICTURE_KEYS = {"vision_config", "eva_config", "qformer_config", "image_length", "image_size", "boi_token_id"}
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
@@ -82,6 +83,7 @@ SPECS = {
         ModelSpec("chatglm", "ChatGLM-6B", chatglm.ChatGLMConfig, FIRST, ChatGLMTokenizer, "ice_text.model"),
         ModelSpec("chatglm2", "ChatGLM2-6B", chatglm2.ChatGLMConfig, SECOND, ChatGLM2Tokenizer, "tokenizer.model"),
         ModelSpec("chatglm3", "ChatGLM3-6B", chatglm2.ChatGLMConfig, SECOND, ChatGLM3Tokenizer, "tokenizer.model"),
+        ModelSpec("chatglm4", "GLM-4", chatglm2.ChatGLMConfig, SECOND, ChatGLM4Tokenizer, "tokenizer.model"),
         ModelSpec("glm", "GLM-4", AutoConfig, AutoModelForCausalLM, AutoTokenizer, "tokenizer.json"),
     )
 }
@@ -166,12 +168,14 @@ def make_config(spec: ModelSpec, content: dict[str, Any], file: Path | None = No
     kind = type(AutoConfig.for_model(content["model_type"]))
     methods = {name for name, _ in inspect.getmembers(kind, callable)}
     content = {name: value for name, value in content.items() if name not in NO_SETTINGS and name not in methods}
+    if spec.key == "chatglm4":
+        content = {"bos_token_id": None} | content  # unlike the older ones
     try:
         config = kind.from_dict(content)
     except Exception as error:  # transformers checks the settings in many ways
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{file or 'config.json'}: transformers can't use it: {detail}: download it again.") from error
-    if spec.key in ("chatglm2", "chatglm3"):
+    if spec.config is chatglm2.ChatGLMConfig:
         config.generation = spec.key
     return config
 
@@ -277,7 +281,7 @@ def check_vocabulary(path: Path, spec: ModelSpec) -> None:
     if (path / spec.vocabulary).is_file():
         if (size := (path / spec.vocabulary).stat().st_size) > LARGEST_TEXT:
             raise UserError(f"{path / spec.vocabulary} has {size:,} bytes, too many: download it again.")
-        check_no_text(path / spec.vocabulary, "vocabulary", TEXTS[:2] if spec.key == "glm" else TEXTS)
+        check_no_text(path / spec.vocabulary, "vocabulary", TEXTS[:2] if spec.key in ("glm", "chatglm4") else TEXTS)
         return
     others = [name for name in ("ice_text.model", "tokenizer.model", "tokenizer.json") if (path / name).is_file()]
     mixed = f" ({others[0]} belongs to another model)" if others else ""
@@ -347,24 +351,24 @@ def spec_of(path: Path, config: dict[str, Any]) -> ModelSpec:
         problem = f"a model of type {kind!r}" + f" ({', '.join(map(str, classes))})" * (kind == "glm")
     if problem:
         raise UserError(
-            f"{path / 'config.json'} describes {problem}: "
-            "supported are ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B, and GLM-4 in the format of transformers."
+            f"{path / 'config.json'} describes {problem}: supported are ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4."
         )
     if config.get("vocab_size") == 150528:
         raise UserError(
             f"{path} is a ChatGLM-6B with the old vocabulary of 150,528 words: use a checkpoint with 130,528."
         )
-    if config.get("padded_vocab_size") == 151552:
-        raise UserError(
-            f"{path} is a GLM-4 in its first format, which needs the code beside it: use the checkpoint whose name "
-            "ends in -hf (THUDM/glm-4-9b-chat-hf), or a GLM-4-0414."
-        )
-    return SPECS["chatglm" if "inner_hidden_size" in config else second_or_third(path, config)]
+    return SPECS["chatglm" if "inner_hidden_size" in config else later_generation(path, config)]
 
 
-def second_or_third(path: Path, config: dict[str, Any]) -> str:
-    """chatglm2 or chatglm3, which differ only in prompts: by the config, the tokenizer's code as text, or a name."""
+def later_generation(path: Path, config: dict[str, Any]) -> str:
+    """chatglm4 by its tokenizer or its vocabulary; chatglm2 or chatglm3, which differ only in prompts, by hints.
+
+    Hints are the config, the tokenizer's code as text, and names.
+    """
     tokenizer_config = read_json(path / "tokenizer_config.json") or {}
+    classes = (config.get("generation"), tokenizer_config.get("tokenizer_class"))
+    if config.get("padded_vocab_size") == 151552 or {"chatglm4", "ChatGLM4Tokenizer"} & {*map(str, classes)}:
+        return "chatglm4"
     code = path / "tokenization_chatglm.py"
     source = code.read_text(encoding="utf-8", errors="replace") if code.is_file() else ""
     of_code = "chatglm3" if "<|assistant|>" in source else "chatglm2" if "def build_prompt" in source else ""

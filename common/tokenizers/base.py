@@ -1,10 +1,10 @@
-"""The part that the tokenizers of ChatGLM-6B, ChatGLM2-6B and ChatGLM3-6B share."""
+"""The part that our tokenizers share: those of ChatGLM-6B to GLM-4 in their first format."""
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -20,6 +20,8 @@ class Turn(NamedTuple):
     metadata: str = ""  # in a turn of the assistant: the name of the tool that it calls
     loss: bool = False  # whether the model learns to write this turn
     reasoning_content: str = ""  # in a turn of the assistant: its thoughts, for a chat template that writes them
+    tools: str = ""  # in a system turn: the tools as JSON, which each model reads in another form
+    arguments: str = ""  # in a call of a tool: its arguments as JSON, which the content has as Python
 
 
 Conversation = Sequence[Turn]
@@ -39,46 +41,67 @@ class EncodedTurn(NamedTuple):
         return [*self.header.tolist(), *self.body.tolist()]
 
 
-class SentencePieceTokenizer(PreTrainedTokenizer):
-    """Reads its vocabulary with sentencepiece. Pads batches on the left, as text generation needs it."""
+def with_tools(turn: Turn) -> Turn:
+    """The turn with its tools in its text: as JSON, which the tokenizer of ChatGLM3 indents beside other text."""
+    if not turn.tools:
+        return turn
+    indented = json.dumps(json.loads(turn.tools), indent=4, ensure_ascii=False)
+    return turn._replace(content=f"{turn.content}\n{indented}" if turn.content else turn.tools, tools="")
+
+
+def added_tokens(special: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Special tokens as a tokenizer_config.json has them."""
+    return {
+        str(number): {"content": token, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+        for token, number in special.items()
+    }
+
+
+class GLMTokenizer(PreTrainedTokenizer):
+    """Reads its vocabulary, as most do, with sentencepiece. Pads batches on the left, as text generation needs it."""
 
     padding_side = "left"
     num_threads = -1  # threads of one call to sentencepiece: one per core
     special_tokens: tuple[str, ...] = ()  # tokens that the vocabulary lacks; their ids follow those of its pieces
+    original_class = "ChatGLMTokenizer"
 
     def __init__(self, vocab_file: str, **kwargs):
         self.vocab_file = vocab_file
-        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        pieces = self.sp_model.get_piece_size()
-        self.special_token_ids = {token: pieces + index for index, token in enumerate(self.special_tokens)}
+        self.pieces = self.read_vocabulary(vocab_file)
+        count = self.pieces.get_piece_size()
+        self.special_token_ids = {token: count + index for index, token in enumerate(self.special_tokens)}
         # transformers passes other tokens of tokenizer_config.json here, and would recognise them in text.
-        kwargs.pop("model_specific_special_tokens", None)
+        for name in ("model_specific_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            kwargs.pop(name, None)
         super().__init__(**kwargs)
+
+    def read_vocabulary(self, file: str) -> Any:
+        return sentencepiece.SentencePieceProcessor(model_file=file)
 
     @property
     def vocab_size(self) -> int:
-        return self.sp_model.get_piece_size() + len(self.special_tokens)
+        return self.pieces.get_piece_size() + len(self.special_tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        pieces = self.sp_model.id_to_piece(list(range(self.sp_model.get_piece_size())))
+        pieces = self.pieces.id_to_piece(list(range(self.pieces.get_piece_size())))
         return {token: index for index, token in enumerate([*pieces, *self.special_tokens])}
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.sp_model.encode(text, out_type=str)
+        return self.pieces.encode(text, out_type=str)
 
     def tokenize_parts(self, parts: Sequence[str]) -> list[str]:
         """The tokens of text, special token, text, …, text."""
         return [token for i, part in enumerate(parts) for token in ([part] if i % 2 else self._tokenize(part))]
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self.special_token_ids[token] if token in self.special_token_ids else self.sp_model.piece_to_id(token)
+        return self.special_token_ids[token] if token in self.special_token_ids else self.pieces.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        pieces = self.sp_model.get_piece_size()
-        if index < pieces:
-            return self.sp_model.id_to_piece(index)
+        count = self.pieces.get_piece_size()
+        if index < count:
+            return self.pieces.id_to_piece(index)
         # The embedding has more rows than there are tokens, and an untrained model may generate any of them.
-        return self.special_tokens[index - pieces] if index < self.vocab_size else f"<unused_{index}>"
+        return self.special_tokens[index - count] if index < self.vocab_size else f"<unused_{index}>"
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs) -> str:
         return self.decode_ids([token_ids] if isinstance(token_ids, int) else token_ids, skip_special_tokens)
@@ -89,6 +112,10 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
     def start_ids(self) -> list[int]:
         """The special tokens that every text begins with."""
         return self.build_inputs_with_special_tokens([])
+
+    def end_ids(self) -> list[int]:
+        """What follows the last message of a training row."""
+        return [self.eos_token_id]
 
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer."""
@@ -105,7 +132,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
         vocab_file = folder / self.vocab_files_names["vocab_file"]
         if vocab_file.resolve() != Path(self.vocab_file).resolve():
             shutil.copyfile(self.vocab_file, vocab_file)
-        fields = {"tokenizer_class": "ChatGLMTokenizer", "padding_side": self.padding_side, **self.config_fields()}
+        fields = {"tokenizer_class": self.original_class, "padding_side": self.padding_side, **self.config_fields()}
         config_file = folder / "tokenizer_config.json"
         config_file.write_text(json.dumps(fields, ensure_ascii=False, indent=2), encoding="utf-8")
         return str(vocab_file), str(config_file)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.tokenizers.base import Ids, SentencePieceTokenizer
+from common.tokenizers.base import GLMTokenizer, Ids
 
 LINE_FEED, TAB = "<n>", "<|tab|>"
 SEPARATOR = "\0"  # between texts, which are looked at together
@@ -18,7 +18,7 @@ def encode_whitespace(text: str) -> str:
     return re.sub(" {2,80}", lambda run: f"<|blank_{len(run[0])}|>", text)
 
 
-class ChatGLMTokenizer(SentencePieceTokenizer):
+class ChatGLMTokenizer(GLMTokenizer):
     """Prompts end with ``[gMASK] <sop>``.
 
     As in the original, a text may contain the special tokens ``<sop> <eop> <unk> <pad> [MASK]``; any other, like
@@ -32,7 +32,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         tokens = {"bos_token": "<sop>", "eos_token": "<eop>", "mask_token": "[MASK]"}
         tokens |= {"pad_token": "<pad>", "unk_token": "<unk>"}
         super().__init__(vocab_file, **tokens | {"clean_up_tokenization_spaces": True} | kwargs)
-        self.gmask_token_id = self.sp_model.piece_to_id("[gMASK]")
+        self.gmask_token_id = self.pieces.piece_to_id("[gMASK]")
         # A special token includes the white space around it.
         self._special_pattern = re.compile(rf"\s*({'|'.join(map(re.escape, self.all_special_tokens))})\s*")
 
@@ -40,7 +40,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         return self.tokenize_parts(self._special_pattern.split(text))
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
-        return self.sp_model.encode(encode_whitespace(text), out_type=str)
+        return self.pieces.encode(encode_whitespace(text), out_type=str)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without added special tokens. Texts without any go into one fast call."""
@@ -48,7 +48,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
         encoded = encode_whitespace(joined).split(SEPARATOR)
         if len(encoded) != len(texts):  # there is no text, or one holds the separator
             encoded = [encode_whitespace(text) for text in texts]
-        found = self.sp_model.encode(encoded, return_type="numpy", num_threads=self.num_threads)
+        found = self.pieces.encode(encoded, return_type="numpy", num_threads=self.num_threads)
         tokens = [token for token in self.all_special_tokens if token in joined]
         for index, text in enumerate(texts) if tokens else ():
             if any(token in text for token in tokens):
@@ -58,7 +58,7 @@ class ChatGLMTokenizer(SentencePieceTokenizer):
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else {self.pad_token_id}
         shown = [index for index in token_ids if index not in hidden and index < self.vocab_size]
-        text = self.sp_model.decode(shown).replace(LINE_FEED, "\n").replace(TAB, "\t")
+        text = self.pieces.decode(shown).replace(LINE_FEED, "\n").replace(TAB, "\t")
         text = BLANK_PIECE.sub(lambda blank: " " * int(blank[1]), text)
         return self.clean_up_tokenization(text) if self.clean_up_tokenization_spaces else text
 

@@ -4,16 +4,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, groupby, pairwise
+from typing import ClassVar
 
 import numpy as np
 from transformers import BatchEncoding
 
-from common.tokenizers.base import Conversation, EncodedTurn, Ids, SentencePieceTokenizer, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, GLMTokenizer, Ids, Turn, with_tools
 
 ROLES = ("system", "user", "assistant", "observation")
 
 
-class ChatGLM2Tokenizer(SentencePieceTokenizer):
+class ChatGLM2Tokenizer(GLMTokenizer):
     """Texts begin with ``[gMASK] sop``.
 
     Text contains no special tokens: all that a user types is ordinary text.
@@ -23,12 +24,13 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
     model_input_names = ["input_ids", "attention_mask", "position_ids"]
     model_family = "chatglm2"
     special_tokens: tuple[str, ...] = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+    start_tokens = ("[gMASK]", "sop")
+    named_tokens: ClassVar = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
 
     def __init__(self, vocab_file: str, **kwargs):
         # Like the original, ignore the special tokens of tokenizer_config.json.
-        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-        super().__init__(vocab_file, **{"clean_up_tokenization_spaces": False} | kwargs | tokens)
-        self.prefix_ids = [self.special_token_ids["[gMASK]"], self.special_token_ids["sop"]]
+        super().__init__(vocab_file, **{"clean_up_tokenization_spaces": False} | kwargs | self.named_tokens)
+        self.prefix_ids = [self.special_token_ids[token] for token in self.start_tokens]
 
     def get_command(self, token: str) -> int:
         """The id of a special token."""
@@ -39,14 +41,14 @@ class ChatGLM2Tokenizer(SentencePieceTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of each text, without added special tokens, from one call to sentencepiece."""
-        return self.sp_model.encode(list(texts), return_type="numpy", num_threads=self.num_threads)
+        return self.pieces.encode(list(texts), return_type="numpy", num_threads=self.num_threads)
 
     def decode_ids(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        return self.sp_model.decode([index for index in token_ids if self.is_text(index)])
+        return self.pieces.decode([index for index in token_ids if self.is_text(index)])
 
     def is_text(self, index: int) -> bool:
         """Whether an id means text: not for a special token, <unk> (the pad), <s> or </s>, nor out of range."""
-        return self.sp_model.bos_id() < index < self.sp_model.get_piece_size() and index != self.sp_model.eos_id()
+        return self.pieces.bos_id() < index < self.pieces.get_piece_size() and index != self.pieces.eos_id()
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -96,23 +98,33 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             return super().decode_ids(token_ids, skip_special_tokens)
         shown = [index for index in token_ids if self.is_text(index) or index in self.special_token_ids.values()]
         runs = [(is_text, list(run)) for is_text, run in groupby(shown, self.is_text)]
-        parts = [self.sp_model.decode(r) if text else "".join(self.convert_ids_to_tokens(r)) for text, r in runs]
+        parts = [self.pieces.decode(r) if text else "".join(self.convert_ids_to_tokens(r)) for text, r in runs]
         return " ".join(parts)
 
     def stop_ids(self) -> list[int]:
         """The end token, and the roles whose turn follows an answer."""
         return [self.eos_token_id, self.get_command("<|user|>"), self.get_command("<|observation|>")]
 
+    def messages_of(self, turn: Turn) -> list[Turn]:
+        """The messages that a turn is written as."""
+        return [with_tools(turn)]
+
+    def texts_of(self, turn: Turn) -> tuple[str, ...]:
+        """The texts of a message that are encoded each for itself."""
+        return f"{turn.metadata}\n", turn.content
+
     def encode_turns(self, conversations: Sequence[Conversation]) -> list[list[EncodedTurn]]:
-        """Every turn with its token ids: the header is the role token, the body metadata line and content."""
+        """Every message with its token ids: the header is the role token, the body metadata line and content."""
+        conversations = [[each for turn in turns for each in self.messages_of(turn)] for turns in conversations]
         turns = [turn for conversation in conversations for turn in conversation]
         roles = {role: np.array([self.get_command(f"<|{role}|>")], np.int32) for role in ROLES}
-        texts = [text for turn in turns for text in (f"{turn.metadata}\n", turn.content)]
+        texts = [text for turn in turns for text in self.texts_of(turn)]
         different = list(dict.fromkeys(texts))  # a system prompt may come with each conversation
         ids = dict(zip(different, self.encode_batch(different), strict=True))
         pieces = [ids[text] for text in texts]
         joined = np.concatenate([np.empty(0, np.int32), *pieces])  # all at once, which is faster than one by one
-        ends = list(accumulate(map(len, pieces)))[1::2]
+        step = len(texts) // len(turns) if turns else 1
+        ends = list(accumulate(map(len, pieces)))[step - 1 :: step]
         bodies = (joined[begin:end] for begin, end in pairwise([0, *ends]))
         return [
             [EncodedTurn(turn, roles[turn.role], next(bodies)) for turn in conversation]

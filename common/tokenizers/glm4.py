@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from common.tokenizers.base import Conversation, EncodedTurn, Ids, Turn
+from common.tokenizers.base import Conversation, EncodedTurn, Ids, Turn, with_tools
 from common.tokenizers.templates import render
 
 EXPRESSION = re.compile(rb'"Regex"\s*:\s*"((?:[^"\\]|\\.)*)"')
@@ -53,6 +53,10 @@ class GLM4Adapter:
         text = self.render([([], False)])[0] if self.tokenizer.chat_template else ""
         return self.tokenizer(text, add_special_tokens=not text)["input_ids"]
 
+    def end_ids(self) -> list[int]:
+        """What follows the last message of a training row."""
+        return [self.tokenizer.eos_token_id]
+
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer: the end token, and the roles whose turn follows it."""
         vocabulary = self.tokenizer.get_added_vocab()
@@ -75,6 +79,7 @@ class GLM4Adapter:
         The template writes each conversation once. What it wrote is told apart by the form of turns of the same kind,
         if they give the same text; else it writes the conversation again up to each turn.
         """
+        conversations = [list(map(with_tools, turns)) for turns in conversations]
         start, *wholes = self.render([([], False), *((turns, False) for turns in conversations)])
         forms: dict[Kind, Form] = {}
         texts: list[tuple[str, str]] = []
@@ -178,6 +183,7 @@ def leaves_out_thoughts(turn: Turn, body: str) -> bool:
 def message_of(turn: Turn) -> dict[str, Any]:
     """The turn as chat templates read it; a template tells a missing thought from an empty one."""
     message = turn._asdict()
+    del message["tools"], message["arguments"]  # they are in the text
     if turn.reasoning_content:
         message["thinking"] = turn.reasoning_content  # the name that older templates read
     else:

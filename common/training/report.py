@@ -20,6 +20,7 @@ from common.memory.fit import Forecast, margins, needed
 from common.memory.footprint import CUDA_CONTEXT
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
+from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
 
 MANY_PASSES, FEW_STEPS = 20, 50
 
@@ -151,7 +152,8 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
 def readable(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
     """A token as text, with ▁ for a blank and escapes for control characters."""
     token = tokenizer.convert_ids_to_tokens(index)
-    if tokenizer.is_fast:  # GLM-4 stores bytes as other characters; only whole characters can be decoded
+    if tokenizer.is_fast or isinstance(tokenizer, ChatGLM4Tokenizer):
+        # GLM-4 stores bytes as other characters; only whole characters can be decoded.
         text = tokenizer.decode([index])
         token = token if "\ufffd" in text else text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace(" ", "▁"))
