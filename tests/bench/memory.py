@@ -27,7 +27,7 @@ import torch
 from rich.table import Table
 from shell import flags_of
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from transformers import Glm4Config, GlmConfig, PreTrainedModel
 
 from common.arguments import FullArguments, LoraArguments, PrefixArguments
 from common.finetune import run
@@ -38,7 +38,8 @@ from common.memory.footprint import CUDA_CONTEXT
 from common.methods.full import Full
 from common.methods.lora import Lora
 from common.methods.prefix import PTuning
-from common.models.registry import DEMOS, SPECS
+from common.models.chatglm2 import ChatGLMConfig
+from common.models.registry import DEMOS, SPECS, ModelFolder
 from common.training.checks import check, complete
 from common.training.choices import choose
 from common.training.report import console
@@ -50,6 +51,25 @@ SHAPES = {  # hidden size, layers, heads, inner size, vocabulary
     "chatglm": (256, 6, 4, 1024, 20480),
     "chatglm2": (256, 6, 4, 704, 32768),
     "chatglm3": (256, 8, 4, 704, 65024),
+}
+EDGE = {"head_dim": 128, "vocab_size": 59264, "tie_word_embeddings": True, "partial_rotary_factor": 1.0}
+RELATIVES = {  # name: key in SPECS, config with the published sizes
+    "glm-4-9b-chat": ("chatglm4", ChatGLMConfig(num_layers=40, padded_vocab_size=151552, generation="chatglm4")),
+    "GLM-4-9B-0414": ("glm", Glm4Config()),
+    "glm-edge-4b-chat": (
+        "glm",
+        GlmConfig(
+            **{"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 40, "num_attention_heads": 24},
+            **{"num_key_value_heads": 6, **EDGE, "pad_token_id": 59246},
+        ),
+    ),
+    "glm-edge-1.5b-chat": (
+        "glm",
+        GlmConfig(
+            **{"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+            **{"num_key_value_heads": 4, **EDGE, "pad_token_id": 59246},
+        ),
+    ),
 }
 CARDS = (8, 24, 80)  # GB
 STEP = 64  # tokens, in which the longest rows are counted
@@ -205,6 +225,23 @@ def print_table() -> None:
             print("|", " | ".join([case.method.name, weights, shape, *cells]), "|", flush=True)
 
 
+def print_relatives() -> None:
+    """The models of GLM-4, in GB, as the three 6B models: training alone; with the scoring of 8 rows at once."""
+    columns = [("ptuning", "4"), ("lora", "4"), ("lora", "")]
+    print("| |", " | ".join(f"{method}, {bits or 16} bit" for method, bits in columns), "|")
+    print("|---|" + "---:|" * len(columns))
+    for name, (key, config) in RELATIVES.items():
+        folder, cells = ModelFolder(name, Path(name), SPECS[key], config, bits=None, weights=()), []
+        for method, bits in columns:
+            rows = {"BATCH_SIZE": "1", "GRAD_ACCUM": "16"} if method == "ptuning" else {"BATCH_SIZE": "4"}
+            chosen = rows | {"GRADIENT_CHECKPOINTING": "true", "EVAL_BATCH_SIZE": "8", "QUANTIZATION_BIT": bits}
+            case = planned(method, flags_of(f"{method}/train.sh", "--plan", MODEL="chatglm3-6b", **chosen)).case
+            case = case._replace(folder=folder, known=[])
+            alone = case.changed(evaluation_batch_size=0, generation_batch_size=0)
+            cells.append(", ".join(f"{plan.total / 1e9:.1f}" for plan in (alone.plan(), case.plan())))
+        print("|", " | ".join([name, *cells]), "|", flush=True)
+
+
 def longest_row(case: Case, room: float) -> int:
     """Tokens of the longest row that fits into ``room`` bytes, the last quarter of it with labels.
 
@@ -245,6 +282,8 @@ def main() -> None:
     if args.table:
         os.environ["DEVICE_MEMORY"] = "80"
         print_table()
+        print()
+        print_relatives()
         print()
         print_longest_rows()
         return
