@@ -20,7 +20,7 @@ from shell import ROOT, environment
 
 from common.arguments import LoraArguments, PrefixArguments
 from common.chat.chat import generation_settings, stream_chat
-from common.chat.protocol import ApiError, ChatAsked, prompt_of, split_answer, tool_call
+from common.chat.protocol import ApiError, ChatAsked, call_starts, prompt_of, split_answer, tool_call
 from common.encoding import encode_chat
 from common.loading import load_model, load_tokenizer
 from common.methods.lora import Lora, attach_lora
@@ -352,6 +352,15 @@ def test_a_call_is_read_and_never_executed(content, arguments):
     call = tool_call("weather", content)
     assert (call and json.loads(call["function"]["arguments"])) == arguments
     assert call is None or call["function"]["name"] == "weather"
+
+
+def test_glm4_reads_tools_and_begins_calls_in_its_own_form(tokenizer4):
+    named = {"type": "function", "function": {"name": "get_time"}}
+    asked = ChatAsked(model="tuned", messages=[{"role": "user", "content": "几点"}], tools=TOOLS, tool_choice=named)
+    text = tokenizer4.decode(prompt_of(asked, tokenizer4))
+    assert text.startswith("[gMASK]<sop><|system|>") and '## get_time\n\n{\n    "name": "get_time",' in text
+    assert text.endswith("<|user|>\n几点<|assistant|>")
+    assert [tokenizer4.decode(start) for start in call_starts(asked, tokenizer4)] == ["get_time\n"]
 
 
 def test_a_call_of_glm4_is_json():
