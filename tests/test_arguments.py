@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from typing import get_args, get_type_hints
 
 import pytest
@@ -25,6 +26,7 @@ from common.data.look import check_files
 from common.declared import parser_of
 from common.errors import UserError
 from common.flags import parse_arguments, read_flags
+from common.training.checks import check_trackers
 
 OFFICIAL_TRAIN = """--do_train --train_file train.json --validation_file dev.json --prompt_column content
 --response_column summary --overwrite_cache --model_name_or_path chatglm-6b --output_dir output --overwrite_output_dir
@@ -220,3 +222,15 @@ def test_the_first_look_asks_for_columns_that_are_read(tmp_path, monkeypatch, fi
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text(first)
     check_files(read_flags("LoraArguments", flags.split()))
+
+
+@pytest.mark.parametrize(("number", "taken"), [("0.7.20", True), ("0.10.3", False), ("1.0.0", False)])
+def test_a_tracker_that_the_trainer_can_not_use_is_refused(number, taken, tmp_path, monkeypatch):
+    (tmp_path / "swanlab").mkdir()
+    (tmp_path / "swanlab" / "__init__.py").touch()
+    (tmp_path / f"swanlab-{number}.dist-info").mkdir()
+    (tmp_path / f"swanlab-{number}.dist-info" / "METADATA").write_text(f"Name: swanlab\nVersion: {number}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = parse_arguments(LoraArguments, ["--report_to", "swanlab"])[3]
+    with nullcontext() if taken else pytest.raises(UserError, match=f"can't use swanlab {number}: .* install"):
+        check_trackers(args)

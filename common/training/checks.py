@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -194,7 +196,7 @@ def check_devices(args: TrainingArguments) -> None:
 
 
 def check_trackers(args: TrainingArguments) -> None:
-    """Raises UserError for a tracker of --report_to that is unknown or not installed."""
+    """Raises UserError for a tracker of --report_to that is unknown, not installed, or too new for the Trainer."""
     trackers, known = args.report_to, sorted(INTEGRATION_TO_CALLBACK)
     for name in trackers:
         if name not in known:
@@ -207,6 +209,11 @@ def check_trackers(args: TrainingArguments) -> None:
         raise UserError(
             f"--report_to {','.join(trackers)}: {', '.join(missing)} {verb} not installed here: "
             f"{sys.executable} -m pip install {packages}"
+        )
+    if "swanlab" in trackers and not re.match(r"0\.[0-7]\.", found := version("swanlab")):
+        raise UserError(
+            f"--report_to swanlab: the Trainer can't use swanlab {found}: "
+            f"{sys.executable} -m pip install {PACKAGES['swanlab']}"
         )
 
 
