@@ -57,6 +57,12 @@ def load_tokenizer(model: str | Path | ModelFolder) -> PreTrainedTokenizerBase:
             f"{folder.path} mixes files of different models: {spec.vocabulary} has {tokenizer.vocab_size:,} tokens "
             f"and the model {rows:,}."
         )
+    ends = folder.config.eos_token_id
+    if spec.key == "chatglm4" and ends and tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise UserError(
+            f"{folder.path / spec.vocabulary} has {tokenizer.pieces.get_piece_size():,} tokens, and eos_token_id in "
+            "config.json counts on another number: copy or download it again."
+        )
     return tokenizer
 
 

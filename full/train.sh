@@ -60,6 +60,9 @@ case " $* " in
     *" --plan "* | *" --dry_run "* | *" --help "*) EVALUATE=false ;;
 esac
 
+own_rows=$([ "$TRAIN_FILE" = "$ROOT/AdvertiseGen/train.json" ] || echo true)
+if [ "${VALIDATION_SPLIT:-}" = 0 ] && [ -z "${VALIDATION_FILE:-}" ] && [ "$own_rows" ]; then EVALUATE=false; fi
+
 # What follows the training: the saved model is scored; of several machines only the first does that.
 THEN=()
 if [ "$EVALUATE" = true ] && [ "${MACHINE_RANK:-${SLURM_NODEID:-0}}" = 0 ]; then

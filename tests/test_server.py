@@ -180,7 +180,7 @@ def test_langchain_asks_and_streams(addresses):
         ({"n": 2}, openai.BadRequestError, "n: "),
         ({"temperature": 3}, openai.BadRequestError, "temperature: "),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
-        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias is not supported here"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias: not supported here"),
         ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice: there is no such tool; there are none"),
         ({"tool_choice": "some"}, openai.BadRequestError, "tool_choice"),
         ({"seed": 2**64}, openai.BadRequestError, "seed: "),

@@ -36,6 +36,10 @@ def named_folders(given: str, name: str | None) -> dict[str, Path]:
     Raises UserError for a name that comes twice or belongs to no folder, and as ``find_training``.
     """
     parts = [given] if Path(given).exists() else [part.strip() for part in given.split(",") if part.strip()]
+    if not parts:
+        raise UserError(
+            f"CHECKPOINT (--checkpoint) {given!r} names no training; empty, it serves the base model alone."
+        )
     if parts[1:] and name:
         raise UserError(f"--served_name {name}: the names of several models stand before their folders, NAME=FOLDER.")
     found: dict[str, Path] = {}

@@ -96,8 +96,8 @@ def read_request(kind: type[Kind], body: bytes) -> Kind:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(map(str, first["loc"]))
-        known = "" if first["type"] != "extra_forbidden" else f": {name} is not supported here"
-        raise ApiError(400, f"{name}: {first['msg']}{known}" if name else first["msg"]) from error
+        text = "not supported here" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ApiError(400, f"{name}: {text}" if name else text) from error
 
 
 def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, system: str = "") -> list[int]:
@@ -110,6 +110,10 @@ def prompt_of(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase, system: str 
         tools = tools_text("tools", asked.tools) if asked.tool_choice != "none" else ""
     except RowError as error:
         raise ApiError(400, str(error)) from error
+    if not all(isinstance(tool.get("function", tool), dict) for tool in asked.tools or []) or not all(
+        name and isinstance(name, str) for name in names_of(asked.tools or [])
+    ):
+        raise ApiError(400, 'tools: each must be like {"type": "function", "function": {"name": "weather"}}')
     if unread := unread - IDS:
         raise ApiError(400, f"{', '.join(sorted(unread))}: not supported here")
     if turns[-1].role not in ("user", "observation"):
@@ -133,8 +137,8 @@ def tools_of(asked: ChatAsked) -> list[dict[str, Any]]:
     return asked.tools or [] if asked.tool_choice != "none" else []
 
 
-def names_of(tools: Sequence[dict[str, Any]]) -> list[str]:
-    return [str((tool.get("function") or tool).get("name")) for tool in tools]
+def names_of(tools: Sequence[dict[str, Any]]) -> list[Any]:
+    return [tool.get("function", tool).get("name") for tool in tools]
 
 
 def call_starts(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -157,9 +161,22 @@ def call_starts(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[li
 def split_answer(text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """(name of the called tool or "", content) of an answer: the line before a call has the tool's name."""
     name, _, content = text.partition("\n")
+    if call := whole_call(text, names_of(tools)):
+        return call
     return (
         (name.strip(), content.strip()) if name.strip() in names_of(tools) else ("", process_response(text, tokenizer))
     )
+
+
+def whole_call(content: str, names: Sequence[str]) -> tuple[str, str] | None:
+    """(name, arguments) of a call that is one JSON object, as in the data of GLM-4's repository; else None."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or found.keys() != {"name", "arguments"} or found["name"] not in names:
+        return None
+    return found["name"], json.dumps(found["arguments"], ensure_ascii=False)
 
 
 def tool_call(name: str, content: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,8 @@ def text_of(content: str | Sequence[Turn]) -> str:
     """All text of an example; examples that differ have different texts."""
     if isinstance(content, str):
         return content
-    return "\x1f".join([f"{turn.role}\x1e{turn.content}{turn.tools}\x1e{turn.metadata}" for turn in content])
+    parts = attrgetter("role", "content", "tools", "metadata", "reasoning_content")
+    return "\x1f".join(["\x1e".join(parts(turn)) for turn in content])
 
 
 def hash_of(text: str) -> int:

@@ -27,6 +27,7 @@ from common.engine import Engine
 from common.memory import quantized
 from common.models import base, loss
 from common.models.cache import GrowingLayer
+from common.models.glm4 import WithPrefix
 from common.models.quantization import checkpointing_of
 
 CUDA_CONTEXT = 0.5e9  # bytes that a process takes of a GPU before its first tensor
@@ -250,7 +251,7 @@ def training_step(model: PreTrainedModel, setup: Setup, allocations: Allocations
     for weight in trained:
         weight.register_post_accumulate_grad_hook(lambda weight: allocations.rename(weight.grad, "gradients"))
     if setup.checkpointing:
-        how = checkpointing_of(setup.bits)
+        how = checkpointing_of(setup.bits, isinstance(model, WithPrefix))
         if how["use_reentrant"]:
             model.enable_input_require_grads()
         model.activation_checkpointing_enable(how)

@@ -24,7 +24,7 @@ from common.arguments import LoraArguments, TrainingArguments
 from common.errors import UserError
 from common.files import write_json
 from common.methods import Method, check_flags
-from common.methods.adapter import adapter_config
+from common.methods.adapter import BEGINNINGS, adapter_config
 from common.methods.full import check_without_prefix
 from common.models.registry import ModelFolder, empty_model
 
@@ -87,8 +87,14 @@ class Lora(Method):
             yield model
 
     def more(self, model: PeftModel, folder: Path) -> Callable[[], AbstractContextManager[PeftModel]]:
-        load_adapter(model, folder, str(folder).replace(".", "_"))  # PEFT makes it the name of a module
-        return partial(with_adapter, model, str(folder).replace(".", "_"))
+        if (
+            BEGINNINGS.fullmatch(begins := str(adapter_config(folder).get("init_lora_weights")))
+            and begins != "gaussian"
+        ):
+            raise UserError(f"{folder}: an adapter that began by {begins} changes the base model: serve it alone.")
+        name = f"adapter {len(model.peft_config)}"
+        load_adapter(model, folder, name)
+        return partial(with_adapter, model, name)
 
     def optimizer(self, model: PeftModel, args: TrainingArguments) -> torch.optim.Optimizer | None:
         """LoRA+, https://arxiv.org/abs/2402.12354: the B matrices learn ``loraplus_lr_ratio`` times faster than A."""

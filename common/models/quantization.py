@@ -55,9 +55,12 @@ def allow_reordering(model: PreTrainedModel, trained: bool) -> None:
             layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and fits and not trained
 
 
-def checkpointing_of(bits: int | None) -> dict[str, bool]:
-    """Keywords of checkpointing. LLM.int8() keeps the inputs of its layers unless the first pass has no graph."""
-    return {"use_reentrant": bits == 8}
+def checkpointing_of(bits: int | None, shared: bool = False) -> dict[str, bool]:
+    """Keywords of checkpointing. LLM.int8() keeps the inputs of its layers unless the first pass has no graph.
+
+    ``shared``: layers use what was computed together and is no input of theirs; such a first pass would lose its graph.
+    """
+    return {"use_reentrant": bits == 8 and not shared}
 
 
 @dataclass(frozen=True)

@@ -295,7 +295,8 @@ def is_local(name: str) -> bool:
 
 def empty_model(spec: ModelSpec, config: PreTrainedConfig) -> PreTrainedModel:
     """The model on the meta device: shapes only; no file is read."""
-    make = spec.model.from_config if spec.model is AutoModelForCausalLM else spec.model
+    # Not from_config, which looks at contents under ZeRO-3.
+    make = spec.model._model_mapping[type(config)] if spec.model is AutoModelForCausalLM else spec.model
     try:
         with torch.device("meta"):
             return make(config)

@@ -79,7 +79,7 @@ class GLM4Adapter:
         The template writes each conversation once. What it wrote is told apart by the form of turns of the same kind,
         if they give the same text; else it writes the conversation again up to each turn.
         """
-        conversations = [list(map(with_tools, turns)) for turns in conversations]
+        conversations = [list(map(as_written, turns)) for turns in conversations]
         start, *wholes = self.render([([], False), *((turns, False) for turns in conversations)])
         forms: dict[Kind, Form] = {}
         texts: list[tuple[str, str]] = []
@@ -144,6 +144,12 @@ class GLM4Adapter:
             for turns, asks in conversations
         ]
         return render(self.tokenizer.get_chat_template(), self.tokenizer.name_or_path, values)
+
+
+def as_written(turn: Turn) -> Turn:
+    """The turn with its tools in its text, and with the arguments of a call as JSON."""
+    turn = with_tools(turn)
+    return turn._replace(content=turn.arguments or turn.content)
 
 
 def kind_of(turn: Turn, before: str) -> Kind:

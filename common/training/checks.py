@@ -26,6 +26,7 @@ from common.devices import check_bits, note_cpu
 from common.errors import UserError, note
 from common.memory.fit import open_shape, row_lengths
 from common.methods import Method
+from common.methods.prefix import PTuning
 from common.metrics import SCORES
 from common.models.precision import half_dtype
 from common.models.quantization import checkpointing_of
@@ -101,7 +102,8 @@ def complete(method: Method, model_args: ModelArguments, args: TrainingArguments
     if args.do_train and not method.trains_base and args.engine.name == "DDP" and not half_dtype(args):
         args.loss_scaling = args.fp16 = args.base_dtype(method.trains_base) == torch.float16
         args.mixed_precision = "fp16" if args.fp16 else args.mixed_precision
-    args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits)
+    shared = isinstance(method, PTuning) and folder.spec.key == "glm"
+    args.activation_checkpointing_kwargs = args.activation_checkpointing_kwargs or checkpointing_of(bits, shared)
 
 
 def check_quantization(
@@ -137,7 +139,8 @@ def check_data(data_args: DataArguments, args: TrainingArguments) -> None:
         count = len(files) if split == "train" else count
         if not files and not data_args.dataset_name and not (data_args.held_out and split != "train"):
             job = {"train": "train", "validation": "eval", "test": "predict"}[split]
-            raise UserError(f"--do_{job} needs --{file_flag}.")
+            variable = f"{split.upper()}_FILE"
+            raise UserError(f"there is no file for --do_{job}: set {variable} (--{file_flag}).")
     if data_args.mix and args.do_train:
         parse_mix(data_args.mix, count)
         if args.train_sampling_strategy not in ("random", "group_by_length"):
