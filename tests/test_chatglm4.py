@@ -382,3 +382,12 @@ def test_a_tokenizer_of_another_model_is_refused(chatglm4_folder, small_vocabula
     shutil.copyfile(chatglm4_folder / "tokenizer.model", mixed / "tokenizer.model")
     with pytest.raises(UserError, match="tokenizer.model is text, not the vocabulary"):
         load_tokenizer(mixed)
+
+
+def test_a_cut_table_is_refused(chatglm4_folder, tmp_path):
+    """It would give the special tokens other numbers than the model knows."""
+    folder = shutil.copytree(chatglm4_folder, tmp_path / "cut")
+    lines = (folder / "tokenizer.model").read_bytes().splitlines(keepends=True)
+    (folder / "tokenizer.model").write_bytes(b"".join(lines[:-100]))
+    with pytest.raises(UserError, match="900 tokens, and eos_token_id in config.json counts on another number"):
+        load_tokenizer(folder)

@@ -182,6 +182,8 @@ def test_langchain_asks_and_streams(addresses):
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
         ({"logit_bias": {"5": 1}}, openai.BadRequestError, "logit_bias: not supported here"),
         ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice: there is no such tool; there are none"),
+        ({"tools": [{"function": "x"}]}, openai.BadRequestError, "tools: each must be like"),
+        ({"tools": [{}], "tool_choice": "required"}, openai.BadRequestError, "tools: each must be like"),
         ({"tool_choice": "some"}, openai.BadRequestError, "tool_choice"),
         ({"seed": 2**64}, openai.BadRequestError, "seed: "),
     ],
@@ -275,6 +277,7 @@ def test_models_without_roles_take_questions_and_answers_only(addresses):
         (["--model_name_or_path", "nowhere"], "no model folder nowhere"),
         (["--checkpoint", "a={one},b={adapter}"], "can't share a base model: give prefixes only, or adapters only"),
         (["--checkpoint", "{one},{two}", "--served_name", "x"], "--served_name x: the names of several models stand"),
+        (["--checkpoint", ","], "',' names no training"),
         (["--checkpoint", "{one},{one}"], "'one' would name two models"),
         (["--checkpoint", "{one},b={other}"], "was trained on demo3, and"),
         (["--host", "203.0.113.7"], "can't listen on 203.0.113.7"),
@@ -372,5 +375,8 @@ def test_the_line_before_a_call_names_the_tool():
     tokenizer, tools = load_tokenizer("demo3"), [{"type": "function", "function": {"name": "weather"}}]
     assert split_answer("weather\n tool_call()", tokenizer, tools) == ("weather", "tool_call()")
     assert split_answer("weather\n tool_call()", tokenizer, []) == ("", "weather\n tool_call()")
+    whole = '{"name": "weather", "arguments": {"city": "北京"}}'
+    assert split_answer(whole, tokenizer, tools) == ("weather", '{"city": "北京"}')
+    assert split_answer(whole, tokenizer, [])[0] == ""
     assert split_answer("\n 你好\n再见", tokenizer, tools) == ("", "你好\n再见")
     assert split_answer("标题：\n\n正文", tokenizer, tools) == ("", "标题：\n\n正文")
