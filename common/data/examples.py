@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,8 +136,11 @@ def text_of(content: str | Sequence[Turn]) -> str:
     """All text of an example; examples that differ have different texts."""
     if isinstance(content, str):
         return content
-    parts = attrgetter("role", "content", "tools", "metadata", "reasoning_content")
-    return "\x1f".join(["\x1e".join(parts(turn)) for turn in content])
+    texts = []
+    for turn in content:  # what is rare adds nothing elsewhere, or other rows would be held out than before
+        rare = "".join([f"\x1e{text}" for text in (turn.tools, turn.reasoning_content) if text])
+        texts.append(f"{turn.role}\x1e{turn.content}\x1e{turn.metadata}{rare}")
+    return "\x1f".join(texts)
 
 
 def hash_of(text: str) -> int:
