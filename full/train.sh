@@ -60,8 +60,10 @@ case " $* " in
     *" --plan "* | *" --dry_run "* | *" --help "*) EVALUATE=false ;;
 esac
 
-own_rows=$([ "$TRAIN_FILE" = "$ROOT/AdvertiseGen/train.json" ] || echo true)
-if [ "${VALIDATION_SPLIT:-}" = 0 ] && [ -z "${VALIDATION_FILE:-}" ] && [ "$own_rows" ]; then EVALUATE=false; fi
+# Rows of your own without validation rows leave nothing to score.
+if [ "$TRAIN_FILE" != "$ROOT/AdvertiseGen/train.json" ] && [ "${VALIDATION_SPLIT:-}${VALIDATION_FILE:-}" = 0 ]; then
+    EVALUATE=false
+fi
 
 # What follows the training: the saved model is scored; of several machines only the first does that.
 THEN=()

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from common.chat import service
 from common.chat.chat import MAX_NEW_TOKENS, load_chat
 from common.chat.protocol import ApiError, Asked
-from common.chat.service import Starts
 from common.devices import free_memory
 from common.encoding import stop_ids
 from common.errors import UserError, note
@@ -110,7 +109,7 @@ class Answers:
             raise ApiError(404, f"the model {name!r} does not exist; there are {names}", code="model_not_found")
 
     def begin(
-        self, asked: Asked, prompt: list[int], limit: int | None, likeliest: int, starts: Starts = ()
+        self, asked: Asked, prompt: list[int], limit: int | None, likeliest: int, starts: service.Starts = ()
     ) -> "Answer":
         """Raises ApiError for an unknown model, a prompt that is too long, and if too many requests wait."""
         self.check_name(asked.model)
@@ -125,7 +124,9 @@ class Answers:
 class Answer:
     """One answer as it grows: asynchronously, ``pieces`` gives its text."""
 
-    def __init__(self, answers: Answers, asked: Asked, prompt: list[int], limit: int, likeliest: int, starts: Starts):
+    def __init__(
+        self, answers: Answers, asked: Asked, prompt: list[int], limit: int, likeliest: int, starts: service.Starts
+    ):
         self.answers, self.asked, self.prompt = answers, asked, prompt
         self.tokens: list[service.Token] = []
         self.text, self.finish = "", ""

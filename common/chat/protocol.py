@@ -161,11 +161,10 @@ def call_starts(asked: ChatAsked, tokenizer: PreTrainedTokenizerBase) -> list[li
 def split_answer(text: str, tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]]) -> tuple[str, str]:
     """(name of the called tool or "", content) of an answer: the line before a call has the tool's name."""
     name, _, content = text.partition("\n")
-    if call := whole_call(text, names_of(tools)):
+    names = names_of(tools)
+    if names and (call := whole_call(text, names)):  # a stream looks at each piece, without tools
         return call
-    return (
-        (name.strip(), content.strip()) if name.strip() in names_of(tools) else ("", process_response(text, tokenizer))
-    )
+    return (name.strip(), content.strip()) if name.strip() in names else ("", process_response(text, tokenizer))
 
 
 def whole_call(content: str, names: Sequence[str]) -> tuple[str, str] | None:

@@ -54,10 +54,8 @@ def compare_answers(own: PreTrainedModel, written: PreTrainedModel, prompt: list
     how: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
     answers = [m.generate(input_ids=question, attention_mask=question.ne(-1), **how) for m in (own, written)]
     before, after = (model(answers[0]).logits.float() for model in (own, written))
-    difference, tolerance = (
-        (before - after).abs().max().item(),
-        16 * torch.finfo(own.dtype).eps * before.abs().max().item(),
-    )
+    difference = (before - after).abs().max().item()
+    tolerance = 16 * torch.finfo(own.dtype).eps * before.abs().max().item()
     if difference > tolerance:
         raise UserError(f"the exported model's logits differ by {difference:.2g}: nothing was saved.")
     if (places := (answers[0] != answers[1]).nonzero()).numel():

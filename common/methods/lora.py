@@ -87,10 +87,8 @@ class Lora(Method):
             yield model
 
     def more(self, model: PeftModel, folder: Path) -> Callable[[], AbstractContextManager[PeftModel]]:
-        if (
-            BEGINNINGS.fullmatch(begins := str(adapter_config(folder).get("init_lora_weights")))
-            and begins != "gaussian"
-        ):
+        begins = str(adapter_config(folder).get("init_lora_weights"))
+        if BEGINNINGS.fullmatch(begins) and begins != "gaussian":
             raise UserError(f"{folder}: an adapter that began by {begins} changes the base model: serve it alone.")
         name = f"adapter {len(model.peft_config)}"
         load_adapter(model, folder, name)
@@ -191,8 +189,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
 
     Raises UserError for the adapter of another model.
     """
-    targets = adapter_config(folder)["target_modules"]
-    if not isinstance(model, PeftModel):
+    targets, beside = adapter_config(folder)["target_modules"], isinstance(model, PeftModel)
+    if not beside:
         check_targets(folder, targets, model)
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -201,9 +199,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str = "defaul
         if model.device.type == "meta":  # other ways to begin would compute with the model's weights
             config.init_lora_weights = True
         config.base_model_name_or_path = model.name_or_path  # where the base is now
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        adapted = model if isinstance(model, PeftModel) else get_peft_model(model, config)
+        adapted: Any = model if beside else get_peft_model(model, config)
+        if beside:
+            adapted.add_adapter(name, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         detail = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{Path(folder) / 'adapter_config.json'}: PEFT can't use it: {detail}.") from error
