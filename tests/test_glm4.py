@@ -18,7 +18,7 @@ from common.data.dataset import prepare_dataset
 from common.encoding import conversation_of, encode_chat, encode_eval, encode_texts, encode_train, stop_ids
 from common.errors import UserError
 from common.loading import find_trained, load_model, load_tokenizer
-from common.methods.prefix import PTuning
+from common.methods.prefix import PTuning, with_prefix
 from common.tokenizers.base import Turn
 
 GLM_SPECIALS = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
@@ -243,6 +243,12 @@ def test_a_prefix_is_what_a_cache_of_transformers_holds(glm_folder):
     settings = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     answers = [ours.generate(ids, use_cache=use_cache, **settings) for use_cache in (True, False)]
     assert torch.equal(*answers)
+    made = []
+    ours.model.prefix_encoder.register_forward_hook(lambda *_: made.append(1))
+    with with_prefix(ours, None):
+        base = ours.generate(ids, **settings)
+    assert torch.equal(ours.generate(ids, **settings), answers[0]) and not torch.equal(base, answers[0])
+    assert len(made) == 1  # not for every token
 
 
 def test_gradients_of_a_prefix_are_those_without_checkpointing_and_of_the_loss(glm_folder):

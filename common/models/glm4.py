@@ -52,6 +52,7 @@ class WithPrefix(ForNextToken):
     def __init__(self, config: transformers.PreTrainedConfig):
         super().__init__(config)
         self.base_model.prefix_encoder = None
+        self.prefix_of: tuple[nn.Module | None, int] = (None, 0)  # encoder and batch size
 
     @wraps(ForNextToken.forward)  # the Trainer reads the names of its arguments
     def forward(self, input_ids: Tensor, *args, **kwargs):
@@ -59,9 +60,13 @@ class WithPrefix(ForNextToken):
         if encoder is not None and self.config._attn_implementation != PREFIX_ATTENTION:
             self.set_attn_implementation(PREFIX_ATTENTION)
         if self.config._attn_implementation == PREFIX_ATTENTION:
-            prefixes = [None] * len(self.base_model.layers) if encoder is None else encoder(len(input_ids))
-            for layer, prefix in zip(self.base_model.layers, prefixes, strict=True):
-                layer.self_attn.prefix = prefix
+            cache = kwargs.get("past_key_values")
+            goes_on = cache is not None and cache.get_seq_length() > 0
+            if not goes_on or self.prefix_of != (encoder, len(input_ids)):  # else the layers have it from the last token
+                prefixes = [None] * len(self.base_model.layers) if encoder is None else encoder(len(input_ids))
+                for layer, prefix in zip(self.base_model.layers, prefixes, strict=True):
+                    layer.self_attn.prefix = prefix
+                self.prefix_of = encoder, len(input_ids)
         return super().forward(input_ids, *args, **kwargs)
 
 

@@ -29,10 +29,6 @@ SEEN = (*range(33, 127), *range(161, 173), *range(174, 256))
 CHARACTERS = {byte: byte for byte in SEEN} | dict(zip(sorted({*range(256)} - {*SEEN}), range(256, 512), strict=False))
 
 
-def shown(token: bytes) -> str:
-    return token.decode("latin-1").translate(CHARACTERS)
-
-
 def read_table(file: str) -> list[bytes]:
     """The tokens of a tiktoken table by their numbers. Raises ValueError for a table that is none."""
     lines = [line.split() for line in Path(file).read_bytes().splitlines()]
@@ -56,18 +52,25 @@ def merges_of(vocabulary: dict[str, int]) -> Iterator[tuple[str, str]]:
         yield from sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
 
 
+def bpe_of(vocabulary: dict[str, int]) -> models.BPE:
+    """Without a cache, because ``encode_batch`` keeps what it found."""
+    return models.BPE(vocabulary, list(merges_of(vocabulary)), ignore_merges=True, cache_capacity=0)
+
+
 class TokenTable:
-    """A tiktoken table, with the names of sentencepiece for what the tokenizers ask a vocabulary."""
+    """A tiktoken table, with the names of sentencepiece for what the tokenizers ask a vocabulary.
+
+    A character of a token's name is a byte of it: Latin-1, which takes the least time.
+    """
 
     def __init__(self, file: str):
         self.tokens = read_table(file)
-        self.names = list(map(shown, self.tokens))
+        self.names = [token.decode("latin-1") for token in self.tokens]
         self.numbers = {name: number for number, name in enumerate(self.names)}
-        merges = list(merges_of(self.numbers))
-        self.bpe = models.BPE(self.numbers, merges, ignore_merges=True, cache_capacity=0)  # words are kept below
+        self.bpe = bpe_of(self.numbers)
 
     def merged(self, word: str) -> list[int]:
-        return [token.id for token in self.bpe.tokenize(shown(word.encode()))]
+        return [token.id for token in self.bpe.tokenize(word.encode().decode("latin-1"))]
 
     def get_piece_size(self) -> int:
         return len(self.names)
@@ -146,7 +149,7 @@ class ChatGLM4Tokenizer(ChatGLM3Tokenizer):
 
 def as_fast(tokenizer: ChatGLM4Tokenizer) -> Tokenizer:
     """The same as a tokenizer.json has it, with the special tokens that other programs look for in text."""
-    fast = Tokenizer(tokenizer.pieces.bpe)
+    fast = Tokenizer(bpe_of({name.translate(CHARACTERS): i for name, i in tokenizer.pieces.numbers.items()}))
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.Sequence([split, as_bytes]), decoders.ByteLevel()
