@@ -62,7 +62,10 @@ class WithPrefix(ForNextToken):
         if self.config._attn_implementation == PREFIX_ATTENTION:
             cache = kwargs.get("past_key_values")
             goes_on = cache is not None and cache.get_seq_length() > 0
-            if not goes_on or self.prefix_of != (encoder, len(input_ids)):  # else the layers have it from the last token
+            if not goes_on or self.prefix_of != (
+                encoder,
+                len(input_ids),
+            ):  # else the layers have it from the last token
                 prefixes = [None] * len(self.base_model.layers) if encoder is None else encoder(len(input_ids))
                 for layer, prefix in zip(self.base_model.layers, prefixes, strict=True):
                     layer.self_attn.prefix = prefix
