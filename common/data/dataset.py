@@ -30,7 +30,7 @@ from common.locking import cache_folder, guard
 from common.manifest import seal
 from common.trained import COLUMNS
 
-ENCODING_VERSION = 6  # part of the fingerprint: increase it when the encoding or a table changes
+ENCODING_VERSION = 7  # part of the fingerprint: increase it when the encoding or a table changes
 TABLES = {"train": ("rows",), "validation": ("rows", "questions"), "test": ("questions",), "probe": ("rows",)}
 
 
@@ -39,7 +39,7 @@ class Prepared:
     """The tokenized rows of a split."""
 
     rows: Dataset  # input_ids, labels and their origin; empty for predictions
-    questions: Dataset  # prompt_ids, reference and their origin; empty for training
+    questions: Dataset  # prompt_ids, text, reference and their origin; empty for training
     files: list[str]
     cached: bool  # whether it was there before
     summary: Mapping[str, Any]  # counts of all rows; ``rows`` counts questions if there are any

@@ -148,16 +148,16 @@ def hash_of(text: str) -> int:
     return xxh3_64_intdigest(text.encode()) - 2**63
 
 
-def questions_of(content: str | Sequence[Turn]) -> Iterator[int]:
-    """The hash of the turns before each learned answer, and the last one again without end."""
-    found = 0
+def questions_of(content: str | Sequence[Turn]) -> Iterator[tuple[int, str]]:
+    """The hash of the turns before each learned answer, and the text of the last one; without end the last pair."""
+    found = 0, ""
     if not isinstance(content, str):
         for index, turn in enumerate(content):
             if turn.loss and turn.role == "assistant":
-                found = hash_of(text_of(content[:index]))
+                found = hash_of(text_of(content[:index])), content[index - 1].content if index else ""
                 yield found
         if content and content[-1].role != "assistant":
-            found = hash_of(text_of(content))
+            found = hash_of(text_of(content)), content[-1].content
     while True:
         yield found
 

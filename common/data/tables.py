@@ -31,7 +31,7 @@ ORIGIN = {  # where a row comes from, and its length in tokens before anything i
 MODEL_INPUTS = ["input_ids", "labels"]  # the columns of rows that a model reads
 FEATURES = {
     "rows": Features({"input_ids": IDS, "labels": IDS, **ORIGIN}),
-    "questions": Features({"prompt_ids": IDS, "reference": Value("string"), **ORIGIN}),
+    "questions": Features({"prompt_ids": IDS, "text": Value("string"), "reference": Value("string"), **ORIGIN}),
 }
 
 
@@ -96,12 +96,13 @@ def table_of(
     if not rows:
         return pyarrow.record_batch({name: [] for name in schema.names}, schema=schema)
     found = [row.origin.conversation for row in rows]
-    questions = [questions_of(example.content) for example in examples]
+    iterators = [questions_of(example.content) for example in examples]
+    questions = [next(iterators[index]) for index in found]
     columns: dict[str, Any] = {
         "file": [examples[index].file for index in found],
         "line": [examples[index].line for index in found],
         "row": [examples[index].row for index in found],
-        "question": [next(questions[index]) for index in found],
+        "question": [number for number, _ in questions],
         "asked": [row.origin.asked for row in rows],
         "answered": [row.origin.answered for row in rows],
     }
@@ -110,6 +111,7 @@ def table_of(
         columns["input_ids"], columns["labels"], has_label = token_columns(rows, token_without_loss(split))
     else:
         columns["prompt_ids"] = [row.prompt_ids for row in rows]
+        columns["text"] = [text for _, text in questions]
         columns["reference"] = [row.reference for row in rows]
     batch = pyarrow.record_batch(columns, schema=schema)
     return batch if has_label is None or has_label.all() else batch.filter(pyarrow.array(has_label))
