@@ -182,6 +182,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     ddp_find_unused_parameters: bool | None = flag("Every trained weight is used in every step", False)
     num_train_epochs: float | None = flag("Passes over the training rows; default: 3, or --default_steps")
     default_steps: int = flag("Steps over the shipped rows if neither --max_steps nor --num_train_epochs is given", 0)
+    show_answers: bool = flag("Answer 3 rows before the training, and at each evaluation and save", True)
+    show_tokens: bool = flag("Print the tokens of the first training row, with their ids and labels", False)
+    log_format: Literal["text", "json"] = flag(
+        "json: each log is an object on standard output, all else on stderr", "text"
+    )
     early_stopping: int | None = flag("Evaluations without improvement that end a training; keeps the best checkpoint")
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"],
@@ -234,7 +239,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(f"--accelerator_config: {name} is not supported")
         if unknown := config.keys() - AcceleratorConfig.__dataclass_fields__.keys():
             raise ValueError(f"--accelerator_config: there is no setting {min(unknown)}")
-        self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | config  # a batch travels during a step
+        pins = self.dataloader_pin_memory and device.type == "cuda"
+        self.accelerator_config = {"non_blocking": pins} | config  # a batch travels during a step
         super().__post_init__()
         if self.torch_compile:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)  # of common/__init__.py

@@ -9,9 +9,11 @@ import os
 import pwd
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from common.variables import with_variables
 
 NO_ACCESS = (errno.EACCES, errno.EPERM)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)  # also of a disk that is read-only or fails
@@ -42,8 +44,14 @@ class OutOfMemory(UserError):
     """Memory that ran out in a batch."""
 
 
+copies: list[TextIO] = []  # files that get every line too: the log of a training
+
+
 def say(text: str) -> None:
     """Prints text on stderr at once and on a line of its own: a progress bar makes way."""
+    for file in copies:
+        with suppress(OSError):  # a full disk must not end a training here
+            print(text, file=file, flush=True)
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
@@ -148,6 +156,6 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:  # some errors of DeepSpeed have no narrower class
         if (sentence := describe(error)) is None:
             raise
-        say(f"error: {sentence}")
+        say(f"error: {with_variables(sentence)}")
         own = error.exit_code if isinstance(error, UserError) else UserError.exit_code
         sys.exit(SaveError.exit_code if disk_problem(error) else own)

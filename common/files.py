@@ -21,7 +21,8 @@ from common.errors import SaveError, UserError, disk_problem
 TEXTS = ("a Git LFS pointer", "an HTML page", "text")  # kinds of text that are saved under the name of another file
 PASSING = (".lock", "*.lock", "*.soft", "*.holder", "*.partial")  # written in an output folder by every program
 WRITTEN = (  # by a training
-    *("*.json", "*.jsonl", "*.txt", "*.md", "*.model", "*.jinja", "*.bin", "*.safetensors", "*.pt", "*.pth", "*.arrow"),
+    *("*.json", "*.jsonl", "*.txt", "*.md", "*.html", "*.csv", "*.log", "*.model", "*.jinja", "*.arrow"),
+    *("*.bin", "*.safetensors", "*.pt", "*.pth"),
     *(*PASSING, "*.damaged", "runs", "held_out", "checkpoint-*", "merged"),
 )
 LARGEST_TABLE = 2**22  # bytes of the pickle that describes the tensors of a file: one of 6 billion weights has 2**16

@@ -1,7 +1,8 @@
-"""The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> report."""
+"""The job of every script, top to bottom: check -> data -> model -> train -> evaluate -> predict -> summary."""
 
 import gc
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,15 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import release_memory
 from torch.nn.parallel import DistributedDataParallel
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerState,
+    set_seed,
+)
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
 from common.data.collator import packed_batch, train_batch
@@ -34,14 +43,21 @@ from common.methods import Method
 from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
+from common.report.record import Record
+from common.terminal import logged, show, streams
 from common.trained import COLUMNS, PASSES, base_of
-from common.training import checkpoints, report
+from common.training import checkpoints, summary
 from common.training.checks import SPLITS, check, check_rows, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
-from common.training.evaluation import Judgement, answer_rows, base_model, judge, save_judgements
+from common.training.evaluation import Judgement, answer_rows, base_model, judge
+from common.training.first_row import print_first_row
 from common.training.preemption import saved_at_signals
-from common.training.saves import Saves, tidy
+from common.training.progress import StepLines
+from common.training.recording import begin_record, finish, watch
+from common.training.samples import Samples
+from common.training.saves import LOG, PAGE, Saves, tidy
+from common.training.scores import save_judgements
 from common.training.trainer import FinetuneTrainer
 
 # What the imports made stays: each full look of the collector, as at the start of a training, would take 0.4 s for it.
@@ -57,16 +73,18 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     complete(method, model_args, args, folder)
     memory = forecast(folder, method, model_args, data_args, args)
     if args.plan:
-        report.print_plan(memory, args)
+        summary.print_plan(memory, args)
     check_fits(memory, args)
     if args.plan:
         return
     output_dir = Path(args.output_dir)
+    if args.log_format == "json":
+        streams["people"] = sys.stderr
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     lock = guard("output folder", output_dir, wait=False, inside=True)
     # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
-    with lock if locks else nullcontext():
+    with lock if locks else nullcontext(), logged() as log_into:
         if locks:
             if args.do_train:
                 check_no_links(output_dir)
@@ -80,6 +98,8 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         checkpoint = checkpoints.agreed_point(args, settings, method.files) if looks else None
         folder = fetch_weights(folder)
         if args.dry_run:
+            if args.process_index == 0:
+                summary.print_verdict(folder, method, data, memory, args)
             return
         found = {}
         if data_args.evaluate_base and method.trains_base and (args.do_eval or args.do_predict):
@@ -87,23 +107,47 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             release_memory()
         model = build_model(method, model_args, args, folder)
         if args.process_index == 0:
-            report.print_settings(folder, model, memory, data_args, args)
+            summary.print_settings(folder, model, memory, data_args, args)
         trainer = build_trainer(method, model, tokenizer, data, data_args, args)
         trainer.forecast = memory
         if args.do_train:
             open_output(trainer, settings, data_args, checkpoint)
-            with checkpoints.kept(output_dir), saved_at_signals(trainer):
-                train(trainer, data["train"], checkpoint)
-        if args.do_eval or args.do_predict:
-            report.reset_peak_memory()
-            if data_args.evaluate_base and not method.trains_base:
-                with base_model(trainer):
-                    found["base"] = judge(trainer, data, data_args, "base")
-            found["tuned"] = judge(trainer, data, data_args, "tuned")
-            save_judgements(trainer, data, data_args, found)
+        record = None
+        if args.process_index == 0:
+            log_into(output_dir / LOG)
+            afresh = args.do_train and checkpoint is None
+            record = begin_record(trainer, folder, data, model_args, data_args, afresh)
+        with record.open() if record else nullcontext():
+            if args.do_train:
+                with checkpoints.kept(output_dir), saved_at_signals(trainer):
+                    train(trainer, data, data_args, checkpoint, record)
+            if args.do_eval or args.do_predict:
+                judge_both(trainer, data, data_args, found, record)
+            if record:
+                finish(record, data_args)
+                show(f"report: {output_dir / PAGE}")
     state = PartialState()
     state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
+
+
+def judge_both(
+    trainer: FinetuneTrainer,
+    data: dict[str, Prepared],
+    data_args: DataArguments,
+    found: dict[str, Judgement],
+    record: Record | None,
+) -> None:
+    """Does what --do_eval and --do_predict ask; ``found``: the base, if it was judged before."""
+    summary.reset_peak_memory()
+    if record:
+        record.data["status"] = "evaluating"
+        record.write()
+    if data_args.evaluate_base and not trainer.method.trains_base:
+        with base_model(trainer):
+            found["base"] = judge(trainer, data, data_args, "base")
+    found["tuned"] = judge(trainer, data, data_args, "tuned")
+    save_judgements(trainer, data, data_args, found, record)
 
 
 def prepare(
@@ -137,26 +181,26 @@ def prepare(
             check_rows(prepared.rows_per_epoch, args)
         data[split] = prepared
         if args.process_index == 0:
-            show(split, data, data_args, args, has_roles(tokenizer))
+            show_data(split, data, data_args, args, has_roles(tokenizer))
     return data
 
 
-def show(
+def show_data(
     split: str, data: Mapping[str, Prepared], data_args: DataArguments, args: TrainingArguments, joint: bool
 ) -> None:
     """Prints what was read, and the data report; ``joint``: question and answer share their room."""
     if split == "test" and data_args.test_file == data_args.validation_file and "validation" in data:
         return
     prepared = data[split]
-    report.print_prepared(split, prepared, in_full=split == "train" or not data_args.held_out)
+    summary.print_prepared(split, prepared, in_full=split == "train" or not data_args.held_out)
     if split == "train" or split == "validation" and not data_args.held_out:
         limits = data_args.max_source_length, data_args.max_target_length
-        found = survey(prepared.rows, *limits, joint)
+        found = prepared.survey = survey(prepared.rows, *limits, joint)
         print_survey(split, found, prepared.files, prepared.summary["scripts"], full=args.dry_run)
     if split == "validation" and "train" in data:
         warn_of_overlap(len(prepared.rows), *overlap(data["train"].rows, prepared.rows))
     if split == "train" and args.do_train:
-        report.print_length(prepared, args)
+        summary.print_length(prepared, args)
 
 
 def build_model(
@@ -202,6 +246,8 @@ def build_trainer(
         data_collator=collate,
         processing_class=tokenizer,
     )
+    for callback in (ProgressCallback, PrinterCallback):  # training/progress.py prints instead
+        trainer.remove_callback(callback)
     if train:
         trainer.order = train.order
         if data_args.packing:
@@ -250,7 +296,13 @@ def open_output(
         checkpoints.start_run(folder, settings | passes, data_args, trainer.method.files, start_over, checkpoint)
 
 
-def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> None:
+def train(
+    trainer: FinetuneTrainer,
+    data: Mapping[str, Prepared],
+    data_args: DataArguments,
+    checkpoint: Path | None,
+    record: Record | None,
+) -> None:
     """Trains, from a checkpoint if there is one, and saves the result into the output folder."""
     args, start = trainer.args, TrainerState()
     if checkpoint:
@@ -259,25 +311,28 @@ def train(trainer: FinetuneTrainer, data: Prepared, checkpoint: Path | None) -> 
             finish_again(trainer, checkpoint, start)
             return
     if trainer.is_world_process_zero():
-        report.print_first_row(data.rows[0], trainer.processing_class)
+        print_first_row(data["train"].rows[0], trainer.processing_class, args.show_tokens)
         if checkpoint:
-            print(f"continuing from {checkpoint}", flush=True)
+            show(f"continuing from {checkpoint}")
     if checkpoint and args.engine.name != "DeepSpeed" and args.reads_weights:  # DeepSpeed reads its own shards
         trainer.load_trained(checkpoint)
     trainer.resumed_from = checkpoint
     trainable = sizes(trainer.model, args)[1]
-    report.reset_peak_memory()
+    summary.reset_peak_memory()
     if args.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
+    watch(trainer, record, start, data, data_args.max_new_tokens or data_args.val_max_target_length)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
-    trainer.remove_callback(EarlyStoppingCallback)  # it would look for its metric in every evaluation
+    for callback in (EarlyStoppingCallback, StepLines, Samples):  # they would look at every evaluation
+        trainer.remove_callback(callback)
     tokens = trainer.state.num_input_tokens_seen - start.num_input_tokens_seen
-    memory = {"predicted_memory": trainer.predicted_memory, **report.peak_memory()}
+    memory = {"predicted_memory": trainer.predicted_memory, **summary.peak_memory()}
     metrics |= checkpoints.metrics_of(trainer.state)  # also of the steps before a pause
     trainer.save_result(metrics | memory | {"trainable_parameters": trainable, "train_tokens": tokens})
     if trainer.is_world_process_zero():
         steps = trainer.state.global_step - start.global_step
-        report.print_training_summary(args, data, trainer.state, metrics, steps, tokens)
+        seconds = trainer.clock.seconds()
+        summary.print_training_summary(args, data["train"], trainer.state, seconds, steps, tokens)
     if trainer.optimizer is not None and args.engine.name != "DeepSpeed":
         trainer.optimizer.state.clear()  # answers may need its memory
 
@@ -297,4 +352,4 @@ def finish_again(trainer: FinetuneTrainer, checkpoint: Path, state: TrainerState
     if args.engine.name == "DDP":
         trainer.load_trained(result)
     if trainer.is_world_process_zero():
-        print(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over", flush=True)
+        show(f"the training was finished before: {checkpoint}; --overwrite_output_dir starts over")

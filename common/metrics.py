@@ -37,12 +37,22 @@ def score_pair(prediction: str, reference: str) -> dict[str, float] | None:
     return scores | {"bleu-4": round(bleu * 100, 4)}
 
 
-def score(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Mean scores over all pairs, and ``empty``: the number of pairs that scored 0 because one side was empty.
+def score_rows(predictions: list[str], references: list[str | None]) -> list[dict[str, float] | None]:
+    """The scores of each pair, as ``score_pair``; None too without a reference.
 
     Raises ValueError if the numbers of predictions and references differ.
     """
     load_dictionary()
-    pairs = [score_pair(*pair) for pair in zip(predictions, references, strict=True)]
+    pairs = zip(predictions, references, strict=True)
+    return [None if given is None else score_pair(prediction, given) for prediction, given in pairs]
+
+
+def mean_scores(pairs: list[dict[str, float] | None]) -> dict[str, float]:
+    """Mean scores over all pairs, and ``empty``: the number of pairs that scored 0 because one side was empty."""
     means = {name: fmean(pair[name] if pair else 0.0 for pair in pairs) for name in SCORES}
     return means | {"empty": pairs.count(None)}
+
+
+def score(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """``mean_scores`` of pairs. Raises ValueError if the numbers of predictions and references differ."""
+    return mean_scores(score_rows(predictions, [*references]))

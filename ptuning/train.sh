@@ -17,9 +17,12 @@ if [ -n "$TRAIN_DATASETS" ]; then TRAIN_FILE=; fi
 #     PROMPT_COLUMN, RESPONSE_COLUMN, HISTORY_COLUMN, CONVERSATION_COLUMN, TEXT_COLUMN    told by the keys of the rows
 #     MIX                rows of each training file for one row of the first, as in 1,0.3
 #     PACKING            true: several rows in one, which none of them sees; for lengths that differ much, on a GPU
+#     SHOW_ANSWERS       0: don't answer 3 validation rows before the training and at each evaluation and save
+#     LOG_FORMAT         json: each log is a JSON object, for programs
 #     SKIP_BAD_ROWS, STRICT_DATA    true: go on without rows that can't be read; refuse fields that are not read
 add_flags TRAIN_FILE TRAIN_DATASETS VALIDATION_FILE VALIDATION_SPLIT MIX SKIP_BAD_ROWS STRICT_DATA \
-    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT PACKING
+    PROMPT_COLUMN RESPONSE_COLUMN HISTORY_COLUMN CONVERSATION_COLUMN TEXT_COLUMN TEXT_UNIT PACKING \
+    SHOW_ANSWERS LOG_FORMAT
 
 EPOCHS=${EPOCHS:-}                                       # passes over the rows; empty: 3 over rows of your own
 MAX_STEPS=${MAX_STEPS:-}                                 # or steps; empty: DEFAULT_STEPS over the shipped rows
@@ -36,7 +39,7 @@ TOKENS_PER_BATCH=${TOKENS_PER_BATCH:-}
 case $MODEL in
     demo | demo3)
         [ -n "$TOKENS_PER_BATCH" ] || BATCH_SIZE=${BATCH_SIZE:-16}
-        PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} DEFAULT_STEPS=${DEFAULT_STEPS:-250}
+        PRE_SEQ_LEN=${PRE_SEQ_LEN:-32} LR=${LR:-2e-2} DEFAULT_STEPS=${DEFAULT_STEPS:-250} LOGGING_STEPS=${LOGGING_STEPS:-25}
         GRAD_ACCUM=${GRAD_ACCUM:-1} EVAL_BATCH_SIZE=${EVAL_BATCH_SIZE:-50}
         GRADIENT_CHECKPOINTING=${GRADIENT_CHECKPOINTING:-false} QUANTIZATION_BIT=${QUANTIZATION_BIT-} ;;
     *)
@@ -49,6 +52,7 @@ esac
 MAX_SOURCE_LENGTH=${MAX_SOURCE_LENGTH:-64}               # tokens of the question
 MAX_TARGET_LENGTH=${MAX_TARGET_LENGTH:-64}               # tokens of the answer
 SAVE_STEPS=${SAVE_STEPS:-1000}
+LOGGING_STEPS=${LOGGING_STEPS:-10}                       # steps between two lines of the terminal and points of the report
 OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/ptuning/output/${TASK:-$(data_name)}-$(basename "$MODEL")-pt-$PRE_SEQ_LEN-$LR}
 
 # Continues an interrupted training in OUTPUT_DIR; --overwrite_output_dir starts over.
@@ -74,7 +78,7 @@ launch "$ROOT/ptuning/main.py" \
     --eval_steps "$EVAL_STEPS" \
     ${BEST_METRIC:+--load_best_model_at_end --metric_for_best_model "$BEST_METRIC"} \
     ${EARLY_STOPPING:+--early_stopping "$EARLY_STOPPING"} \
-    --logging_steps 10 \
+    --logging_steps "$LOGGING_STEPS" \
     --save_steps "$SAVE_STEPS" \
     --learning_rate "$LR" \
     --pre_seq_len "$PRE_SEQ_LEN" \

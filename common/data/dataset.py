@@ -22,7 +22,7 @@ from common.data.examples import Example, Reading, Split, check_reading, open_sp
 from common.data.held_out import HoldOut, write_held_out
 from common.data.order import RowOrder, TokenBatches
 from common.data.sealed import SUMMARY, problem_of, read_summary
-from common.data.survey import columns_of
+from common.data.survey import Survey, columns_of
 from common.data.tables import FEATURES, check_any, write_table
 from common.errors import note
 from common.files import clear, short_hash, write_json, written
@@ -44,6 +44,7 @@ class Prepared:
     cached: bool  # whether it was there before
     summary: Mapping[str, Any]  # counts of all rows; ``rows`` counts questions if there are any
     held_out: str | None = None  # folder with the rows that a training leaves for its validation
+    survey: Survey | None = None  # of trained and evaluated rows
     order: RowOrder | TokenBatches | None = None  # of the training rows; None: one that the Trainer knows
 
     @property

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 PERCENTILES = (50, 90, 95, 99, 100)
 SHORTEST = 3  # tokens, the least that --max_source_length and --max_target_length may be
 STRANGEST = 5  # rows
+BINS = 40
 
 SCRIPTS = {  # the letters of each script, as in a regular expression
     "Chinese": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",
@@ -70,6 +71,7 @@ class Survey:
     first_with_it: RowFacts | None  # None without rows
     superfluous: int  # conversations that occurred before
     strangest: list[RowFacts]  # by length, the strangest first
+    histograms: dict[str, tuple[list[int], list[int]]]  # edges in tokens and counts of question, answer and both
 
 
 def survey(rows: Dataset, source_limit: int, target_limit: int, joint: bool) -> Survey:
@@ -108,6 +110,9 @@ def survey(rows: Dataset, source_limit: int, target_limit: int, joint: bool) -> 
         first_with_it=None if first is None else facts(first),
         superfluous=len(firsts) - len(first_of_each(columns["row"][firsts])),
         strangest=[facts(number) for number in strangest_of(both, origins)],
+        histograms={
+            name: histogram(lengths) for name, lengths in (("question", asked), ("answer", answered), ("both", both))
+        },
     )
 
 
@@ -148,6 +153,14 @@ def percentiles(lengths: NDArray) -> list[int]:
     if not len(lengths):
         return [0] * len(PERCENTILES)
     return np.percentile(lengths, PERCENTILES, method="inverted_cdf").astype(int).tolist()
+
+
+def histogram(lengths: NDArray) -> tuple[list[int], list[int]]:
+    """(edges, counts) of at most ``BINS`` bins of equal width in whole tokens."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    width = longest // BINS + 1
+    edges = np.arange(0, longest + 2 * width, width)
+    return edges.tolist(), np.histogram(lengths, edges)[0].tolist()
 
 
 def first_of_each(values: NDArray) -> NDArray:

@@ -1,5 +1,6 @@
 """The weights of a model folder -> the model. Maps them instead of reading them; executes nothing in the folder."""
 
+import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -8,12 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from common.errors import UserError, note
 from common.models.products import use_onednn
 from common.models.quantization import PackedWeight, allow_reordering, quantization_config
 from common.models.registry import ModelFolder, check_amount, empty_model, read_generation
 from common.models.tensors import read_weights
+
+LARGE = 2e9  # bytes of weights that are read long enough for a bar
 
 
 def packed_weights(folder: ModelFolder) -> dict[str, Tensor | PackedWeight]:
@@ -91,6 +95,8 @@ def read_base(
 ) -> PreTrainedModel:
     """The model with its weights, as ``load_base`` says."""
     check_amount(folder)
+    large = sum(file.stat().st_size for file in folder.weights) > LARGE
+    (enable_progress_bar if large and sys.stderr.isatty() else disable_progress_bar)()
     empty = empty_model(folder.spec, folder.config)
     stored = packed_weights(folder) if folder.bits else plain_weights(folder, empty.all_tied_weights_keys)
     try:

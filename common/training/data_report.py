@@ -6,7 +6,7 @@ from rich.table import Column, Table
 
 from common.data.survey import PERCENTILES, RowFacts, Survey
 from common.errors import note
-from common.training.report import console
+from common.terminal import show
 
 MANY_CUT = 0.05  # share of the rows
 MANY_EQUAL, SHARE_EQUAL = 5, 0.1  # rows with one question: at least so many, and a larger share than that
@@ -15,9 +15,10 @@ MANY_EQUAL, SHARE_EQUAL = 5, 0.1  # rows with one question: at least so many, an
 def print_survey(split: str, found: Survey, files: list[str], scripts: Mapping[str, int], full: bool) -> None:
     """Prints the data report of a split, and warnings on stderr.
 
-    scripts: letters of each script. full: repetitions, scripts and the strangest rows too.
+    scripts: letters of each script. full: repetitions, scripts and the strangest rows too, and lengths of a validation.
     """
-    print_lengths(split, found)
+    if full or split == "train":
+        print_lengths(split, found)
     if full:
         print_content(found, files, scripts)
     warn(split, found, files)
@@ -32,8 +33,8 @@ def print_lengths(split: str, found: Survey) -> None:
     several = f" of {found.conversations:,} conversations or texts" if found.conversations < found.rows else ""
     title = f"{split}: {found.rows:,} rows{several}, {found.tokens:,} tokens"
     names = [*(f"{share}%" for share in PERCENTILES[:-1]), "longest", "limit"]
-    table = Table(*(Column(name, justify="right") for name in ("tokens", *names)), title=title, title_justify="left")
-    table.columns[0].justify = "left"
+    headers = (Column(name, justify="right") for name in names)
+    table = Table(Column(title), *headers, box=None, padding=(0, 2, 0, 0))
     if found.is_text:
         lines = {"text": (found.answered, "")}
     elif found.joint:
@@ -43,11 +44,11 @@ def print_lengths(split: str, found: Survey) -> None:
         limits = f"{found.source_limit:,}", f"{found.target_limit:,}"
         lines = {"question": (found.asked, limits[0]), "answer": (found.answered, limits[1])}
     for name, (lengths, limit) in lines.items():
-        table.add_row(name, *(f"{length:,}" for length in lengths), limit)
-    console().print(table)
+        table.add_row(f"  {name}", *(f"{length:,}" for length in lengths), limit)
+    show(table)
     if found.cut:
         lost = f"{found.lost:,} tokens ({percent(found.lost, found.tokens)}) are lost"
-        console().print(f"  cut: {found.cut:,} rows ({percent(found.cut, found.rows)}); {lost}")
+        show(f"  cut: {found.cut:,} rows ({percent(found.cut, found.rows)}); {lost}")
 
 
 def print_content(found: Survey, files: list[str], scripts: Mapping[str, int]) -> None:
@@ -61,13 +62,13 @@ def print_content(found: Survey, files: list[str], scripts: Mapping[str, int]) -
         lines.append(f"rows with the commonest question: {found.commonest:,}, the first in {where}")
     letters = [f"{percent(count, sum(scripts.values()))} {name}" for name, count in scripts.items()]
     lines.append(f"letters: {', '.join(letters) or 'none'}")
-    console().print(*(f"  {line}" for line in lines), sep="\n")
+    show(*(f"  {line}" for line in lines), sep="\n")
     if found.strangest:
         numbers = [Column(name, justify="right") for name in ("line or row", "question", "answer")]
         table = Table("file", *numbers, title="strangest rows by length, in tokens", title_justify="left")
         for row in found.strangest:
             table.add_row(files[row.file], *(f"{number:,}" for number in (row.line, row.asked, row.answered)))
-        console().print(table)
+        show(table)
 
 
 def settings(found: Survey) -> str:

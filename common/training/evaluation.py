@@ -1,7 +1,6 @@
 """Evaluation of the tuned and the base model: the loss of rows, and the scores of answers."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, release_memory
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -25,10 +23,9 @@ from common.encoding import stop_ids
 from common.errors import note
 from common.files import written
 from common.manifest import flush
-from common.metrics import score
 from common.models.cache import GrowingLayer
 from common.models.products import packed, use_onednn
-from common.training.report import console, peak_memory, print_scores
+from common.terminal import Progress
 from common.training.steps import room_for, size_of
 from common.training.trainer import FinetuneTrainer
 
@@ -64,6 +61,7 @@ def generate_answers(
     description: str = "generating",
     in_step: bool = False,
     may_halve: bool = False,
+    shown: bool = True,
     advice: Callable[[], str] = lambda: "take smaller batches",
     **generation,
 ) -> list[str]:
@@ -78,7 +76,7 @@ def generate_answers(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     model.eval()  # the Trainer calls train() before every step
     answers: list[tuple[int, str]] = []
-    bar = tqdm(total=len(prompts), desc=description, unit="row", disable=not state.is_main_process)
+    bar = Progress(description, len(prompts), "rows answered", shown and state.is_main_process)
     with bar, packed(model), head_in_parts(model):
         done = 0  # prompts, of all processes
         while done < len(by_length):
@@ -151,6 +149,13 @@ class Judgement(NamedTuple):
     answers: list[str]
 
 
+def is_evaluated(trainer: FinetuneTrainer) -> bool:
+    """Whether the last evaluation of the training was of its last step, and that is what it keeps."""
+    (step, metrics), state = trainer.evaluated, trainer.state
+    reloaded = trainer.args.load_best_model_at_end and state.best_global_step != step
+    return trainer.args.do_train and step == state.global_step and "eval_loss" in metrics and not reloaded
+
+
 def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments, name: str) -> Judgement:
     """Does what --do_eval and --do_predict ask of the trainer's model; ``name``: base or tuned.
 
@@ -160,7 +165,9 @@ def judge(trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: D
     args = trainer.args
     metrics: dict[str, float] = {}
     answers: list[str] = []
-    if args.do_eval:
+    if args.do_eval and name == "tuned" and is_evaluated(trainer):
+        metrics = trainer.evaluated[1]
+    elif args.do_eval:
         metrics = trainer.evaluate(metric_key_prefix="eval_base" if name == "base" else "eval")
     if args.do_predict:
         data, references = splits["test"], splits["test"].questions["reference"]
@@ -181,45 +188,3 @@ def write_rows(file: Path, rows: Iterable[dict[str, str]]) -> None:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         flush(new)
         os.replace(new, file)
-
-
-def save_judgements(
-    trainer: FinetuneTrainer, splits: Mapping[str, Prepared], data_args: DataArguments, found: dict[str, Judgement]
-) -> None:
-    """Writes and prints what --do_eval and --do_predict ask; ``found``: of tuned, and before it of base if asked for.
-
-    eval_results.json: the losses, and perplexities of text. predict_results.json: the scores of the answers that have
-    a reference. The loss on the general questions stands in one of them.
-    """
-    args = trainer.args
-    if args.do_eval:
-        metrics: dict[str, float] = {}
-        for name, judged in found.items():
-            prefix = "eval_base" if name == "base" else "eval"
-            probed = {} if args.do_predict else judged.probed
-            metrics |= judged.metrics | {f"{prefix}_{metric}": value for metric, value in probed.items()}
-        if data_args.text_column:
-            losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-            metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.do_predict:
-        save_scores(trainer, list(splits["test"].questions["reference"]), found)
-
-
-def save_scores(trainer: FinetuneTrainer, references: list[str | None], found: dict[str, Judgement]) -> None:
-    columns = {}
-    for name, judged in found.items():
-        pairs = [(answer, given) for answer, given in zip(judged.answers, references, strict=True) if given is not None]
-        scores = score([answer for answer, _ in pairs], [given for _, given in pairs]) if pairs else {}
-        columns[name] = scores | judged.probed
-    missing = references.count(None)
-    metrics = {f"predict_{name}": value for name, value in columns["tuned"].items()}
-    metrics |= {f"predict_base_{name}": value for name, value in columns.get("base", {}).items()}
-    memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
-    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
-    if trainer.is_world_process_zero():
-        print_scores(columns)
-        if missing:
-            console().print(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
-        print(f"predictions: {Path(trainer.args.output_dir) / ANSWERS['tuned']}", flush=True)

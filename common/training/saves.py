@@ -26,7 +26,9 @@ from common.trained import ON_ITS_WAY
 SAVING, REMOVED = ".saving", ".removed"
 PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial|\w+_predictions\.partial")  # of files that are written in one step
 # What an evaluation says about a result, and a new result makes untrue.
-SCORES = ("eval_results.json", "predict_results.json", "generated_predictions.txt")
+SCORES = ("eval_results.json", "predict_results.json", "generated_predictions.txt", "predictions.csv")
+LOG, PAGE = "train.log", "report.html"
+REPORT = ("run.json", PAGE, LOG)  # of all starts of a training
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -94,7 +96,7 @@ def publish(folder: Path) -> None:
 
 def remove_training(folder: Path, files: Iterable[str]) -> None:
     """Removes the checkpoints, the result and its scores; ``files``: names of a result without a manifest."""
-    result = places(folder, {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *files, MANIFEST})
+    result = places(folder, {*(read_manifest(folder) or {"files": {}})["files"], *SCORES, *REPORT, *files, MANIFEST})
     for checkpoint in checkpoint_folders(folder):
         print(f"starting over: {checkpoint} is deleted", flush=True)
         remove(checkpoint)

@@ -1,7 +1,8 @@
 """The Trainer of transformers: it saves only the trained parameters, and scores generated answers."""
 
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,22 @@ from common.memory.fit import Forecast, what_would_fit
 from common.methods import Method
 from common.training.saves import Saves, checkpoint_folders, write_results
 from common.training.steps import FiniteLoss, Seen, may_halve, parts_of, room_for, size_of
+
+
+class Clock:
+    """The seconds of a training without its evaluations and sample answers."""
+
+    def __init__(self) -> None:
+        self.began, self.paused = time.monotonic(), 0.0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began - self.paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        before = time.monotonic()
+        yield
+        self.paused += time.monotonic() - before
 
 
 class Abandoned(Exception):
@@ -43,10 +60,13 @@ class FinetuneTrainer(Trainer):
     size = "the first rows"  # of the last batch
     parts = 1  # in which the rows of a batch go through, since memory ran out
     new_tokens = 0  # that this process has trained on since the last log
+    logged_at = 0.0  # seconds on the clock
+    evaluated: tuple[int, dict[str, float]] = (-1, {})  # step and metrics of the last evaluation
 
     def __init__(self, method: Method, **kwargs):
         self.method, self.finite_loss = method, FiniteLoss(self.last_checkpoint)
         self.batches: list[dict[str, Any]] = []  # of this step of the optimizer
+        self.clock = Clock()
         super().__init__(callbacks=[self.finite_loss], **kwargs)
         self.args.logging_nan_inf_filter = False  # it would replace what FiniteLoss looks for
 
@@ -77,6 +97,7 @@ class FinetuneTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Raises OutOfMemory, also where the optimizer finds no room."""
+        self.clock = Clock()
         with room_for(lambda: self.size, self.advice):
             return super().train(*args, **kwargs)
 
@@ -123,20 +144,26 @@ class FinetuneTrainer(Trainer):
         """Counts without a look at the batch, for which a GPU would have to wait in every step."""
         self.new_tokens += inputs["tokens"]
 
-    def log(self, *args, **kwargs) -> None:
-        """Adds up the tokens of all processes before it logs."""
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Adds up the tokens of all processes before it logs; evaluations don't count for the speed."""
         counted = self.new_tokens
         if self.args.world_size > 1:
             counted = int(self.accelerator.gather(torch.tensor(counted, device=self.args.device)).sum())
         self.state.num_input_tokens_seen += counted
         self.new_tokens = 0
-        super().log(*args, **kwargs)
+        if "loss" in logs:
+            seconds = self.clock.seconds()
+            logs["tokens_per_second"] = counted / max(seconds - self.logged_at, 1e-6)
+            self.logged_at = seconds
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Leaves the random numbers as they were, so that evaluations change nothing of a training."""
         devices = [] if self.args.device.type == "cpu" else [self.args.device]
-        with torch.random.fork_rng(devices), suppress(Abandoned):
-            return super().evaluate(*args, **kwargs)
+        with self.clock.pause(), torch.random.fork_rng(devices), suppress(Abandoned):
+            metrics = super().evaluate(*args, **kwargs)
+            self.evaluated = self.state.global_step, metrics
+            return metrics
         return {}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:

@@ -1,15 +1,15 @@
-"""The reports in the terminal: settings, first row, scores side by side, final summary."""
+"""What a training says in the terminal: data, settings, first row, scores side by side, final summary."""
 
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Column, Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from rich.text import Text
+from transformers import PreTrainedModel, TrainerState
 
 from common.arguments import DataArguments, TrainingArguments
 from common.data.dataset import Prepared
@@ -18,23 +18,15 @@ from common.files import gb
 from common.launch.engines import sizes
 from common.memory.fit import Forecast, margins, needed
 from common.memory.footprint import CUDA_CONTEXT
+from common.methods import Method
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
-from common.tokenizers.chatglm4 import ChatGLM4Tokenizer
+from common.terminal import duration, print_pairs, show
+from common.training.estimate import training_seconds
+from common.training.first_row import visible
 
 MANY_PASSES, FEW_STEPS = 20, 50
-
-
-def console() -> Console:
-    """Standard output, wide enough for whole paths where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, soft_wrap=True)
-
-
-def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in pairs.items():
-        table.add_row(f"  {name}", str(value))
-    console().print(table)
+SHOWN = 120  # characters of an answer
 
 
 def print_prepared(split: str, data: Prepared, in_full: bool = True) -> None:
@@ -42,7 +34,7 @@ def print_prepared(split: str, data: Prepared, in_full: bool = True) -> None:
     summary = data.summary
     for found in summary["findings"] if in_full else ():
         unit = "rows to answer" if split == "test" else found["unit"]
-        console().print(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {unit}")
+        show(f"{split}: {found['file']}: {found['format']}, {found['rows']:,} {unit}")
         for name, count in found["unread"].items():
             note(f"note: {found['file']}: {name!r} is not read ({count:,} rows)")
         if found["empty_answers"]:
@@ -61,21 +53,25 @@ def print_prepared(split: str, data: Prepared, in_full: bool = True) -> None:
         notes.append(f"{summary['dropped']:,} dropped with nothing to learn {first}")
     if summary["unlabelled"]:
         notes.append(f"{summary['unlabelled']:,} dropped because nothing of their answers fits the lengths")
-    console().print(f"{split}: {', '.join(notes)}")
+    show(f"{split}: {', '.join(notes)}")
 
 
-def print_length(data: Prepared, args: TrainingArguments) -> None:
-    """Prints steps and epochs, the mix of the files, and a warning for too many passes or too few steps."""
-    rows = data.rows_per_epoch
-    batches = math.ceil(math.ceil(rows / args.per_device_train_batch_size) / args.processes)
+def length_of(data: Prepared, args: TrainingArguments) -> tuple[int, float]:
+    """(steps, epochs) of a training."""
+    batches = math.ceil(math.ceil(data.rows_per_epoch / args.per_device_train_batch_size) / args.processes)
     if args.tokens_per_batch and data.order:
         batches = len(data.order)
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil((args.num_train_epochs or 0) * steps_per_epoch)
-    passes = steps / steps_per_epoch
+    return steps, steps / steps_per_epoch
+
+
+def print_length(data: Prepared, args: TrainingArguments) -> None:
+    """Prints steps and epochs, the mix of the files, and a warning for too many passes or too few steps."""
+    steps, passes = length_of(data, args)
     if mix := mix_of(data):
-        console().print(f"train: an epoch mixes {mix}")
-    console().print(f"train: {steps:,} steps of {size_of_step(args)}: {passes:.3g} epochs of {rows:,} rows")
+        show(f"train: an epoch mixes {mix}")
+    show(f"train: {steps:,} steps of {size_of_step(args)}: {passes:.3g} epochs of {data.rows_per_epoch:,} rows")
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
@@ -114,7 +110,7 @@ def print_plan(memory: Forecast, args: TrainingArguments) -> None:
     accumulated = f", accumulated {args.gradient_accumulation_steps} times" if setup.accumulates else ""
     answers = f", answers {setup.generation_batch_size} rows at once" if setup.generation_batch_size else ""
     rows = f"batches of {setup.slots:,} slots, rows of" if setup.slots else f"{setup.batch_size} x"
-    console().print(
+    show(
         f"{rows} ({setup.source_length} + {setup.target_length}) tokens{accumulated}, "
         f"{f'{setup.bits} bit' if setup.bits else str(setup.dtype).removeprefix('torch.')}, "
         f"{'with' if setup.checkpointing else 'without'} gradient checkpointing, "
@@ -122,62 +118,58 @@ def print_plan(memory: Forecast, args: TrainingArguments) -> None:
     )
     size = needed(plan, setup)
     if size <= available:
-        console().print(f"fits into {gb(available)}; {gb(available - size)} remain")
+        show(f"fits into {gb(available)}; {gb(available - size)} remain")
 
 
-def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token of a row with its id and its label, in as many columns as fit; - is a position without a label."""
-    tokens = [readable(tokenizer, index) for index in row["input_ids"]]
-    labels = ["-" if label == -100 else str(label) for label in row["labels"]]
-    cells = list(zip(tokens, map(str, row["input_ids"]), labels, strict=True))
-    titles, longest, gap = ("token", "id", "label"), 24, 4
-    widths = [min(max(map(cell_len, column)), longest) for column in zip(titles, *cells, strict=True)]
-    across = max(1, (console().width + gap) // (sum(widths) + len(titles) - 1 + gap))
-    down = -(-len(cells) // across)
-    columns = Table.grid(padding=(0, gap, 0, 0))
-    parts = []
-    for first in range(0, len(cells), down):
-        headers = [
-            Column("token", overflow="fold", max_width=longest),
-            *(Column(t, justify="right") for t in titles[1:]),
-        ]
-        parts.append(Table(*headers, box=None, padding=(0, 1, 0, 0), pad_edge=False))
-        for cell in cells[first : first + down]:
-            parts[-1].add_row(*cell)
-    columns.add_row(*parts)
-    learned = len(labels) - labels.count("-")
-    console().print(f"first training row: {len(tokens):,} tokens, {learned:,} with a label", columns, sep="\n")
-
-
-def readable(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
-    """A token as text, with ▁ for a blank and escapes for control characters."""
-    token = tokenizer.convert_ids_to_tokens(index)
-    if tokenizer.is_fast or isinstance(tokenizer, ChatGLM4Tokenizer):
-        # GLM-4 stores bytes as other characters; only whole characters can be decoded.
-        text = tokenizer.decode([index])
-        token = token if "\ufffd" in text else text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token.replace(" ", "▁"))
+def print_verdict(
+    folder: ModelFolder, method: Method, data: Mapping[str, Prepared], memory: Forecast, args: TrainingArguments
+) -> None:
+    """The end of --dry_run: what would run, for how long, and that nothing speaks against it."""
+    case, plan, available = memory
+    pairs: dict[str, object] = {"model": f"{folder.spec.name}, {folder.path}", "output": args.output_dir}
+    if args.do_train:
+        steps, passes = length_of(data["train"], args)
+        seconds = training_seconds(folder, data["train"], steps, memory, args)
+        pairs["training"] = f"{method.name}, {steps:,} steps of {size_of_step(args)}, {passes:.3g} epochs"
+        pairs["time"] = f"about {duration(seconds)} of training, as predicted from matrix products on {args.device}"
+    for split, name in (("validation", "loss of"), ("test", "answers to")):
+        if split in data:
+            pairs[f"{name}"] = f"{len(data[split].questions) or len(data[split].rows):,} {split} rows"
+    size = needed(plan, case.setup)
+    pairs["memory"] = f"{gb(size)} predicted at the peak, {gb(available)} free"
+    print_pairs("dry run: this would start", pairs)
+    show("all checks passed" if size <= available else "all checks passed but that of the memory")
 
 
 def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Scores of several models side by side, and their loss on the general questions; with two, the ratio too."""
+    """Scores and losses of several models side by side; with two, the ratio too."""
+    names = {metric: metric.upper() for metric in SCORES}
+    names |= {"loss": "validation loss", "perplexity": "perplexity", "probe_loss": "loss on PROBE_FILE"}
     ratio = [" / ".join([*columns][::-1])] if len(columns) == 2 else []
     headers = [Column(name, justify="right") for name in (*columns, *ratio)]
-    table = Table("metric", *headers, title="scores, 0 to 100", title_justify="left")
-    first = next(iter(columns.values()))
-    for metric, name in {**{metric: metric.upper() for metric in SCORES}, "probe_loss": "loss on PROBE_FILE"}.items():
-        if metric not in first:
+    table = Table("scores, 0 to 100", *headers, box=None, padding=(0, 2, 0, 0))
+    for metric, name in names.items():
+        values = [scores[metric] for scores in columns.values() if metric in scores]
+        if not values:
             continue
-        values = [scores[metric] for scores in columns.values()]
         cells = [f"{value:.2f}" for value in values]
         if ratio:
             cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
         table.add_row(name, *cells)
     if table.row_count:
-        console().print(table)
+        show(table)
     for name, scores in columns.items():
         if scores.get("empty"):
-            console().print(f"{name}: {scores['empty']} empty predictions or references count as 0")
+            show(f"{name}: {scores['empty']} empty predictions or references count as 0")
+
+
+def print_answers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with row, question, reference, tuned and perhaps base, cut to a few lines of a terminal."""
+    for row in rows:
+        for name in ("question", "reference", "base", "tuned"):
+            if row.get(name) is not None:
+                title = f"row {row['row']} {name}" if name == "question" else f"  {name}"
+                show(Text.assemble((f"{title:<15}", "dim"), visible(str(row[name]))[:SHOWN]))
 
 
 def peak_memory() -> dict[str, int]:
@@ -205,47 +197,39 @@ def print_settings(
     pairs: dict[str, object] = {
         "model": f"{folder.path}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
         "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
-        f"{torch.get_num_threads()} threads each",
-        "memory": f"{gb(plan.total)} predicted at the peak, {gb(available)} free",
-        "lengths": f"{data_args.max_source_length} + {data_args.max_target_length} tokens",
-        "output": args.output_dir,
+        f"{torch.get_num_threads()} threads each; {gb(plan.total)} of memory predicted, {gb(available)} free",
     }
     if args.do_train:
         length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
             f"{length} of {size_of_step(args)} ({args.tokens_per_batch or args.train_batch_size} x "
-            f"{args.gradient_accumulation_steps} accumulated x {args.world_size}), learning rate "
+            f"{args.gradient_accumulation_steps} accumulated x {args.world_size}) of "
+            f"{data_args.max_source_length} + {data_args.max_target_length} tokens, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}"
         )
     print_pairs("settings", pairs)
 
 
 def print_training_summary(
-    args: TrainingArguments,
-    data: Prepared,
-    state: TrainerState,
-    metrics: Mapping[str, float],
-    steps: int,
-    tokens: int,
+    args: TrainingArguments, data: Prepared, state: TrainerState, seconds: float, steps: int, tokens: int
 ) -> None:
-    """state, metrics: as the Trainer returns them; tokens: real ones, without pads, of all processes in this run."""
+    """state: as the Trainer returns it; seconds: of this run, without evaluations; tokens: real ones, without pads."""
     best = args.load_best_model_at_end and state.best_model_checkpoint
-    seconds = metrics["train_runtime"]
     rows = f", {steps * args.all_rows_per_step / seconds:,.2f} samples/s"
     losses, validated = (
         [f"{entry[name]:.4f} (step {entry['step']})" for entry in state.log_history if name in entry]
         for name in ("loss", "eval_loss")
     )
+    speed = f"{tokens / seconds:,.0f} tokens/s" + rows * (not args.tokens_per_batch)
+    peaks = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f} GB" for name, size in peak_memory().items())
     pairs = {
         "loss": " -> ".join(losses[:1] + losses[-1:]) or "no step was left to train",
-        **({"validation loss": " -> ".join(validated)} if validated else {}),
+        **({"validation loss": " -> ".join(validated[:1] + validated[-1:])} if validated else {}),
         **({"best checkpoint": f"{best} ({args.metric_for_best_model} {state.best_metric:.4f})"} if best else {}),
-        "steps": steps,
         **({"mix of an epoch": mix} if (mix := mix_of(data)) else {}),
-        "time": f"{seconds:,.1f} s",
-        "speed": f"{tokens / seconds:,.0f} tokens/s" + rows * (not args.tokens_per_batch),
-        **{name.replace("_", " "): f"{size / 1e9:.2f} GB" for name, size in peak_memory().items()},
+        "speed": f"{steps:,} steps in {duration(seconds)}, {speed}, without evaluations",
+        "memory": peaks,
         "saved to": args.output_dir,
     }
     print_pairs("training finished", pairs)

@@ -1,0 +1,5 @@
+import json
+
+
+def page(record):
+    return "<pre>" + json.dumps(record).replace("<", "&lt;")

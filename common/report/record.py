@@ -1,0 +1,113 @@
+"""run.json, the record of a training; report.html, predictions.csv and the model card are made from it.
+
+A report never ends a training: what can't be read or written is named once.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.errors import describe, note
+from common.files import read_json, write_json
+from common.report.card import model_card, written_by_hand
+from common.report.page import page
+from common.training.saves import PAGE
+
+RUN, CARD = "run.json", "README.md"
+SHARE = 200  # a report is written again after so many times what writing it took: half a percent
+EMPTY: dict[str, Any] = {
+    **{"format": 1, "status": "training", "problem": "", "updated": "", "method": "", "model": {}, "output_dir": ""},
+    **{"settings": [], "pieces": [], "progress": {}, "data": [], "logs": [], "best_step": None},
+    **{"samples": {"rows": [], "answers": []}, "questions": [], "scores": {}, "rows": {"total": 0, "rows": []}},
+    "warnings": [],
+}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_record(found: Mapping[str, Any]) -> bool:
+    """Whether all parts are of the kind that ``EMPTY`` shows."""
+    parts = [found.get("samples", {}), found.get("rows", {})]
+    kinds = all(type(found.get(name, value)) is type(value) for name, value in EMPTY.items() if value is not None)
+    return found.get("format") == 1 and kinds and all(isinstance(part.get("rows", []), list) for part in parts)
+
+
+class Record:
+    """The record of a folder, in the process that writes it."""
+
+    def __init__(self, folder: Path, afresh: bool):
+        """Goes on with the record that is there, unless ``afresh``."""
+        self.folder, self.written, self.cost, self.fails = folder, 0.0, 0.0, False
+        found = {} if afresh else read_json(folder / RUN)
+        if found is None and (folder / RUN).exists() or found and not is_record(found):
+            note(f"note: {folder / RUN} is broken: the report begins anew. Totals lack what was trained before.")
+            found = None
+        self.data = EMPTY | {name: type(EMPTY[name])() for name in ("pieces", "logs", "data", "settings", "questions")}
+        self.data |= {"samples": {"rows": [], "answers": []}, "rows": {"total": 0, "rows": []}} | (found or {})
+        self.data |= {"output_dir": str(folder.resolve()), "problem": "", "warnings": []}
+
+    def begin_piece(self, piece: dict[str, Any]) -> None:
+        """Begins a start of the training, and forgets what came after its first step."""
+        first, data = piece["first_step"], self.data
+        data["logs"] = [entry for entry in data["logs"] if entry["step"] <= first]
+        data["status"], samples = "training", data["samples"]
+        samples["answers"] = [found for found in samples["answers"] if found["step"] <= first]
+        for earlier in data["pieces"]:
+            earlier["last_step"] = min(earlier["last_step"], first)
+        data["pieces"].append(piece)
+
+    def log(self, entry: dict[str, Any], progress: dict[str, Any], piece: dict[str, Any]) -> None:
+        """Adds what was logged at a step; ``progress`` and ``piece`` bring the record up to date."""
+        self.data["logs"].append(entry)
+        self.data["progress"] |= progress
+        self.data["pieces"][-1] |= piece
+        self.write("eval_loss" in entry)
+
+    def write(self, at_once: bool = True, card: bool = False) -> None:
+        """Writes record and page, unless the last time was a moment ago; ``card``: and the model card."""
+        if not at_once and time.monotonic() - self.written < SHARE * self.cost:
+            return
+        began = time.process_time()
+        self.data["updated"] = now()
+        try:
+            write_json(self.folder / RUN, self.data)
+            write_text(self.folder / PAGE, page(self.data))
+            if card and not written_by_hand(self.folder / CARD):
+                write_text(self.folder / CARD, model_card(self.data))
+        except Exception as error:  # of any kind: a mistake in a report must not end a training either
+            if not self.fails:
+                note(f"warning: the report in {self.folder} can't be written ({error}): the training goes on.")
+            self.fails = True
+        self.written, self.cost = time.monotonic(), time.process_time() - began
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Takes down how the program ends. A training that a signal ended is continued later."""
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
+            self.data["status"] = "stopped" if stopped else "failed"
+            if isinstance(error, Exception):
+                self.data["problem"] = describe(error) or f"{type(error).__name__}: {error}"
+            self.write()
+            raise
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file in one step. A link is replaced too, and not followed."""
+    partial = file.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        with open(partial, "x", encoding="utf-8", newline="\n") as content:
+            content.write(text)
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,103 @@
+"""What a training tells its record: at its beginning, at each log, and at its end."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+
+from common.arguments import DataArguments, ModelArguments
+from common.data.dataset import Prepared
+from common.models.registry import ModelFolder
+from common.report.facts import data_facts, model_facts, piece_facts, settings_facts, warnings_of
+from common.report.record import Record
+from common.training.progress import StepLines
+from common.training.samples import ROWS, Samples
+from common.training.summary import peak_memory
+from common.training.trainer import FinetuneTrainer
+
+KEPT = (  # of what is logged
+    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "eval_loss"),
+    *("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4", "eval_runtime"),
+)
+QUESTIONS, SHORT = 6, 60  # questions for a chat to begin with, and their characters
+
+
+def begin_record(
+    trainer: FinetuneTrainer,
+    folder: ModelFolder,
+    data: Mapping[str, Prepared],
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    afresh: bool,
+) -> Record:
+    """The record of the output folder: a new one, or with ``afresh`` False the one that is there."""
+    args, method = trainer.args, trainer.method
+    record = Record(Path(args.output_dir), afresh)
+    facts: dict[str, Any] = {"status": "training" if args.do_train else "evaluating", "method": method.name}
+    facts["data"] = [data_facts(split, prepared, prepared.survey) for split, prepared in data.items()]
+    if args.do_train or not record.data["settings"]:
+        facts["settings"] = settings_facts((model_args, method.args, data_args, args))
+        facts["model"] = model_facts(folder, trainer.model, model_args, args)
+    else:  # an evaluation of the training that the record is about
+        own = [split["split"] for split in facts["data"]]
+        facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
+    questions = next((data[split].questions for split in ("validation", "test") if split in data), [])
+    if len(questions):
+        texts = list(dict.fromkeys(questions["text"][: 20 * QUESTIONS]))
+        facts["questions"] = [text for text in texts if 0 < len(text) <= SHORT][:QUESTIONS]
+    record.data |= facts
+    return record
+
+
+def watch(
+    trainer: FinetuneTrainer, record: Record | None, start: TrainerState, data: Mapping[str, Prepared], longest: int
+) -> None:
+    """Lets a training print its progress, answer sample rows, and record both. ``start``: what it continues from.
+
+    ``longest``: tokens of an answer. Every process takes part; ``record``: in the first one.
+    """
+    args = trainer.args
+    if record:
+        record.begin_piece(piece_facts(args, start.global_step, trainer.predicted_memory))
+    trainer.add_callback(StepLines(recorder(trainer, record, start), args.log_format == "json"))
+    rows = next((data[split] for split in ("validation", "test") if split in data), None)
+    if not (args.show_answers and rows and len(rows.questions)):
+        return
+    if record:
+        questions = rows.questions[:ROWS]
+        pairs = zip(questions["text"], questions["reference"], strict=True)
+        record.data["samples"]["rows"] = [{"question": text, "reference": given} for text, given in pairs]
+
+    def answered(found: dict[str, Any]) -> None:
+        if record:
+            record.data["samples"]["answers"].append(found)
+
+    trainer.add_callback(Samples(trainer, rows, longest, answered))
+
+
+def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerState) -> Callable[[dict[str, Any]], None]:
+    """A function that takes what was logged at a step."""
+
+    def take(entry: dict[str, Any]) -> None:
+        if record is None:
+            return
+        state, seconds = trainer.state, trainer.clock.seconds()
+        progress = {"step": state.global_step, "steps": state.max_steps, "epoch": state.epoch}
+        progress |= {"epochs": state.num_train_epochs, "seconds": seconds, "seconds_left": entry["seconds_left"]}
+        peaks = {name.split("_")[1]: size for name, size in peak_memory().items() if name.startswith("peak")}
+        piece = {
+            "last_step": state.global_step,
+            "seconds": seconds,
+            "tokens": state.num_input_tokens_seen - start.num_input_tokens_seen,
+            "memory": {"predicted": trainer.predicted_memory, **peaks},
+        }
+        record.data["best_step"] = state.best_global_step
+        record.log({name: entry[name] for name in KEPT if name in entry}, progress, piece)
+
+    return take
+
+
+def finish(record: Record, data_args: DataArguments) -> None:
+    record.data |= {"status": "finished", "warnings": list(warnings_of(record.data, data_args))}
+    record.write(card=True)

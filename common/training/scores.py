@@ -1,0 +1,122 @@
+"""What an evaluation leaves: losses, scores, and the answers row by row, base beside tuned."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from common.arguments import DataArguments
+from common.data.dataset import Prepared
+from common.files import written
+from common.metrics import SCORES, mean_scores, score_rows
+from common.report.card import write_csv
+from common.report.facts import chosen_rows
+from common.report.record import Record
+from common.terminal import show
+from common.training.evaluation import ANSWERS, Judgement
+from common.training.summary import peak_memory, print_answers, print_scores
+from common.training.trainer import FinetuneTrainer
+
+TABLE = "predictions.csv"
+Scores = Mapping[str, Sequence[dict[str, float] | None]]
+"""The scores of each answer of base and tuned; None: one side is empty, or there is no reference."""
+
+
+def save_judgements(
+    trainer: FinetuneTrainer,
+    splits: Mapping[str, Prepared],
+    data_args: DataArguments,
+    found: dict[str, Judgement],
+    record: Record | None,
+) -> None:
+    """Writes and prints what --do_eval and --do_predict ask; ``found``: of tuned, and before it of base if asked for.
+
+    eval_results.json: the losses, and perplexities of text. predict_results.json: the scores of the answers that have
+    a reference. The loss on the general questions stands in one of them. predictions.csv: the answers with scores.
+    """
+    args = trainer.args
+    columns: dict[str, dict[str, float]] = {name: {} for name in found}
+    if args.do_eval:
+        save_losses(trainer, data_args, found, columns)
+    scores: Scores = {}
+    if args.do_predict:
+        scores = save_scores(trainer, list(splits["test"].questions["reference"]), found, columns)
+    for name, judged in found.items():
+        columns[name] |= judged.probed
+    if record is None:  # not the first process
+        return
+    print_scores(columns)
+    record.data["scores"] = columns
+    if args.do_predict:
+        record.data["rows"] = save_answers(Path(args.output_dir), splits["test"], found, scores)
+
+
+def save_losses(
+    trainer: FinetuneTrainer,
+    data_args: DataArguments,
+    found: Mapping[str, Judgement],
+    columns: dict[str, dict[str, float]],
+) -> None:
+    """Adds the losses of the validation rows, and perplexities of text, to ``columns``."""
+    metrics: dict[str, float] = {}
+    for name, judged in found.items():
+        prefix = "eval_base" if name == "base" else "eval"
+        probed = {} if trainer.args.do_predict else judged.probed
+        metrics |= judged.metrics | {f"{prefix}_{metric}": value for metric, value in probed.items()}
+        columns[name]["loss"] = judged.metrics[f"{prefix}_loss"]
+    if data_args.text_column:
+        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
+        for column in columns.values():
+            column["perplexity"] = math.exp(column["loss"])
+    trainer.save_metrics("eval", metrics)
+
+
+def save_scores(
+    trainer: FinetuneTrainer,
+    references: list[str | None],
+    found: Mapping[str, Judgement],
+    columns: dict[str, dict[str, float]],
+) -> Scores:
+    """Adds the mean scores of the answers that have a reference to ``columns``."""
+    scores = {name: score_rows(judged.answers, references) for name, judged in found.items()}
+    given = [reference is not None for reference in references]
+    metrics: dict[str, float] = {}
+    for name, judged in found.items():
+        means = mean_scores(list(compress(scores[name], given))) if any(given) else {}
+        columns[name] |= means
+        prefix = "predict" if name == "tuned" else "predict_base"
+        metrics |= {f"{prefix}_{metric}": value for metric, value in (means | judged.probed).items()}
+    memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
+    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
+    return scores
+
+
+def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], scores: Scores) -> dict[str, Any]:
+    """Writes predictions.csv, and prints a few answers below their questions. Returns the rows for the record.
+
+    Raises SaveError.
+    """
+    questions, references = list(data.questions["text"]), list(data.questions["reference"])
+
+    def row(at: int) -> dict[str, Any]:
+        facts = {"row": at + 1, "question": questions[at], "reference": references[at]}
+        return facts | {name: judged.answers[at] for name, judged in found.items()}
+
+    def all_scores(at: int) -> dict[str, float]:
+        pairs = ((name, scores[name][at] or {}) for name in found)
+        return {f"{name} {metric}": value for name, pair in pairs for metric, value in pair.items()}
+
+    columns = [f"{name} {metric}" for name in found for metric in SCORES]
+    with written(folder / TABLE, "make room and give the same command again"):
+        lines = (dict.fromkeys(columns) | row(at) | all_scores(at) for at in range(len(questions)))
+        write_csv(folder / TABLE, lines, ["row", "question", "reference", *found, *columns])
+    print_answers([row(at) for at in range(min(3, len(questions)))])
+    if missing := references.count(None):
+        show(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
+    show(f"predictions: {folder / ANSWERS['tuned']}, and beside their questions {TABLE}")
+    names = {"base": "base_score", "tuned": "score"}
+    kept = chosen_rows([(pair or {}).get("rouge-l") for pair in scores["tuned"]])
+    rows = [row(at) | {names[name]: all_scores(at).get(f"{name} rouge-l") for name in found} for at in kept]
+    return {"total": len(questions), "rows": rows}
