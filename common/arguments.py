@@ -184,9 +184,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     default_steps: int = flag("Steps over the shipped rows if neither --max_steps nor --num_train_epochs is given", 0)
     show_answers: bool = flag("Answer 3 rows before the training, and at each evaluation and save", True)
     show_tokens: bool = flag("Print the tokens of the first training row, with their ids and labels", False)
-    log_format: Literal["text", "json"] = flag(
-        "json: each log is an object on standard output, all else on stderr", "text"
-    )
+    log_format: Literal["text", "json"] = flag("json: each log is an object on stdout, all else on stderr", "text")
     early_stopping: int | None = flag("Evaluations without improvement that end a training; keeps the best checkpoint")
     report_to: list[str] = field(
         default_factory=lambda: ["tensorboard"],

@@ -77,6 +77,11 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def device_name(device: torch.device) -> str:
+    """As in "cuda, NVIDIA H100 80GB HBM3"."""
+    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
 def piece_facts(args: TrainingArguments, first_step: int, predicted: int) -> dict[str, Any]:
     """A start of the training: command, machine, versions."""
     return {
@@ -86,7 +91,7 @@ def piece_facts(args: TrainingArguments, first_step: int, predicted: int) -> dic
         "first_step": first_step,
         "last_step": first_step,
         "tokens": 0,
-        "device": torch.accelerator.current_accelerator().type if args.device.type != "cpu" else "cpu",
+        "device": device_name(args.device),
         "machine": socket.gethostname(),
         "processes": args.world_size,
         "threads": torch.get_num_threads(),
