@@ -26,6 +26,8 @@ for _module in ("autograd._functions", "backends.cpu.ops"):
     logging.getLogger(f"bitsandbytes.{_module}").setLevel(logging.ERROR)
 # Accelerate imports DeepSpeed wherever it is installed, and DeepSpeed then reports a missing GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+# The Trainer pins no memory on a CPU, and advises to do so.
+logging.getLogger("transformers.trainer").addFilter(lambda record: "`non_blocking`" not in record.getMessage())
 # transformers prints a table of missing and unknown weights, which we name in one sentence.
 logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 # ZeRO-3 waits for all processes without naming the device, which is this process's own.

@@ -237,8 +237,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(f"--accelerator_config: {name} is not supported")
         if unknown := config.keys() - AcceleratorConfig.__dataclass_fields__.keys():
             raise ValueError(f"--accelerator_config: there is no setting {min(unknown)}")
-        pins = self.dataloader_pin_memory and device.type == "cuda"
-        self.accelerator_config = {"non_blocking": pins} | config  # a batch travels during a step
+        self.accelerator_config = {"non_blocking": self.dataloader_pin_memory} | config  # a batch travels during a step
         super().__post_init__()
         if self.torch_compile:
             os.environ.pop("TORCHDYNAMO_DISABLE", None)  # of common/__init__.py

@@ -45,7 +45,7 @@ from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
 from common.report.record import Record
 from common.terminal import logged, show, streams
-from common.trained import COLUMNS, PASSES, base_of
+from common.trained import COLUMNS, LOG_FILE, PAGE_FILE, PASSES, base_of
 from common.training import checkpoints, summary
 from common.training.checks import SPLITS, check, check_rows, complete, needs
 from common.training.choices import choose
@@ -56,7 +56,7 @@ from common.training.preemption import saved_at_signals
 from common.training.progress import StepLines
 from common.training.recording import begin_record, finish, watch
 from common.training.samples import Samples
-from common.training.saves import LOG, PAGE, Saves, tidy
+from common.training.saves import Saves, tidy
 from common.training.scores import save_judgements
 from common.training.trainer import FinetuneTrainer
 
@@ -114,21 +114,33 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
             open_output(trainer, settings, data_args, checkpoint)
         record = None
         if args.process_index == 0:
-            log_into(output_dir / LOG)
-            afresh = args.do_train and checkpoint is None
-            record = begin_record(trainer, folder, data, model_args, data_args, afresh)
+            log_into(output_dir / LOG_FILE)
+            record = begin_record(trainer, folder, data, model_args, data_args, afresh=checkpoint is None)
         with record.open() if record else nullcontext():
-            if args.do_train:
-                with checkpoints.kept(output_dir), saved_at_signals(trainer):
-                    train(trainer, data, data_args, checkpoint, record)
-            if args.do_eval or args.do_predict:
-                judge_both(trainer, data, data_args, found, record)
-            if record:
-                finish(record, data_args)
-                show(f"report: {output_dir / PAGE}")
+            train_and_judge(trainer, data, data_args, found, checkpoint, record)
     state = PartialState()
     state.wait_for_everyone()  # a process that exits early can crash its peers
     state.destroy_process_group()
+
+
+def train_and_judge(
+    trainer: FinetuneTrainer,
+    data: dict[str, Prepared],
+    data_args: DataArguments,
+    found: dict[str, Judgement],
+    checkpoint: Path | None,
+    record: Record | None,
+) -> None:
+    """``found``: the base, if it was judged before; ``record``: in the first process."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if args.do_train:
+        with checkpoints.kept(output_dir), saved_at_signals(trainer):
+            train(trainer, data, data_args, checkpoint, record)
+    if args.do_eval or args.do_predict:
+        judge_both(trainer, data, data_args, found, record)
+    if record:
+        finish(record, data_args)
+        show(f"report: {output_dir / PAGE_FILE}")
 
 
 def judge_both(

@@ -13,8 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.arguments import DataArguments, ModelArguments, PreprocessArguments
 from common.data import dataset
 from common.data.examples import Example, Reading, Split, check_reading, open_split, read_examples
@@ -28,9 +26,10 @@ from common.loading import load_tokenizer
 from common.locking import guard
 from common.manifest import MANIFEST, sealed, write_manifest
 from common.models.registry import open_model
+from common.terminal import Progress
 from common.training.checkpoints import check_writable
 from common.training.choices import choose_text
-from common.training.report import print_prepared
+from common.training.summary import print_prepared
 
 ROOM = "make room and start again, which keeps the finished shards, or choose another --output_dir"
 
@@ -149,7 +148,9 @@ def make_missing(job: Job, workers: int) -> None:
     with ProcessPoolExecutor(min(workers, len(missing)), fork, set_up_worker, (job,)) as pool:
         shards = pool.map(make_shard, missing)
         try:
-            list(tqdm(shards, "tokenizing", len(job.files), initial=finished, unit=" shards"))
+            with Progress("tokenizing", len(job.files), "shards", initial=finished) as progress:
+                for _ in shards:
+                    progress.update()
         except BaseException as error:
             for worker in multiprocessing.active_children():  # else they would finish their shards first
                 worker.kill()

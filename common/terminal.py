@@ -93,15 +93,8 @@ class Progress:
         self.first, self.done = initial, initial
         self.began = self.told = time.monotonic()
         on_terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(
-            desc=title,
-            total=total,
-            initial=initial,
-            unit=unit,
-            leave=False,
-            disable=not on_terminal,
-            dynamic_ncols=True,
-        )
+        look = {"unit": f" {unit}", "leave": False, "dynamic_ncols": True, "disable": not on_terminal}
+        self.bar = tqdm(desc=title, total=total, initial=initial, **look)
 
     def update(self, count: int = 1) -> None:
         self.done += count

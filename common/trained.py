@@ -11,6 +11,7 @@ from common.manifest import MANIFEST, damage
 from common.models.registry import is_local
 
 SETTINGS_FILE = "run_settings.json"
+RUN_FILE, PAGE_FILE, LOG_FILE = "run.json", "report.html", "train.log"  # the report of a training
 ON_ITS_WAY = ".result"  # the folder in a trained folder that holds a whole result until all of it is in its place
 WEIGHTS = r"(adapter_model|model|pytorch_model)[.-].*(bin|safetensors)"  # what an evaluation reads
 RESULTS = (

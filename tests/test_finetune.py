@@ -61,7 +61,8 @@ def whole_run(tmp_path_factory) -> Path:
 
 def test_training_saves_the_prefix_and_nothing_of_the_base(whole_run):
     own = {"all_results.json", "manifest.json", "run_settings.json", "runs", "train_results.json", "trainer_state.json"}
-    assert files(whole_run) == SAVED | own | LOCK | {"checkpoint-3", "checkpoint-6"}
+    report = {"run.json", "report.html", "train.log", "README.md"}
+    assert files(whole_run) == SAVED | own | report | LOCK | {"checkpoint-3", "checkpoint-6"}
     assert files(whole_run / "checkpoint-6") == SAVED | STATE | {"manifest.json"}
     names = set(torch.load(whole_run / "pytorch_model.bin", weights_only=True))
     assert names == {"transformer.prefix_encoder.embedding.weight"}

@@ -1,7 +1,8 @@
 """The data report: its numbers, on rows made by hand, and what it prints."""
 
+import re
 from collections import Counter
-from functools import partial
+from io import StringIO
 
 import numpy as np
 import pyarrow
@@ -12,8 +13,8 @@ from rich.console import Console
 
 from common.data.survey import RowFacts, overlap, scripts_of, survey
 from common.encoding import conversation_of, encode_train
-from common.training import report
 from common.training.data_report import print_survey, warn_of_overlap
+from common.training.first_row import cells_of, print_first_row, token_table
 
 TYPES = {"file": "int32", "line": "int64", "row": "uint64", "question": "uint64", "asked": "int32", "answered": "int32"}
 BIG = 2**64 - 1  # the largest hash
@@ -139,9 +140,9 @@ def printed(rows: Dataset, capsys, joint: bool = False, full: bool = False) -> t
 
 def test_the_short_report_is_a_table_of_lengths_and_the_cut(capsys):
     lines, warnings = printed(rows_of(range(1, 31), [7] * 30), capsys)
-    assert lines[0] == "train: 30 rows, 675 tokens"
-    assert "question │ 15 │ 27 │ 29 │ 30 │ 30 │ 20" in lines
-    assert "answer │ 7 │ 7 │ 7 │ 7 │ 7 │ 20" in lines
+    assert lines[0] == "train: 30 rows, 675 tokens 50% 90% 95% 99% longest limit"
+    assert "question 15 27 29 30 30 20" in lines
+    assert "answer 7 7 7 7 7 20" in lines
     assert lines[-1] == "cut: 10 rows (33.3%); 55 tokens (8.1%) are lost"
     lengths = "MAX_SOURCE_LENGTH=30 MAX_TARGET_LENGTH=7 (--max_source_length 30 --max_target_length 7)"
     assert warnings == [f"warning: 33.3% of the train rows are cut: {lengths} cut under 1%."]
@@ -149,7 +150,7 @@ def test_the_short_report_is_a_table_of_lengths_and_the_cut(capsys):
 
 def test_shared_room_has_one_limit(capsys):
     lines, warnings = printed(rows_of(range(1, 31), [7] * 30), capsys, joint=True)
-    assert "both │ 22 │ 34 │ 36 │ 37 │ 37 │ 20 + 20 + 1" in lines and not warnings
+    assert "both 22 34 36 37 37 20 + 20 + 1" in lines and not warnings
 
 
 def test_a_cut_of_few_rows_is_no_warning(capsys):
@@ -173,7 +174,7 @@ def test_the_full_report_shows_repetitions_scripts_and_strange_rows(capsys):
 
 def test_plain_text_has_no_limits(capsys):
     lines, warnings = printed(rows_of([0] * 40, [128] * 40, question=[0] * 40), capsys, full=True)
-    assert "text │ 128 │ 128 │ 128 │ 128 │ 128" in lines
+    assert "text 128 128 128 128 128" in lines
     assert not warnings and not any("question" in line and "cut" in line for line in lines)
 
 
@@ -186,23 +187,35 @@ def test_overlap_is_a_warning(capsys):
     )
 
 
-def test_the_first_row_is_a_table_as_wide_as_the_terminal(demo_tokenizer, capsys, monkeypatch):
-    turns = conversation_of("类型#裙*颜色#白色", "这条裙子\n很好看。" * 20)
-    row = encode_train(demo_tokenizer, [turns], 64, 200)[0]
-    content = {"input_ids": row.input_ids, "labels": row.labels}
-    for width in (60, 160):
-        monkeypatch.setattr(
-            report, "console", partial(Console, width=width, highlight=False, markup=False, soft_wrap=True)
-        )
-        report.print_first_row(content, demo_tokenizer)
-        lines = capsys.readouterr().out.splitlines()
-        learned = sum(label != -100 for label in row.labels)
-        assert lines[0] == f"first training row: {len(row.input_ids)} tokens, {learned} with a label"
-        across = lines[1].split().count("token")
-        assert across > 1 and lines[1].split() == ["token", "id", "label"] * across
-        columns = [[line.split()[3 * at : 3 * at + 3] for line in lines[2:]] for at in range(across)]
-        cells = [tuple(cell) for column in columns for cell in column if cell]
-        labels = ["-" if label == -100 else str(label) for label in row.labels]
-        tokens = demo_tokenizer.convert_ids_to_tokens(row.input_ids)
-        assert cells == list(zip(tokens, map(str, row.input_ids), labels, strict=True))
-        assert max(cell_len(line) for line in lines) <= width
+@pytest.mark.parametrize("width", [60, 160])
+def test_the_tokens_of_the_first_row_are_a_table_as_wide_as_the_terminal(demo_tokenizer, width):
+    row = encode_train(demo_tokenizer, [conversation_of("类型#裙*颜色#白色", "这条裙子\n很好看。" * 20)], 64, 200)[0]
+    cells = list(cells_of(list(zip(row.input_ids, row.labels, strict=True)), demo_tokenizer))
+    assert [cell[1] for cell in cells] == [str(index) for index in row.input_ids]
+    assert [cell[2] for cell in cells] == ["-" if label == -100 else "learned" for label in row.labels]
+    (file := StringIO()).isatty = lambda: False
+    Console(file=file, width=width, highlight=False, markup=False, soft_wrap=True).print(token_table(cells, width))
+    lines = file.getvalue().splitlines()
+    across = lines[0].split().count("token")
+    assert across > 1 and lines[0].split() == ["token", "id", "loss"] * across
+    columns = [[line.split()[3 * at : 3 * at + 3] for line in lines[1:]] for at in range(across)]
+    assert [tuple(cell) for column in columns for cell in column if cell] == cells
+    assert max(cell_len(line) for line in lines) <= width
+
+
+def test_the_first_row_shows_what_is_given_and_what_is_learned(demo_tokenizer, capsys):
+    row = encode_train(demo_tokenizer, [conversation_of("类型#裙*颜色#白色", "这条裙子\n很好看。" * 200)], 64, 2000)[0]
+    print_first_row({"input_ids": row.input_ids, "labels": row.labels}, demo_tokenizer, tokens=False)
+    given, learned = capsys.readouterr().out.splitlines()
+    count = sum(label == -100 for label in row.labels)
+    assert given.startswith(f"first row, {count} tokens given: 类型#裙*颜色#白色")
+    assert learned.startswith(f"first row, {len(row.labels) - count:,} tokens learned: 这条裙子\\n很好看。这条")
+    assert re.search(r" … \([\d,]+ more characters\)$", learned)
+
+
+def test_bytes_of_one_character_are_one_token_in_the_table(demo_tokenizer):
+    ids = demo_tokenizer.encode("好𪚥", add_special_tokens=False)
+    cells = list(cells_of([(index, index) for index in ids], demo_tokenizer))
+    assert len(ids) > len(cells) and cells[-1] == ("𪚥", " ".join(map(str, ids[-4:])), "learned")
+    broken = list(cells_of([(index, -100) for index in [*ids[-3:], ids[0]]], demo_tokenizer))
+    assert broken[0][0] == "\ufffd" and broken[0][2] == "-"

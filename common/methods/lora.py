@@ -73,6 +73,7 @@ class Lora(Method):
         Without ``save_embedding_layers=False`` PEFT asks the hub whether the vocabulary was extended; it never is.
         """
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+        (folder / "README.md").unlink()  # a card without a word: report/card.py writes one
         file, defaults = folder / "adapter_config.json", LoraConfig().to_dict() | {"peft_version": PEFT_VERSION}
         config = json.loads(file.read_text(encoding="utf-8"))
         kept = {name: value for name, value in config.items() if name in OLD_KEYS or value != defaults.get(name)}

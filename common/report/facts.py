@@ -14,14 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from common.arguments import DataArguments, ModelArguments, TrainingArguments
+from common.command import VARIABLES, given, origin_of, this_command
 from common.data.dataset import Prepared
 from common.data.survey import PERCENTILES, Survey
 from common.declared import declared
 from common.launch.engines import sizes
 from common.models.registry import ModelFolder
 from common.report.record import now
-from common.training.preemption import this_command
-from common.variables import VARIABLES, given, origin_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets")
@@ -33,7 +32,7 @@ SHOWN = (
 )
 MOST_ROWS = 10_000  # of answers in a record
 RISES = 1.02  # a validation loss that is so much above its best one
-MANY_PASSES, FEW_STEPS, MANY_CUT = 20, 50, 0.05
+MANY_PASSES, FEW_STEPS, MANY_CUT = 20, 50, 0.05  # epochs, steps, share of the rows
 
 
 def settings_facts(parts: Sequence[object]) -> list[dict[str, str]]:
@@ -78,8 +77,9 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """As in "cuda, NVIDIA H100 80GB HBM3"."""
-    return f"cuda, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    """The kind of a device, and the name of a card."""
+    name = "" if device.type == "cpu" else f", {torch.get_device_module(device).get_device_name(device)}"
+    return f"{device.type}{name}"
 
 
 def piece_facts(args: TrainingArguments, first_step: int, predicted: int) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from typing import Any
 
 from common.errors import describe, note
 from common.files import read_json, write_json
+from common.manifest import read_manifest
 from common.report.card import model_card, written_by_hand
 from common.report.page import page
-from common.training.saves import PAGE
+from common.trained import PAGE_FILE, RUN_FILE
 
-RUN, CARD = "run.json", "README.md"
+CARD = "README.md"
 SHARE = 200  # a report is written again after so many times what writing it took: half a percent
 EMPTY: dict[str, Any] = {
     **{"format": 1, "status": "training", "problem": "", "updated": "", "method": "", "model": {}, "output_dir": ""},
@@ -45,9 +46,9 @@ class Record:
     def __init__(self, folder: Path, afresh: bool):
         """Goes on with the record that is there, unless ``afresh``."""
         self.folder, self.written, self.cost, self.fails = folder, 0.0, 0.0, False
-        found = {} if afresh else read_json(folder / RUN)
-        if found is None and (folder / RUN).exists() or found and not is_record(found):
-            note(f"note: {folder / RUN} is broken: the report begins anew. Totals lack what was trained before.")
+        found = {} if afresh else read_json(folder / RUN_FILE)
+        if found is None and (folder / RUN_FILE).exists() or found and not is_record(found):
+            note(f"note: {folder / RUN_FILE} is broken: the report begins anew. Totals lack what was trained before.")
             found = None
         self.data = EMPTY | {name: type(EMPTY[name])() for name in ("pieces", "logs", "data", "settings", "questions")}
         self.data |= {"samples": {"rows": [], "answers": []}, "rows": {"total": 0, "rows": []}} | (found or {})
@@ -77,9 +78,10 @@ class Record:
         began = time.process_time()
         self.data["updated"] = now()
         try:
-            write_json(self.folder / RUN, self.data)
-            write_text(self.folder / PAGE, page(self.data))
-            if card and not written_by_hand(self.folder / CARD):
+            write_json(self.folder / RUN_FILE, self.data)
+            write_text(self.folder / PAGE_FILE, page(self.data))
+            sealed = (read_manifest(self.folder) or {"files": {}})["files"]  # results of before hold that of PEFT
+            if card and CARD not in sealed and not written_by_hand(self.folder / CARD):
                 write_text(self.folder / CARD, model_card(self.data))
         except Exception as error:  # of any kind: a mistake in a report must not end a training either
             if not self.fails:

@@ -6,9 +6,9 @@ from rich.table import Column, Table
 
 from common.data.survey import PERCENTILES, RowFacts, Survey
 from common.errors import note
+from common.report.facts import MANY_CUT
 from common.terminal import show
 
-MANY_CUT = 0.05  # share of the rows
 MANY_EQUAL, SHARE_EQUAL = 5, 0.1  # rows with one question: at least so many, and a larger share than that
 
 

@@ -39,9 +39,8 @@ def training_seconds(
         warnings.simplefilter("ignore")
         model = empty_model(folder.spec, deepcopy(folder.config))
     weights = model.num_parameters() - model.get_input_embeddings().weight.numel()
-    tokens = min(
-        data.survey.tokens / max(1, data.survey.rows), sum((case.setup.source_length, case.setup.target_length))
-    )
+    assert data.survey
+    tokens = min(data.survey.tokens / max(1, data.survey.rows), case.setup.source_length + case.setup.target_length)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     slots = args.tokens_per_batch * args.gradient_accumulation_steps if args.tokens_per_batch else rows * tokens
     operations = 4 + 2 * case.method.trains_base + 2 * bool(case.setup.checkpointing)

@@ -5,8 +5,6 @@ processes of a training end at the same step, although each hears of the signal 
 """
 
 import os
-import re
-import shlex
 import signal
 import sys
 import threading
@@ -16,12 +14,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
 from torch.distributed import TCPStore
 from transformers import TrainerCallback
 
+from common.command import this_command
 from common.errors import SaveError, note
 from common.launch.environment import die_with
 from common.launch.machines import ENDINGS
@@ -155,11 +153,3 @@ def outlive_signals() -> None:
         os._exit(0)
 
     threading.Thread(target=end_at_request, daemon=True).start()
-
-
-def this_command() -> str:
-    """What started this training, as a shell reads it: its script, its launcher, or this program."""
-    launched = {"EXIT_WHEN_PREEMPTED", "LOCAL_RANK"} & os.environ.keys()
-    words = psutil.Process(os.getppid()).cmdline() if launched else sys.orig_argv
-    command = os.environ.get("RESUME_COMMAND") or f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
-    return re.sub(r" --(overwrite_output_dir( true)?|resume_from_checkpoint[ =]\S+)(?= |$)", "", command)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerState
 
 from common.arguments import DataArguments, ModelArguments
@@ -31,9 +32,9 @@ def begin_record(
     data_args: DataArguments,
     afresh: bool,
 ) -> Record:
-    """The record of the output folder: a new one, or with ``afresh`` False the one that is there."""
+    """The record of the output folder, for a training ``afresh`` a new one."""
     args, method = trainer.args, trainer.method
-    record = Record(Path(args.output_dir), afresh)
+    record = Record(Path(args.output_dir), args.do_train and afresh)
     facts: dict[str, Any] = {"status": "training" if args.do_train else "evaluating", "method": method.name}
     facts["data"] = [data_facts(split, prepared, prepared.survey) for split, prepared in data.items()]
     if args.do_train or not record.data["settings"]:
@@ -42,12 +43,16 @@ def begin_record(
     else:  # an evaluation of the training that the record is about
         own = [split["split"] for split in facts["data"]]
         facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
-    questions = next((data[split].questions for split in ("validation", "test") if split in data), [])
-    if len(questions):
-        texts = list(dict.fromkeys(questions["text"][: 20 * QUESTIONS]))
+    if rows := questions_of(data):
+        texts = list(dict.fromkeys(rows[: 20 * QUESTIONS]["text"]))
         facts["questions"] = [text for text in texts if 0 < len(text) <= SHORT][:QUESTIONS]
     record.data |= facts
     return record
+
+
+def questions_of(data: Mapping[str, Prepared]) -> Dataset | None:
+    """The questions of the validation or the test rows, if there are any."""
+    return next((data[split].questions for split in ("validation", "test") if split in data), None) or None
 
 
 def watch(
@@ -59,13 +64,14 @@ def watch(
     """
     args = trainer.args
     if record:
+        record.data["logs"] = record.data["logs"] or earlier_logs(start)
         record.begin_piece(piece_facts(args, start.global_step, trainer.predicted_memory))
     trainer.add_callback(StepLines(recorder(trainer, record, start), args.log_format == "json"))
-    rows = next((data[split] for split in ("validation", "test") if split in data), None)
-    if not (args.show_answers and rows and len(rows.questions)):
+    rows = questions_of(data)
+    if not (args.show_answers and rows):
         return
     if record:
-        questions = rows.questions[:ROWS]
+        questions = rows[:ROWS]
         pairs = zip(questions["text"], questions["reference"], strict=True)
         record.data["samples"]["rows"] = [{"question": text, "reference": given} for text, given in pairs]
 
@@ -74,6 +80,14 @@ def watch(
             record.data["samples"]["answers"].append(found)
 
     trainer.add_callback(Samples(trainer, rows, longest, answered))
+
+
+def earlier_logs(start: TrainerState) -> list[dict[str, Any]]:
+    """The logs of before the training went on, where a record lacks them."""
+    found: dict[int, dict[str, Any]] = {}
+    for log in start.log_history:
+        found.setdefault(log["step"], {}).update({name: log[name] for name in KEPT if name in log})
+    return list(found.values())
 
 
 def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerState) -> Callable[[dict[str, Any]], None]:

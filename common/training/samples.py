@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from common.data.dataset import Prepared
 from common.encoding import stop_ids
 from common.errors import OutOfMemory, note
 from common.terminal import show
@@ -25,11 +25,9 @@ class Samples(TrainerCallback):
     ``record`` gets {"step", "answers", "seconds"}.
     """
 
-    def __init__(
-        self, trainer: FinetuneTrainer, data: Prepared, longest: int, record: Callable[[dict[str, Any]], None]
-    ):
+    def __init__(self, trainer: FinetuneTrainer, questions: Dataset, longest: int, record: Callable[[dict], None]):
         self.trainer, self.record = trainer, record
-        self.prompts = list(data.questions["prompt_ids"][:ROWS])
+        self.prompts = list(questions[:ROWS]["prompt_ids"])
         self.longest = min(LONGEST, longest)
         self.step, self.off = -1, False
 
@@ -47,7 +45,7 @@ class Samples(TrainerCallback):
         if self.off or self.step == state.global_step:
             return
         self.step, began, trainer = state.global_step, time.monotonic(), self.trainer
-        generation = {"do_sample": False, "max_new_tokens": self.longest, "shown": False}
+        generation: dict[str, Any] = {"do_sample": False, "max_new_tokens": self.longest, "shown": False}
         generation |= {"eos_token_id": stop_ids(trainer.processing_class), "in_step": args.engine.sharded}
         try:
             with trainer.clock.pause():

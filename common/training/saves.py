@@ -21,14 +21,13 @@ from typing import Any
 from common.errors import SaveError, UserError, disk_problem, note
 from common.files import clear, lack_of_room, read_json, write_json
 from common.manifest import MANIFEST, flush, read_manifest, seal
-from common.trained import ON_ITS_WAY
+from common.trained import LOG_FILE, ON_ITS_WAY, PAGE_FILE, RUN_FILE
 
 SAVING, REMOVED = ".saving", ".removed"
 PARTIAL = re.compile(r".+\.[0-9a-f]{8}\.partial|\w+_predictions\.partial")  # of files that are written in one step
 # What an evaluation says about a result, and a new result makes untrue.
 SCORES = ("eval_results.json", "predict_results.json", "generated_predictions.txt", "predictions.csv")
-LOG, PAGE = "train.log", "report.html"
-REPORT = ("run.json", PAGE, LOG)  # of all starts of a training
+REPORT = (RUN_FILE, PAGE_FILE, LOG_FILE)  # of all starts of a training
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:

@@ -21,11 +21,11 @@ from common.memory.footprint import CUDA_CONTEXT
 from common.methods import Method
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
+from common.report.facts import FEW_STEPS, MANY_PASSES
 from common.terminal import duration, print_pairs, show
 from common.training.estimate import training_seconds
 from common.training.first_row import visible
 
-MANY_PASSES, FEW_STEPS = 20, 50
 SHOWN = 120  # characters of an answer
 
 

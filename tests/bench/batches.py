@@ -23,8 +23,8 @@ from common.data.dataset import prepare_dataset
 from common.data.order import RowOrder, TokenBatches
 from common.data.survey import lengths_of
 from common.loading import load_tokenizer
+from common.terminal import console
 from common.tokenizers.chatglm import ChatGLMTokenizer
-from common.training.report import console
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES, SLOTS = (4, 16), (4096, 16384)

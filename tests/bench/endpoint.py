@@ -22,7 +22,7 @@ from openai import OpenAI
 from rich.table import Table
 from shell import ROOT, environment
 
-from common.training.report import console
+from common.terminal import console
 
 
 def ask(client: OpenAI, question: str, **settings):

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 from engine_runs import ENGINES, METHODS, interrupt, losses, reload_difference, run, score_of, train
 from rich.table import Table
 
-from common.training.report import console
+from common.terminal import console
 
 
 def difference(ours: list[float], theirs: list[float]) -> str:

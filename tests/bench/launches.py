@@ -23,7 +23,7 @@ import psutil
 from loading import pss
 from rich.table import Table
 
-from common.training.report import console
+from common.terminal import console
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("ptuning/train.sh", "lora/train.sh", "full/train.sh", "full/ds_train_finetune.sh")

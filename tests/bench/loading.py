@@ -128,7 +128,7 @@ def measure(way: str, folder: Path, ranks: int) -> tuple[float, int]:
 def compare(place: Path, ranks: int, official_ranks: int) -> None:
     from rich.table import Table  # not in the ranks, which import no more than loading needs
 
-    from common.training.report import console
+    from common.terminal import console
 
     folder, safetensors = place / "chatglm2-6b", place / "chatglm2-6b-safetensors"
     if not folder.exists():

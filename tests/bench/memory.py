@@ -40,9 +40,9 @@ from common.methods.lora import Lora
 from common.methods.prefix import PTuning
 from common.models.chatglm2 import ChatGLMConfig
 from common.models.registry import DEMOS, SPECS, ModelFolder
+from common.terminal import console
 from common.training.checks import check, complete
 from common.training.choices import choose
-from common.training.report import console
 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees the thread that it was started in
 

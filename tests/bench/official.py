@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import yaml
 from rich.table import Table
 
-from common.training.report import console
+from common.terminal import console
 
 CLOCK = Path(__file__).with_name("official_clock.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_DISABLED": "true"}

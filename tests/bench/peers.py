@@ -30,7 +30,7 @@ from rich.table import Table
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common.training.report import console
+from common.terminal import console
 
 CLOCK = Path(__file__).with_name("peers_clock.py")
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")

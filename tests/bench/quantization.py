@@ -109,7 +109,7 @@ def main() -> None:
 def compare(place: Path) -> None:
     from rich.table import Table  # not in the processes that are measured
 
-    from common.training.report import console
+    from common.terminal import console
 
     source, packed = place / "chatglm2-6b", place / "chatglm2-6b-int4"
     if not source.exists():

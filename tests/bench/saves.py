@@ -31,8 +31,8 @@ from common.files import write_json
 from common.flags import parse_arguments
 from common.manifest import MANIFEST
 from common.methods.full import Full
+from common.terminal import console
 from common.training import saves
-from common.training.report import console
 from common.training.trainer import FinetuneTrainer
 
 ROOT = Path(__file__).resolve().parents[2]

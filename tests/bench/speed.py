@@ -34,10 +34,10 @@ from common.loading import load_tokenizer
 from common.methods.lora import attach_lora
 from common.methods.prefix import attach_prefix
 from common.models import chatglm, chatglm2
+from common.terminal import console
 from common.tokenizers.chatglm import ChatGLMTokenizer
 from common.tokenizers.chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from common.training.evaluation import generate_answers
-from common.training.report import console
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH, LENGTH, PREFIX = 4, 64, 128

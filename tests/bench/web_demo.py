@@ -23,7 +23,7 @@ from rich.table import Table
 
 from common.chat.chat import generation_settings, stream_chat
 from common.loading import load_model, load_tokenizer
-from common.training.report import console
+from common.terminal import console
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["类型#裙*颜色#白色*风格#甜美", "类型#裤*裤型#阔腿裤*风格#潮流", "类型#上衣*颜色#黑色*图案#碎花"]

@@ -1,10 +1,12 @@
-"""The variables of the scripts beside the flags that they become."""
+"""The command that started this program, and the variables of the scripts beside the flags that they become."""
 
 import os
 import re
 import shlex
 import sys
 from typing import NamedTuple
+
+import psutil
 
 OTHER_NAMES = {  # flag: its variable
     "model_name_or_path": "MODEL",
@@ -71,3 +73,11 @@ def with_variables(sentence: str) -> str:
         return f"{variable}{f'={value}' if value else ''} ({found[0]})"
 
     return FLAG.sub(both, sentence)
+
+
+def this_command() -> str:
+    """What started this training, as a shell reads it: its script, its launcher, or this program."""
+    launched = {"EXIT_WHEN_PREEMPTED", "LOCAL_RANK"} & os.environ.keys()
+    words = psutil.Process(os.getppid()).cmdline() if launched else sys.orig_argv
+    command = os.environ.get("RESUME_COMMAND") or f"cd {shlex.quote(os.getcwd())} && {shlex.join(words)}"
+    return re.sub(r" --(overwrite_output_dir( true)?|resume_from_checkpoint[ =]\S+)(?= |$)", "", command)
