@@ -1,5 +1,0 @@
-import json
-
-
-def page(record):
-    return "<pre>" + json.dumps(record).replace("<", "&lt;")
