@@ -14,7 +14,7 @@ from conftest import ROOT
 ROOMS = (
     *("common", "errors", "devices", "files", "manifest", "locking", "tokenizers", "hub", "models", "deepspeed_file"),
     *("declared", "engine", "bounds", "arguments", "trained", "flags", "launch"),
-    *("methods", "loading", "encoding", "data", "metrics", "memory", "training", "sharding", "finetune"),
+    *("methods", "loading", "encoding", "data", "metrics", "memory", "report", "training", "sharding", "finetune"),
     *(
         "chat",
         "inference_hf",
