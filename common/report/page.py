@@ -124,7 +124,7 @@ def rounded(value: float) -> float | None:
 
 
 def thinned(points: list[tuple[int, float | None]]) -> list[tuple[int, float | None]]:
-    """At most POINTS points: the first, the last, and of each of many parts both extremes and the first that is None."""
+    """At most POINTS points: the first, the last, and of each of many parts both extremes and the first None."""
     if len(points) <= POINTS:
         return points
     length = math.ceil(len(points) / ((POINTS - 2) // 3))

@@ -81,6 +81,7 @@ function duration(seconds) {
   const first = parts.findIndex(([value]) => value > 0);
   return parts
     .slice(first, first + 2)
+    .filter(([value]) => value > 0)
     .map(([value, unit]) => `${value} ${unit}`)
     .join(" ");
 }
