@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 150_000  # bytes of a picture
-SIZE = {"width": 1200, "height": 1180}  # pixels of the report
+SIZE = {"width": 1200, "height": 1320}  # pixels of the report
 CHAT_SIZE = {"width": 1200, "height": 720}
 LANGUAGES = {"": "en-US", "_zh": "zh-CN"}
 QUESTION = "类型#裙*颜色#白色*风格#甜美"

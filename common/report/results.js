@@ -127,39 +127,32 @@ function curvesSection() {
   return section("curves", say("Curves", "曲线"), loss, el("div", { class: "grid" }, small));
 }
 
+// The answers to one question side by side, in full lines if their number allows it.
+function answersList(answers, i, reference) {
+  const items = answers.map(({ step, answers: texts }) => {
+    const text = texts?.[i];
+    const title = el("b", {}, say(`step ${count(step)}`, `第 ${count(step)} 步`));
+    return el("li", {}, title, passage(text, compared(text, reference)));
+  });
+  const list = el("ol", { class: "answers", tabindex: 0, "aria-label": say("answers by step", "各步的回答") }, items);
+  list.style.setProperty("--columns", [4, 3, 5].find((columns) => items.length % columns === 0) ?? 4);
+  return list;
+}
+
 function samplesSection() {
-  const { rows: fixedRows, answers } = record.samples ?? {};
-  if (!fixedRows?.length || !answers?.length) return null;
-  const some =
-    record.totals.evaluations > answers.length
-      ? el(
-          "p",
-          { class: "quiet" },
-          say(
-            `${answers.length} of ${count(record.totals.evaluations)} evaluations are shown.`,
-            `显示 ${count(record.totals.evaluations)} 次评测中的 ${answers.length} 次。`,
-          ),
-        )
-      : null;
-  const parts = fixedRows.map(({ question, reference }, i) =>
+  const { rows: questions, answers } = record.samples ?? {};
+  if (!questions?.length || !answers?.length) return null;
+  const [shown, all] = [answers.length, record.totals.evaluations];
+  const some = say(`${shown} of ${count(all)} evaluations are shown.`, `显示 ${count(all)} 次评测中的 ${shown} 次。`);
+  const parts = questions.map(({ question, reference }, i) =>
     el(
       "article",
       { class: "sample" },
       el("p", {}, el("b", {}, say("question", "问题")), question ?? "–"),
       known(reference) ? el("p", {}, el("b", {}, say("reference", "参考答案")), reference) : null,
-      el(
-        "ol",
-        { class: "answers", tabindex: 0, "aria-label": say("answers by step", "各步的回答") },
-        answers.map(({ step, answers: texts }) =>
-          el(
-            "li",
-            {},
-            el("b", {}, say(`step ${count(step)}`, `第 ${count(step)} 步`)),
-            el("p", {}, compared(texts?.[i], reference)),
-          ),
-        ),
-      ),
+      answersList(answers, i, reference),
     ),
   );
-  return section("samples", say("Answers while training", "训练中的回答"), some, ...parts);
+  const note = all > shown ? el("p", { class: "quiet" }, some) : null;
+  return section("samples", say("Answers while training", "训练中的回答"), note, ...parts);
 }

@@ -2,6 +2,8 @@
 
 const ON_A_PAGE = 10;
 const COMPARED = 800; // words of a text; the time to compare two texts grows with the square
+const LINE = 12; // characters of a line in a narrow field
+const SCROLLED = 150; // characters that fill one
 const view = { column: 6, falling: false, filter: "", page: 0 };
 const segmenter = Intl.Segmenter ? new Intl.Segmenter("zh", { granularity: "word" }) : null;
 
@@ -55,6 +57,12 @@ function compared(answer, reference) {
     else parts.push({ text: word, same });
   }
   return parts.map(({ text, same }) => (same ? el("mark", {}, text) : text));
+}
+
+// A field for one text; the keyboard reaches it if it may scroll.
+function passage(text, content) {
+  const size = (text ?? "").length + LINE * (text ?? "").split("\n").length;
+  return el("div", { class: "passage", tabindex: size > SCROLLED ? 0 : null }, content);
 }
 
 function columnsOf(rows) {
@@ -175,8 +183,8 @@ function sortHead([cell, name], fill) {
 function rowElement(row, columns) {
   const content = (cell) => {
     if (cell >= 5) return fixed(row[cell], 1);
-    if (cell === 3 || cell === 4) return compared(row[cell], row[2]);
-    return cell === 0 ? count(row[0]) : known(row[cell]) ? row[cell] : "–";
+    if (cell === 0) return count(row[0]);
+    return passage(row[cell], cell > 2 ? compared(row[cell], row[2]) : known(row[cell]) ? row[cell] : "–");
   };
   return el(
     "tr",
