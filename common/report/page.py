@@ -17,7 +17,10 @@ EVALUATIONS = 12  # whose answers are shown
 BOUNDS = ((2000, 400), (400, 100), (60, 20), (10, 4))
 ROOM_FOR_ROWS = 100_000  # bytes that the rest of the page leaves at least
 SCRIPTS = ("words.js", "charts.js", "rows.js", "facts.js", "results.js", "report.js")
-COPIED = ("status", "problem", "updated", "method", "model", "output_dir", "settings", "pieces", "progress", "data")
+COPIED = (
+    *("status", "problem", "updated", "method", "model", "output_dir", "settings", "pieces", "progress", "data"),
+    *("best_step", "scores", "warnings"),
+)
 CURVES = (
     *("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "memory"),
     *("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4"),
@@ -72,16 +75,15 @@ def overview_of(record: dict, characters: int, items: int) -> dict[str, Any]:
     answers = samples.get("answers") or []
     pieces = record.get("pieces") or []
     shown: dict[str, Any] = {key: record.get(key) for key in COPIED}
-    shown["scores"], shown["warnings"], shown["best_step"] = map(record.get, ("scores", "warnings", "best_step"))
     shown["samples"] = {"rows": samples.get("rows"), "answers": spread(answers, EVALUATIONS)}
-    counts = {
+    totals = {
         "evaluations": len(answers),
         "rows": (record.get("rows") or {}).get("total"),
         "seconds": sum(piece.get("seconds") or 0 for piece in pieces),
         "tokens": sum(piece.get("tokens") or 0 for piece in pieces),
     }
     curves = curves_of(record.get("logs") or [])
-    return bounded(shown, characters, items) | {"curves": curves, "totals": counts}
+    return bounded(shown, characters, items) | {"curves": curves, "totals": totals}
 
 
 def bounded(value: Any, characters: int, items: int) -> Any:

@@ -10,8 +10,8 @@ const updated = moment(record.updated);
 function topBar() {
   const other = say("中文", "English");
   const dark = state.theme === "dark";
-  const language = () => choose("language", say("zh", "en")) ?? render();
-  const theme = () => choose("theme", dark ? "light" : "dark") ?? render();
+  const language = () => choose("language", say("zh", "en"));
+  const theme = () => choose("theme", dark ? "light" : "dark");
   const links = [...document.querySelectorAll("main > section")].map((part) =>
     el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent),
   );

@@ -16,10 +16,11 @@ function recall(key) {
 
 function choose(key, value) {
   state[key] = value;
+  render();
   try {
     localStorage.setItem(`report.${key}`, value);
   } catch {
-    return;
+    // the choice holds until the page is closed
   }
 }
 
