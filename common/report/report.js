@@ -128,7 +128,7 @@ function heading() {
     el(
       "p",
       { class: "quiet", id: "updated" },
-      `${say("updated", "更新于")} ${day(updated)}`,
+      updated ? `${say("updated", "更新于")} ${day(updated)}` : null,
       el("span", { id: "waiting" }),
     ),
   );
