@@ -23,7 +23,7 @@ from common.report.card import model_card, write_csv
 from common.report.facts import chosen_rows, warnings_of
 from common.report.record import EMPTY, Record
 from common.terminal import Progress
-from common.training import evaluation
+from common.training import evaluation, trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
@@ -86,6 +86,21 @@ def test_answers_of_all_rows_stand_beside_their_questions(whole):
     lines = list(csv.DictReader(table.decode("utf-8-sig").splitlines()))
     assert [line["question"] for line in lines] == [row["content"] for row in ROWS[:4]]
     assert [float(line["tuned rouge-l"] or 0) for line in lines] == [row["score"] or 0 for row in found["rows"]]
+
+
+def test_an_evaluation_of_the_tuned_model_keeps_the_base_beside_it(whole, files, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out")
+    before = record_of(folder)
+    test_file = files.split()[-1]
+    flags = f"--checkpoint {folder} --do_predict --use_cpu"
+    finetune(f"{flags} --test_file {test_file}", folder)
+    found = record_of(folder)
+    assert found["scores"]["base"] == before["scores"]["base"] and found["rows"] == before["rows"]
+    assert found["logs"] == before["logs"] and found["pieces"] == before["pieces"]
+    finetune(f"{flags} --test_file {test_file.replace('dev', 'train')}", folder)
+    found = record_of(folder)
+    assert list(found["scores"]) == ["tuned"] and found["rows"]["total"] == len(ROWS)
+    assert not any("base" in row for row in found["rows"]["rows"])
 
 
 def test_the_last_sample_answers_are_those_of_the_result(whole):
@@ -167,6 +182,15 @@ def test_a_log_is_a_line_for_people_or_an_object_for_programs(files, tmp_path, c
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [entry["step"] for entry in objects] == [1, 2, 3, 4] and objects[3]["steps"] == 4
     assert [entry["loss"] for entry in objects] == [entry["loss"] for entry in record_of(tmp_path / "text")["logs"]]
+
+
+def test_the_clock_of_a_training_stands_still_while_it_pauses(monkeypatch):
+    times = iter([0.0, 1.0, 2.0, 4.0, 7.0, 10.0])
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(times))
+    clock = trainer.Clock()  # at 0
+    with clock.pause(), clock.pause():  # from 1 and 2 to 4 and 7
+        pass
+    assert clock.seconds() == 4.0  # at 10
 
 
 def test_what_takes_long_says_so_where_no_bar_is_seen(capsys, monkeypatch):

@@ -98,4 +98,6 @@ def write_csv(file: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
         writer.writerow(columns)
         for row in rows:
             cells = [row[column] for column in columns]
-            writer.writerow([f"'{each}" if isinstance(each, str) and each.startswith(FORMULA) else each for each in cells])
+            writer.writerow(
+                [f"'{each}" if isinstance(each, str) and each.startswith(FORMULA) else each for each in cells]
+            )

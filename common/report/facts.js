@@ -76,6 +76,7 @@ function fileLine({ file, format, rows, hash: sum }) {
 function originOf({ from, variable }) {
   const names = {
     default: say("default", "默认"),
+    chosen: say("chosen", "自动选择"),
     script: say("script", "脚本"),
     variable: say("variable", "变量"),
     flag: say("flag", "参数"),

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def settings_facts(parts: Sequence[object]) -> list[dict[str, str]]:
             if value in (None, "", []) or not (origin or chosen or flag in SHOWN):
                 continue
             source = origin or ("chosen" if value != about.default else "default")
+            value = value.value if isinstance(value, Enum) else value
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             found.append({"flag": flag, "value": text, "from": source, "variable": VARIABLES.get(flag, "")})
     order = ("flag", "variable", "script", "chosen", "default")

@@ -42,6 +42,9 @@ def begin_record(
         facts["model"] = model_facts(folder, trainer.model, model_args, args)
     else:  # an evaluation of the training that the record is about
         own = [split["split"] for split in facts["data"]]
+        before = [split["hash"] for split in record.data["data"] if split["split"] == "test"]
+        if "test" in data and data["test"].content not in before:
+            record.data |= {"scores": {}, "rows": {"total": 0, "rows": []}}  # those of other rows
         facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
     if rows := questions_of(data):
         texts = list(dict.fromkeys(rows[: 20 * QUESTIONS]["text"]))

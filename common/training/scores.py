@@ -47,9 +47,12 @@ def save_judgements(
     if record is None:  # not the first process
         return
     print_scores(columns)
-    record.data["scores"] = columns
+    record.data["scores"] = record.data["scores"] | columns  # an evaluation of the tuned model keeps those of the base
     if args.do_predict:
-        record.data["rows"] = save_answers(Path(args.output_dir), splits["test"], found, scores)
+        bases = {row["row"]: row for row in record.data["rows"]["rows"] if "base" in row}
+        rows = save_answers(Path(args.output_dir), splits["test"], found, scores)
+        rows["rows"] = [bases.get(row["row"], {}) | row for row in rows["rows"]]
+        record.data["rows"] = rows
 
 
 def save_losses(

@@ -34,9 +34,9 @@ class Clock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        before = time.monotonic()
+        began, before = time.monotonic(), self.paused
         yield
-        self.paused += time.monotonic() - before
+        self.paused = before + time.monotonic() - began  # pauses within this one count once
 
 
 class Abandoned(Exception):
