@@ -2,7 +2,6 @@
 
 import gc
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -44,7 +43,7 @@ from common.metrics import score
 from common.models.registry import ModelFolder, fetch_weights, open_model
 from common.models.weights import load_base
 from common.report.record import Record
-from common.terminal import logged, show, streams
+from common.terminal import logged, show
 from common.trained import COLUMNS, LOG_FILE, PAGE_FILE, PASSES, base_of
 from common.training import checkpoints, summary
 from common.training.checks import SPLITS, check, check_rows, complete, needs
@@ -78,13 +77,11 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
     if args.plan:
         return
     output_dir = Path(args.output_dir)
-    if args.log_format == "json":
-        streams["people"] = sys.stderr
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "runs" / time.strftime("%Y%m%d-%H%M%S"))
     lock = guard("output folder", output_dir, wait=False, inside=True)
     # The check on another machine does not lock the folder, which the machines may share.
     locks = args.should_save and not (args.dry_run and os.environ.get("MACHINE_RANK", "0") != "0")
-    with lock if locks else nullcontext(), logged() as log_into:
+    with lock if locks else nullcontext(), logged(args.log_format == "json") as log_into:
         if locks:
             if args.do_train:
                 check_no_links(output_dir)

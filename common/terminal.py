@@ -65,8 +65,13 @@ def short(number: float) -> str:
 
 
 @contextmanager
-def logged() -> Iterator[Callable[[Path], None]]:
-    """Copies what is said, and gives a function that opens the file for it; until then the copy is in memory."""
+def logged(for_programs: bool) -> Iterator[Callable[[Path], None]]:
+    """Copies what is said, and gives a function that opens the file for it; until then the copy is in memory.
+
+    ``for_programs``: leaves standard output to them.
+    """
+    if for_programs:
+        streams["people"] = sys.stderr
     early = io.StringIO()
     copies.append(early)
 
@@ -82,6 +87,7 @@ def logged() -> Iterator[Callable[[Path], None]]:
     try:
         yield into
     finally:
+        streams.clear()
         copies.pop().close()
 
 
