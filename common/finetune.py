@@ -49,7 +49,7 @@ from common.training import checkpoints, summary
 from common.training.checks import SPLITS, check, check_rows, complete, needs
 from common.training.choices import choose
 from common.training.data_report import print_survey, warn_of_overlap
-from common.training.evaluation import Judgement, answer_rows, base_model, judge
+from common.training.evaluation import ANSWERS, Judgement, answer_rows, base_model, judge
 from common.training.first_row import print_first_row
 from common.training.preemption import saved_at_signals
 from common.training.progress import StepLines
@@ -137,7 +137,8 @@ def train_and_judge(
         judge_both(trainer, data, data_args, found, record)
     if record:
         finish(record, data_args)
-        show(f"report: {output_dir / PAGE_FILE}")
+        beside = f", beside it predictions.csv and {ANSWERS['tuned']}" if args.do_predict else ""
+        show(f"report: {output_dir / PAGE_FILE}{beside}")
 
 
 def judge_both(

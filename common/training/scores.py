@@ -14,7 +14,7 @@ from common.report.card import write_csv
 from common.report.facts import chosen_rows
 from common.report.record import Record
 from common.terminal import show
-from common.training.evaluation import ANSWERS, Judgement
+from common.training.evaluation import Judgement
 from common.training.summary import peak_memory, print_answers, print_scores
 from common.training.trainer import FinetuneTrainer
 
@@ -118,7 +118,6 @@ def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], s
     print_answers([row(at) for at in range(min(3, len(questions)))])
     if missing := references.count(None):
         show(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
-    show(f"predictions: {folder / ANSWERS['tuned']}, and beside their questions {TABLE}")
     names = {"base": "base_score", "tuned": "score"}
     kept = chosen_rows([(pair or {}).get("rouge-l") for pair in scores["tuned"]])
     rows = [row(at) | {names[name]: all_scores(at).get(f"{name} rouge-l") for name in found} for at in kept]
