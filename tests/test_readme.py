@@ -375,7 +375,7 @@ def test_the_data_section_shows_the_output_of_its_first_command(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", [program, *words, "--dry_run"])
     monkeypatch.setattr(sys, "path", [*sys.path])
     runpy.run_path(str(ROOT / program), run_name="__main__")
-    printed = "".join(capsys.readouterr()).splitlines()
+    printed = [line.rstrip() for line in "".join(capsys.readouterr()).splitlines()]
     [shown, *_] = blocks(section, "")
     assert [line for line in shown.splitlines() if line not in printed] == []
     assert blocks(CHINESE.read_text(), "") == blocks(ENGLISH.read_text(), "")
