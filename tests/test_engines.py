@@ -71,6 +71,12 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
         assert (ours[key] - tensor).abs().mean() < 1e-4, key
 
 
+def sampled(folder: Path) -> list[tuple[int, list[str]]]:
+    """The answers while the model was trained, by their steps; there are some where there are questions."""
+    found = json.loads((folder / "run.json").read_text())["samples"]["answers"]
+    return [(answers["step"], answers["answers"]) for answers in found]
+
+
 @pytest.mark.parametrize(("engine", "method"), [("ZeRO-3", "full"), ("FSDP2", "full"), ("FSDP2", "lora")])
 def test_two_processes_equal_one(engine, method, one_process, tmp_path):
     """Also after an interruption: the second half is trained again from the checkpoint in the middle.
@@ -83,6 +89,7 @@ def test_two_processes_equal_one(engine, method, one_process, tmp_path):
     assert_same_weights(output, folder)
     for answers in folder.glob("*predictions.txt"):
         assert (output / answers.name).read_text() == answers.read_text()
+    assert sampled(output) == sampled(folder)
     assert reload_difference(method, output) < 1e-5
     interrupt(output)
     assert train(method, engine, output) == pytest.approx(expected, abs=1e-4)

@@ -12,15 +12,16 @@ from common.models.registry import is_local
 MARK = "<!-- made from run.json; without this line the file is yours, and no training changes it -->"
 SCORES = {"rouge-1": "ROUGE-1", "rouge-2": "ROUGE-2", "rouge-l": "ROUGE-L", "bleu-4": "BLEU-4", "loss": "loss"}
 FOLDERS = {"P-Tuning v2": "ptuning", "LoRA": "lora", "full-parameter training": "full"}
+UNTOUCHED = ("[More Information Needed]", "has been generated automatically")  # in the cards of PEFT and of the Trainer
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # with which a spreadsheet begins to compute
 
 
 def written_by_hand(file: Path) -> bool:
-    """Whether a card is there that these scripts did not write. That of PEFT has no words of the user."""
+    """Whether a card is there that these scripts did not write, nor a library."""
     if not file.is_file():
         return False
     text = file.read_text(encoding="utf-8", errors="replace")
-    return MARK not in text and "[More Information Needed]" not in text
+    return not any(part in text for part in (MARK, *UNTOUCHED))
 
 
 def cell(text: object) -> str:
