@@ -24,7 +24,8 @@ def print_first_row(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizer
     for learned, block in groupby(pairs, lambda pair: pair[1] != -100):
         ids = [index for index, _ in block]
         title = f"first row, {len(ids):,} tokens {'learned' if learned else 'given'}: "
-        text = visible(tokenizer.decode(ids, skip_special_tokens=False))
+        tokens_alone = " ".join(tokenizer.convert_ids_to_tokens(ids))  # where nothing but special tokens is given
+        text = visible(tokenizer.decode(ids, skip_special_tokens=False) or tokens_alone)
         if len(text) > LONGEST:
             text = f"{text[:LONGEST]} … ({len(text) - LONGEST:,} more characters)"
         show(Text.assemble((title, "dim"), (text, "green" if learned else "")))
