@@ -24,8 +24,8 @@ SAME_NAMES = set(  # a variable is its flag in capitals
     "prompt_column response_column history_column conversation_column text_column text_unit packing max_steps "
     "default_steps eval_steps early_stopping logging_steps save_steps save_total_limit save_format tokens_per_batch "
     "rows_per_step max_source_length max_target_length output_dir checkpoint quantization_bit check_memory precision "
-    "deepspeed fsdp_config pre_seq_len lora_rank lora_alpha lora_target lora_dropout show_answers log_format dtype format "
-    "num_shards host port compare share system_prompt allowed_hosts".split()
+    "deepspeed fsdp_config pre_seq_len lora_rank lora_alpha lora_target lora_dropout show_answers log_format dtype "
+    "format num_shards host port compare share system_prompt allowed_hosts".split()
 )
 VARIABLES = OTHER_NAMES | {flag: flag.upper() for flag in SAME_NAMES}
 FLAG = re.compile(r"(?<![\w-])--(\w+)(?:[ =](\d[\w.-]*|auto|true|false|fp32|fp16|bf16|random)\b)?(?!\w)")

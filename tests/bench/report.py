@@ -32,10 +32,10 @@ from common.terminal import console
 from common.training import recording, samples, scores
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = f"""--do_train --do_predict --evaluate_base --model_name_or_path demo --train_file {ROOT}/AdvertiseGen/train.json
+FLAGS = f"""--do_train --do_predict --evaluate_base --train_file {ROOT}/AdvertiseGen/train.json
 --validation_file {ROOT}/AdvertiseGen/dev.json --test_file {ROOT}/AdvertiseGen/dev.json --max_source_length 64 --use_cpu
 --max_target_length 64 --per_device_train_batch_size 16 --per_device_eval_batch_size 50 --learning_rate 2e-2
---pre_seq_len 32 --eval_strategy steps --eval_steps 0.2"""
+--model_name_or_path demo --pre_seq_len 32 --eval_strategy steps --eval_steps 0.2"""
 REPORT = ((Record, "write"), (recording, "piece_facts"), (scores, "save_answers"))
 
 
