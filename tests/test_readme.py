@@ -315,7 +315,9 @@ def test_the_file_tree_has_one_line_for_each_file(readme):
     tree = next(block for block in blocks(readme.read_text(), "") if "common/launch.sh" in block)
     files = [line.split()[0] for line in tree.splitlines()]
     assert files[:2] == ["lora/train.sh", "lora/main.py"]
-    code = [name for name in SHIPPED if re.fullmatch(r"common/.*\.(py|sh|css)", name) and name != "common/__init__.py"]
+    code = [
+        name for name in SHIPPED if re.fullmatch(r"common/.*\.(py|sh|css|js)", name) and name != "common/__init__.py"
+    ]
     assert len(files) == len(set(files)) and set(files[2:]) ^ set(code) == set()
 
 

@@ -40,6 +40,10 @@ class Talk:
     history: list[list[str]] = field(default_factory=list)  # questions with their answers
     speed: float = 0.0  # of the last answer, in tokens a second
 
+    @property
+    def first(self) -> str:
+        return next(iter(self.speakers))
+
 
 def main() -> None:
     """Answers questions until a word that leaves, or the end of input; Ctrl-C ends an answer early."""
@@ -49,8 +53,8 @@ def main() -> None:
     speakers, tokenizer, model = load_speakers(args, compare="false")
     generation = generation_settings(args.max_new_tokens, args.temperature, args.top_p)
     talk = Talk(speakers, tokenizer, model.config.max_position_embeddings, generation, args.system_prompt)
-    name, speaker = next(iter(speakers.items()))
-    print(f"{speaker.about.model} · {described(name, speaker, 'en')}")
+    speaker = speakers[talk.first]
+    print(f"{speaker.about.model} · {described(talk.first, speaker, 'en')}")
     print("输入内容即可对话，/help 列出命令，exit 退出 (type a question; /help: commands, exit: leave)")
     remember_lines()
     while True:
@@ -95,7 +99,7 @@ def follow(talk: Talk, line: str) -> None:
 
 
 def ask(talk: Talk, query: str) -> None:
-    text = answer(talk, next(iter(talk.speakers)), query, talk.history)
+    text = answer(talk, talk.first, query, talk.history)
     talk.history.append([query, text])
 
 
@@ -105,7 +109,7 @@ def answer(talk: Talk, name: str, query: str, history: list[list[str]]) -> str:
     if forgotten := count_forgotten(talk.tokenizer, query, history, talk.system, room):
         del history[:forgotten]
         print(f"（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）")
-    print(f"\n{'基座 (base)' if name == BASE else 'ChatGLM'}：", end="", flush=True)
+    print(f"\n{'ChatGLM' if name == talk.first else '基座 (base)'}：", end="", flush=True)
     with talk.speakers[name].open() as model:
         started = time.monotonic()
         text = print_answer(stream_chat(model, talk.tokenizer, query, history, talk.system, **talk.generation))
@@ -155,7 +159,7 @@ def retry(talk: Talk, rest: str) -> None:
 
 
 def let_base_answer(talk: Talk, rest: str) -> None:
-    if BASE not in talk.speakers or BASE == next(iter(talk.speakers)):
+    if BASE not in talk.speakers or talk.first == BASE:
         print("这里没有另外的基座 (there is no base beside this model)")
     elif query := last_question(talk):
         answer(talk, BASE, query, talk.history[:-1])
@@ -175,10 +179,10 @@ def save(talk: Talk, rest: str) -> None:
     if not rest or not pairs:
         print("用法：/save 文件，在有回答之后 (/save FILE, after an answer)")
         return
-    name, speaker = next(iter(talk.speakers.items()))
+    model = talk.speakers[talk.first].about.model
     text = training_row(pairs, talk.system)
     if not rest.endswith(".jsonl"):
-        text = markdown([Round(query, [Answer(name, text=text)]) for query, text in pairs], speaker.about.model, "en")
+        text = markdown([Round(query, [Answer(talk.first, text=text)]) for query, text in pairs], model, "en")
     try:
         with open(Path(rest).expanduser(), "a", encoding="utf-8") as file:
             file.write(text)

@@ -143,7 +143,7 @@ class Chat(NamedTuple):
                 begins = False
         except UserError as error:
             conversation[:] = before
-            gr.Warning(in_words(error, language), title=said("note", language))
+            gr.Warning(in_words(error, language))
             yield [query, *self.shown(conversation, language), *self.usable(conversation)]
 
     def undo(self, request: gr.Request, conversation: Conversation) -> list[Any]:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LANGUAGES = ("zh-CN", "en")
 COOKIE = "language"  # the language that a visitor has chosen by the switch
 LABELS = {  # {key: (Chinese, English)}; a key with a dot: a label of Gradio itself, which has the English one only
+    "login": ("用户名是 {user}", "The user name is {user}"),
     "switch": ("English", "中文"),
     "picker": ("模型", "Model"),
     "tuned": ("微调后", "tuned"),
@@ -39,7 +40,6 @@ LABELS = {  # {key: (Chinese, English)}; a key with a dot: a label of Gradio its
         "The context is full: the oldest {rounds} rounds are forgotten",
     ),
     "empty": ("空回答", "Empty answer"),
-    "note": ("提示", "Note"),
     "too_long": (
         "问题太长：有 {length:,} {unit}，只放得下 {room:,} 个 token。请缩短问题，或在设置里减小回答的长度。",
         "The question is too long: {length:,} {unit}, and there is room for {room:,} tokens. Shorten it, or lower the "
@@ -57,6 +57,13 @@ LABELS = {  # {key: (Chinese, English)}; a key with a dot: a label of Gradio its
 def said(key: str, language: str, **values: float | str) -> str:
     """A label in a language, with its values filled in."""
     return LABELS[key][LANGUAGES.index(language)].format(**values)
+
+
+def in_html(key: str, **values: float | str) -> str:
+    """A label in all languages, of which a page in one of them shows its own."""
+    spans = [f"<span lang={language}>{said(key, language, **values)}</span>" for language in LANGUAGES]
+    hidden = [f"html[lang={language}] span:not(:lang({language}))" for language in LANGUAGES]
+    return f"<style>{', '.join(hidden)} {{ display: none }}</style>{''.join(spans)}"
 
 
 def translations() -> dict[str, dict[str, Any]]:
@@ -103,7 +110,7 @@ def in_the_language(app: ASGIApp) -> ASGIApp:
                 return
             told = f'Object.defineProperty(navigator, "language", {{value: {json.dumps(language)}}})'
             page = bytes(body).replace(b'lang="en"', f'lang="{language}"'.encode(), 1)
-            page = page.replace(b"<head>", f"<head><script>{told}</script>".encode(), 1)
+            page = page.replace(b"<head>", f"<head><title>ChatGLM</title><script>{told}</script>".encode(), 1)
             if "content-length" in (changed := MutableHeaders(scope=start)):
                 changed["content-length"] = str(len(page))
             await send(start)

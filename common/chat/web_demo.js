@@ -28,6 +28,7 @@ document.addEventListener("keydown", event => {
 document.addEventListener("focusin", ({ target }) => {
     if (!target.matches(".edit-textarea") || target.dataset.plain) return;
     target.dataset.plain = true;
+    target.ariaLabel = document.documentElement.lang === "en" ? "Question" : "问题";
     target.value = target.value.replace(/\\([!-/:-@[-`{-~])/g, "$1");
     target.dispatchEvent(new Event("input"));
 });

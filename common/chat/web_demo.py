@@ -23,7 +23,7 @@ from gradio.networking import setup_tunnel
 from common.chat import guard
 from common.chat.chat import chat_parser, generation_settings
 from common.chat.events import Chat
-from common.chat.labels import in_the_language
+from common.chat.labels import in_html, in_the_language
 from common.chat.page import I18N, SCRIPT, build_page
 from common.chat.rounds import BASE
 from common.chat.speakers import load_speakers
@@ -34,14 +34,16 @@ USER = "chatglm"  # the user name if a password is set
 CONNECTIONS, SESSIONS, QUESTIONS = 200, 200, 50
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "WenQuanYi Micro Hei", "sans-serif")
 
+# White words on Gradio's own blue are hard to read.
+STRONG = {f"button_primary_background_fill{part}": "*primary_700" for part in ("", "_dark", "_hover", "_hover_dark")}
+
 
 def main() -> None:
     args = web_parser().parse_args()
     port = guard.find_port(args.host, args.port)
     chat = load(args)
-    list(
-        chat.reply([], "你好", chat.first, "", generation_settings(2, 0, 1))
-    )  # the first answer of a model is the slowest
+    # The first answer of a model is the slowest.
+    list(chat.reply([], "你好", chat.first, "", generation_settings(2, 0, 1)))
     serve(build_page(chat, args), port, args, chat.context)
 
 
@@ -74,8 +76,8 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
         page,
         path="/",
         auth=guard.login(USER, password) if password else None,
-        auth_message=f"用户名 / user name: {USER}",
-        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS),
+        auth_message=in_html("login", user=USER),
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONTS).set(**STRONG),
         css_paths=Path(__file__).with_suffix(".css"),
         head=f"<script>{SCRIPT.read_text()}</script>",
         i18n=I18N,
