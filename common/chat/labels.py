@@ -33,6 +33,7 @@ LABELS = {  # {key: (Chinese, English)}; a key with a dot: a label of Gradio its
     "temperature": ("温度（0：总取最可能的 token）", "Temperature (0: always the likeliest token)"),
     "top_p": ("top_p：只从概率最高的这一部分里取", "top_p: share of probability to sample from"),
     "step": ("第 {step} 步", "step {step}"),
+    "all_weights": ("全参数训练", "all weights"),
     "untuned": ("未微调", "not tuned"),
     "speed": ("{speed:.1f} token/秒", "{speed:.1f} tokens/s"),
     "forgotten": (

@@ -37,29 +37,7 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
     """One column per speaker, the question, buttons, settings."""
     facts = chat.speakers[chat.first].about
     with gr.Blocks(title=f"ChatGLM · {facts.model}", analytics_enabled=False, fill_height=True) as page:
-        with gr.Row(elem_id="top"):
-            header = gr.HTML(chat.header(chat.first, "en"), elem_id="header")
-            names = list(chat.speakers)
-            picker = gr.Dropdown(
-                names,
-                value=chat.first,
-                label=I18N("picker"),
-                show_label=False,
-                container=False,
-                elem_id="picker",
-                visible=len(names) > 1,
-            )
-            language = gr.Button(I18N("switch"), size="sm", elem_id="language")
-        switch = gr.Radio(
-            COLUMNS[: chat.columns],
-            value=COLUMNS[0],
-            interactive=True,
-            label=I18N("shown"),
-            show_label=False,
-            container=False,
-            elem_id="switch",
-            visible=chat.beside,
-        )
+        header, picker, language, switch = top_of(chat)
         with gr.Row(elem_id="columns"):
             titles, columns = zip(*(column(chat, number) for number in range(chat.columns)), strict=True)
         with gr.Row(elem_id="examples"):
@@ -80,6 +58,7 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
         settings = settings_of(chat, args)
         elements = Elements(
             conversation=gr.State([]),
+            # Of a conversation with another model the browser can't read what it kept.
             kept=gr.BrowserState([], storage_key="conversation", secret=chat.first + facts.model),
             header=header,
             picker=picker,
@@ -95,6 +74,29 @@ def build_page(chat: Chat, args: argparse.Namespace) -> gr.Blocks:
         )
         connect(page, chat, elements)
     return page
+
+
+def top_of(chat: Chat) -> tuple[gr.HTML, gr.Dropdown, gr.Button, gr.Radio]:
+    """Who talks, the choice of another speaker, and the two switches; ``Chat.arrive`` fills in the words."""
+    bare: dict[str, Any] = {"show_label": False, "container": False}
+    with gr.Row(elem_id="top"):
+        header = gr.HTML(elem_id="header")
+        names = list(chat.speakers)
+        picker = gr.Dropdown(
+            names, value=chat.first, label=I18N("picker"), elem_id="picker", visible=len(names) > 1, **bare
+        )
+        language = gr.Button(I18N("switch"), size="sm", elem_id="language")
+    columns = [("…", column) for column in COLUMNS[: chat.columns]]
+    switch = gr.Radio(
+        columns,
+        value=COLUMNS[0],
+        interactive=True,
+        label=I18N("shown"),
+        elem_id="switch",
+        visible=chat.beside,
+        **bare,
+    )
+    return header, picker, language, switch
 
 
 def column(chat: Chat, number: int) -> tuple[gr.HTML, gr.Chatbot]:
@@ -145,23 +147,22 @@ def connect(page: gr.Blocks, chat: Chat, elements: Elements) -> None:
         *(column.edit(chat.edit, asked, **generating) for column in columns),
     ]
     answers.append(buttons["retry"].click(chat.ask_again, asked, cancels=list(answers), **generating))
-    at_once: dict[str, Any] = {"cancels": answers, "show_progress": "hidden", **HIDDEN}
+    quiet: dict[str, Any] = {"show_progress": "hidden", **HIDDEN}
+    at_once = {"cancels": answers, **quiet}
     whole = [*fields, elements.kept]
     for answer in answers:
-        answer.then(chat.refresh, conversation, whole, show_progress="hidden", **HIDDEN)
+        answer.then(chat.refresh, conversation, whole, **quiet)
     buttons["stop"].click(None, **at_once)
     buttons["undo"].click(chat.undo, conversation, whole, **at_once)
     buttons["clear"].click(chat.clear, conversation, whole, **at_once)
     names = [elements.header, *elements.titles]
-    quiet: dict[str, Any] = {"show_progress": "hidden", **HIDDEN}
-    page.load(
-        chat.arrive, [elements.kept, picker], [conversation, elements.switch, picker, *names, *fields[1:]], **quiet
-    )
+    found = [conversation, elements.switch, picker, *names, *fields[1:]]
+    page.load(chat.arrive, [elements.kept, picker], found, **quiet)
     picker.change(chat.pick, picker, names, **quiet)
     elements.language.click(None, None, None, js="switchLanguage", **HIDDEN)
     exports = {
         "markdown": (chat.markdown, [conversation, picker]),
-        "row": (chat.training_row, [conversation, asked[2]]),
+        "row": (chat.training_row, [conversation, elements.settings[0]]),
     }
     for key, (export, read) in exports.items():
         exported = buttons[key].click(export, read, elements.exported, **quiet)

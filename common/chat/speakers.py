@@ -15,7 +15,6 @@ from common.chat.labels import said
 from common.chat.rounds import BASE
 from common.loading import load_model, method_of
 from common.methods import Method
-from common.methods.full import Full
 from common.models.precision import compute_dtype
 from common.models.products import pack
 from common.trained import base_of, holds_result, recorded_base
@@ -27,7 +26,7 @@ Opened = AbstractContextManager[PreTrainedModel]
 
 
 class Speaker(NamedTuple):
-    """``open`` gives a context to answer in; ``method`` is "" for the base."""
+    """``open`` gives a context to answer in; ``method`` is a name, "" for a whole model."""
 
     open: Callable[[], Opened]
     method: str
@@ -37,7 +36,8 @@ class Speaker(NamedTuple):
 def described(name: str, speaker: Speaker, language: str) -> str:
     """What is known about a speaker: its method, name, step, and the scores of base and tuned model."""
     facts = speaker.about
-    known = [said("untuned", language)] if name == BASE else [speaker.method, name]
+    method = speaker.method or said("all_weights", language)
+    known = [said("untuned", language)] if name == BASE else [method, name]
     known += [said("step", language, step=facts.step)] if facts.step is not None else []
     known += ["ROUGE-L {:.2f} → {:.2f}".format(*facts.scores)] if facts.scores else []
     return " · ".join(known)
@@ -59,7 +59,7 @@ def load_speakers(
     if not folder:
         return {BASE: Speaker(partial(nullcontext, model), "", of_base)}, tokenizer, model
     method: Method | None = method_of(**trained) if trained else None
-    name = method.name if method else Full.name
+    name = method.name if method else ""
     facts = facts._replace(model=of_base.model)
     speakers = {label(folder, folder): Speaker(partial(nullcontext, model), name, facts)}
     if method:
