@@ -139,7 +139,8 @@ def context(server, browser):
 def open_page(context, server):
     page = context.new_page()
     page.goto(server.url)
-    page.locator("#left").wait_for()
+    page.locator("#header h1").wait_for()
+    wait_until_idle(page)
     page.evaluate(WATCH)
     return page
 
@@ -347,11 +348,13 @@ def expected(prefix, demo_tokenizer) -> dict[str, str]:
 
 
 def wait_for_answers(page, *texts: str) -> None:
-    """Waits for the last answers of both columns, and until the page has settled.
-
-    Gradio 6.31 loses what is sent in the moment in which it closes the stream of an answer.
-    """
+    """Waits for the last answers of both columns, and until the page is idle."""
     wait_for(lambda: tuple(answer_of(page, column) for column in (0, 1)) == texts)
+    wait_until_idle(page)
+
+
+def wait_until_idle(page) -> None:
+    """Gradio 6.31 loses what is sent in the moment in which it closes the stream of an answer."""
     page.locator("#stop[disabled]").wait_for()
     time.sleep(0.3)
 
@@ -400,16 +403,16 @@ def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
 
 def test_a_question_is_changed_in_its_place_by_the_speaker_that_is_picked(page, expected):
     """The questions after it go, and a reload finds the conversation."""
-    for question in ("类型#裤", "类型#上衣"):
+    for count, question in enumerate(("类型#裤", "类型#上衣"), 1):
         ask(page, question)
-        wait_for(lambda: answer_of(page, 1))
-        page.locator("#stop[disabled]").wait_for()
-        time.sleep(0.3)
+        wait_for(lambda count=count: page.locator("#right .note").count() == count)
+        wait_until_idle(page)
     page.locator("#picker input").click()
     names = [name.split("\n")[-1] for name in page.get_by_role("option").all_inner_texts()]  # without ✓
     assert names == ["mine", "checkpoint-5", "beside/checkpoint-7", "demo <b> (base)"]
     page.get_by_role("option", name="beside/checkpoint-7").click()
     wait_for(lambda: page.locator(".title").first.inner_text() == "beside/checkpoint-7")
+    wait_until_idle(page)
     page.locator("#right").get_by_role("button", name="Edit").first.click()
     field = page.locator(".edit-textarea")
     assert field.input_value() == "类型#裤"
@@ -435,6 +438,7 @@ def test_an_exported_conversation_is_a_row_that_the_trainer_reads(page, expected
         ("assistant", expected["mine"], True),
     ]
     assert reading.bad == []
+    wait_until_idle(page)
     with page.expect_download() as download:
         page.get_by_role("button", name="Export Markdown").click()
     text = Path(download.value.path()).read_text()

@@ -65,12 +65,8 @@ def messages(conversation: Conversation, column: int, language: str, waiting: bo
         elif answer.text is not None:
             shown.append(("assistant", small(said("empty", language))))
         if answer.speed:
-            shown.append(
-                (
-                    "assistant",
-                    small(f"{title(answer.speaker, language)} · {said('speed', language, speed=answer.speed)}"),
-                )
-            )
+            speed = said("speed", language, speed=answer.speed)
+            shown.append(("assistant", small(f"{title(answer.speaker, language)} · {speed}")))
     return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in shown]
 
 
