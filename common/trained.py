@@ -32,7 +32,7 @@ def find_training(path: str | Path) -> Path:
     Raises UserError if there is none, or as ``check_result``.
     """
     folder = Path(path)
-    if any((folder / name).is_file() for name in RESULTS):
+    if holds_result(folder):
         check_result(folder)
         return folder
     results = [file for name in RESULTS for file in folder.glob(f"*/{name}")]
@@ -42,6 +42,10 @@ def find_training(path: str | Path) -> Path:
     note(f"newest training: {newest}")
     check_result(newest)
     return newest
+
+
+def holds_result(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RESULTS)
 
 
 def check_result(folder: Path) -> None:
@@ -59,14 +63,21 @@ def recorded(folder: Path) -> dict[str, Any]:
     return read_json(folder / SETTINGS_FILE) or read_json(folder.parent / SETTINGS_FILE) or {}
 
 
+def recorded_base(folder: Path) -> tuple[str, Any]:
+    """What a trained folder holds (an adapter, a prefix or a model), and the base that it names, if it does."""
+    adapter = read_json(folder / "adapter_config.json")
+    config = adapter or read_json(folder / "config.json") or {}
+    of_prefix = config.get("pre_seq_len") and config.get("_name_or_path")  # in a whole model: its own name
+    kind = "adapter" if adapter else "prefix" if config.get("pre_seq_len") else "model"
+    return kind, config.get("base_model_name_or_path") or of_prefix
+
+
 def base_of(folder: Path, given: str | None = None, named: str | None = None) -> str:
     """The base model of a trained folder: ``given`` by the user, ``named`` by the caller, or named in the folder.
 
     Raises UserError if there is no such model.
     """
-    config = read_json(folder / "adapter_config.json") or read_json(folder / "config.json") or {}
-    of_prefix = config.get("_name_or_path") if config.get("pre_seq_len") else None  # in a whole model: its own name
-    base = given or named or config.get("base_model_name_or_path") or of_prefix
+    base = given or named or recorded_base(folder)[1]
     if isinstance(base, str) and (is_local(base) or is_hub_name(base)):
         return base
     problem = f"was trained on {base!s:.200}, which does not exist any more" if base else "does not name its base model"

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import copy
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -15,24 +17,30 @@ from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import ROOT
+from tiny_models import save_prefix
 
-from common.arguments import FullArguments, PrefixArguments
+from common.arguments import DataArguments, FullArguments
 from common.chat.chat import generation_settings, stream_chat
+from common.data.examples import Reading, Split, read_examples
 from common.encoding import encode_chat
 from common.errors import UserError
 from common.loading import load_model, load_tokenizer
 from common.methods.full import Full
-from common.methods.prefix import PTuning
 
 gradio = pytest.importorskip("gradio", reason="needs gradio: pip install -r requirements-web.txt")
 from starlette.datastructures import Headers
 
-from common.chat import guard, web_demo
+from common.chat import guard, rounds, web_demo
+from common.chat.about import About, about
+from common.chat.events import COLUMNS
+from common.chat.page import build_page
+from common.chat.rounds import BASE, Answer, Round
 
 CHROMIUM = shutil.which("chromium")
 QUESTION = "类型#裙*颜色#白色*风格#甜美"
@@ -42,7 +50,7 @@ PASSWORD = "芝麻开门"
 WATCH = """() => {
     window.seen = [];
     new MutationObserver(() => {
-        const answers = document.querySelector(".chat").querySelectorAll("[data-testid=bot]");
+        const answers = document.querySelectorAll("#left [data-testid=bot]:not(:has(.note, .waiting))");
         const text = answers.length ? answers[answers.length - 1].innerText.trim() : "";
         if (text && text !== window.seen.at(-1)) window.seen.push(text);
     }).observe(document.body, {subtree: true, childList: true, characterData: true});
@@ -58,12 +66,22 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> Path:
-    """A prefix with which the demo gives long answers that differ from those of its base."""
-    folder = tmp_path_factory.mktemp("prefix")
-    model = load_model("demo", pre_seq_len=16)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.base_model.prefix_encoder.embedding.weight, std=10)
-    PTuning(PrefixArguments()).save(model, folder)
+    """A training with a result, a checkpoint and a record; beside it lie a training on its base and other folders."""
+    trainings = tmp_path_factory.mktemp("trainings")
+    folder = save_prefix(trainings / "mine", 0)
+    save_prefix(folder / "checkpoint-5", 1)
+    save_prefix(trainings / "beside" / "checkpoint-7", 2, length=8)
+    foreign = json.loads((save_prefix(trainings / "foreign", 3) / "config.json").read_text())
+    (trainings / "foreign" / "config.json").write_text(json.dumps(foreign | {"_name_or_path": "demo3"}))
+    (trainings / "empty").mkdir()
+    (folder / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
+    record = {
+        "model": {"name": "demo <b>"},
+        "progress": {"step": 9},
+        "questions": [QUESTION, "类型#裤*风格#潮流"],
+        "scores": {"base": {"rouge-l": 18.24}, "tuned": {"rouge-l": 61.1}},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
     return folder
 
 
@@ -112,7 +130,7 @@ def context(server, browser):
     page.get_by_label("username").fill(web_demo.USER)
     page.get_by_label("password").fill(PASSWORD)
     page.get_by_role("button", name="Login").click()
-    page.locator(".chat").first.wait_for()
+    page.locator("#left").wait_for()
     page.close()
     yield context
     context.close()
@@ -121,7 +139,8 @@ def context(server, browser):
 def open_page(context, server):
     page = context.new_page()
     page.goto(server.url)
-    page.locator(".chat").first.wait_for()
+    page.locator("#header h1").wait_for()
+    wait_until_idle(page)
     page.evaluate(WATCH)
     return page
 
@@ -140,20 +159,21 @@ def page(server, context):
     context.on("request", note_foreign)
     page = open_page(context, server)
     yield page
+    page.evaluate("localStorage.clear()")
     page.close()
     assert errors == []
     assert foreign == []
 
 
 def ask(page, question: str) -> None:
-    box = page.locator("textarea").first
+    box = page.locator("#question textarea")
     box.fill(question)
     box.press("Enter")
 
 
 def answer_of(page, column: int) -> str:
     """The last answer of a column, as the model wrote it."""
-    answers = page.locator(".chat").nth(column).locator("[data-testid=bot]")
+    answers = page.locator(f"#{COLUMNS[column]} [data-testid=bot]:not(:has(.note, .waiting))")
     return answers.last.get_attribute("aria-label").removeprefix("bot's message: ") if answers.count() else ""
 
 
@@ -317,46 +337,144 @@ def test_a_proxy_and_other_machines_reach_the_page_by_names_that_the_user_gives(
 
 
 @pytest.fixture(scope="module")
-def expected(prefix, demo_tokenizer) -> list[str]:
-    """The answers of the tuned model and of its base, without the page."""
-    models = [load_model("demo", ptuning_checkpoint=checkpoint) for checkpoint in (prefix, None)]
-    return [list(stream_chat(model, demo_tokenizer, QUESTION, **GREEDY))[-1] for model in models]
+def expected(prefix, demo_tokenizer) -> dict[str, str]:
+    """The answers of all speakers to QUESTION, without the page."""
+    folders = {"mine": prefix, "checkpoint-5": prefix / "checkpoint-5", BASE: None}
+    folders["beside/checkpoint-7"] = prefix.parent / "beside" / "checkpoint-7"
+    models = {name: load_model("demo", ptuning_checkpoint=folder) for name, folder in folders.items()}
+    answers = {name: list(stream_chat(each, demo_tokenizer, QUESTION, **GREEDY))[-1] for name, each in models.items()}
+    assert len(set(answers.values())) == len(answers)
+    return answers
+
+
+def wait_for_answers(page, *texts: str) -> None:
+    """Waits for the last answers of both columns, and until the page is idle."""
+    wait_for(lambda: tuple(answer_of(page, column) for column in (0, 1)) == texts)
+    wait_until_idle(page)
+
+
+def wait_until_idle(page) -> None:
+    """Gradio 6.31 loses what is sent in the moment in which it closes the stream of an answer."""
+    page.locator("#stop[disabled]").wait_for()
+    time.sleep(0.3)
+
+
+def usable(page) -> list[str]:
+    """The buttons that can be clicked."""
+    return page.locator("#buttons button:enabled").all_inner_texts()
 
 
 def test_the_answers_of_tuned_and_base_grow_side_by_side(page, expected):
+    assert usable(page) == ["Settings"]
     ask(page, QUESTION)
-    wait_for(lambda: [answer_of(page, column) for column in (0, 1)] == expected)
+    page.locator("#right .waiting").wait_for()
+    wait_for(lambda: usable(page)[:4] == ["Stop (Esc)", "Retry", "Undo", "New chat"])
+    wait_for_answers(page, expected["mine"], expected[BASE])
+    assert usable(page) == ["Retry", "Undo", "New chat", "Export Markdown", "Export training row", "Settings"]
     seen = page.evaluate("window.seen")
     assert len(seen) > 3
     assert [len(text) for text in seen] == sorted(len(text) for text in seen)
     shown = page.locator("[data-testid=user]").all_inner_texts()
     assert [text.strip() for text in shown] == [QUESTION, QUESTION]  # its * and # are no Markdown
+    notes = page.locator(".note").all_inner_texts()
+    assert [note.rpartition(" · ")[0] for note in notes] == ["mine", "base"]
+    assert all(float(note.split()[-2]) > 0 and note.endswith("tokens/s") for note in notes)
+    assert page.locator("#header").inner_text() == "demo <b>\n\nP-Tuning v2 · mine · step 9 · ROUGE-L 18.24 → 61.10"
 
 
 def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
-    ask(page, QUESTION)
+    page.get_by_role("button", name=QUESTION).click()  # an example
     wait_for(lambda: answer_of(page, 0))
-    page.get_by_role("button", name="stop").click()
+    page.keyboard.press("Escape")
     stopped = settled_answer(page, 0)
-    assert len(stopped) < len(expected[0])
+    assert len(stopped) < len(expected["mine"])
     assert answer_of(page, 1) == ""
-    page.get_by_role("button", name="retry").click()
-    wait_for(lambda: [answer_of(page, column) for column in (0, 1)] == expected)
-    settled_answer(page, 1)  # Gradio 6.31 loses what is sent in the moment in which it closes the stream of an answer
-    page.get_by_role("button", name="undo").click()
-    wait_for(lambda: page.locator("textarea").first.input_value() == QUESTION)
+    assert page.locator(".waiting").count() == 0
+    page.get_by_role("button", name="Retry").click()
+    wait_for_answers(page, expected["mine"], expected[BASE])
+    page.get_by_role("button", name="Undo").click()
+    wait_for(lambda: page.locator("#question textarea").input_value() == QUESTION)
     assert page.locator("[data-testid=user]").count() == 0
-    page.locator("textarea").first.press("Enter")
+    page.locator("#question textarea").press("Enter")
     wait_for(lambda: answer_of(page, 0))
-    page.get_by_role("button", name="new").click()
-    wait_for(lambda: page.locator("[data-testid=user]").count() == 0)
+    page.get_by_role("button", name="New chat").click()
+    wait_for(lambda: page.locator("[data-testid=user]").count() == 0 and usable(page) == ["Settings"])
 
 
-def test_a_question_that_is_too_long_stays_in_its_field(page):
+def test_a_question_is_changed_in_its_place_by_the_speaker_that_is_picked(page, expected):
+    """The questions after it go, and a reload finds the conversation."""
+    for count, question in enumerate(("类型#裤", "类型#上衣"), 1):
+        ask(page, question)
+        wait_for(lambda count=count: page.locator("#right .note").count() == count)
+        wait_until_idle(page)
+    page.locator("#picker input").click()
+    names = [name.split("\n")[-1] for name in page.get_by_role("option").all_inner_texts()]  # without ✓
+    assert names == ["mine", "checkpoint-5", "beside/checkpoint-7", "demo <b> (base)"]
+    page.get_by_role("option", name="beside/checkpoint-7").click()
+    wait_for(lambda: page.locator(".title").first.inner_text() == "beside/checkpoint-7")
+    wait_until_idle(page)
+    page.locator("#right").get_by_role("button", name="Edit").first.click()
+    field = page.locator(".edit-textarea")
+    assert field.input_value() == "类型#裤"
+    field.fill(QUESTION)
+    page.locator("#right").get_by_role("button", name="Submit").click()
+    wait_for_answers(page, expected["beside/checkpoint-7"], expected[BASE])
+    page.reload()
+    wait_for_answers(page, expected["beside/checkpoint-7"], expected[BASE])
+    assert [text.strip() for text in page.locator("#left [data-testid=user]").all_inner_texts()] == [QUESTION]
+
+
+def test_an_exported_conversation_is_a_row_that_the_trainer_reads(page, expected, demo_tokenizer, tmp_path):
+    ask(page, QUESTION)
+    wait_for_answers(page, expected["mine"], expected[BASE])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export training row").click()
+    file = tmp_path / download.value.suggested_filename
+    download.value.save_as(file)
+    reading = Reading()
+    (example,) = read_examples(Split("train", DataArguments(), demo_tokenizer, str(file), [file], None), reading)
+    assert [(turn.role, turn.content, turn.loss) for turn in example.content] == [
+        ("user", QUESTION, False),
+        ("assistant", expected["mine"], True),
+    ]
+    assert reading.bad == []
+    wait_until_idle(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export Markdown").click()
+    text = Path(download.value.path()).read_text()
+    assert text == f"# demo <b>\n\n> {QUESTION}\n\n**mine**\n\n{expected['mine']}\n\n**base**\n\n{expected[BASE]}\n"
+
+
+def test_a_question_that_is_too_long_stays_in_its_field(page, demo_tokenizer):
     ask(page, QUESTION * 40)
-    page.get_by_text("the question is too long: it has").wait_for()
-    assert page.locator("textarea").first.input_value() == QUESTION * 40
+    length = len(encode_chat(demo_tokenizer, QUESTION * 40))
+    page.get_by_text(f"The question is too long: {length:,} tokens, and there is room for 312 tokens.").wait_for()
+    assert page.locator("#question textarea").input_value() == QUESTION * 40
     assert page.locator("[data-testid=user]").count() == 0
+
+
+def test_a_phone_shows_one_column_in_the_language_of_its_reader(server, context, browser, expected):
+    """The switch changes the language, which a new page remembers."""
+    phone = browser.new_context(
+        storage_state=context.storage_state(), locale="zh-HK", viewport={"width": 400, "height": 800}
+    )
+    page = open_page(phone, server)
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    assert page.locator("#buttons").inner_text().split("\n")[:3] == ["停止 (Esc)", "重新回答", "撤回"]
+    wait_for(lambda: page.locator("#switch label").all_inner_texts() == ["微调后", "基座"])
+    ask(page, QUESTION)
+    wait_for_answers(page, expected["mine"], expected[BASE])
+    assert [page.locator(f"#{column}").is_visible() for column in COLUMNS] == [True, False]
+    page.get_by_text("基座", exact=True).click()
+    assert [page.locator(f"#{column}").is_visible() for column in COLUMNS] == [False, True]
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    ask(page, QUESTION * 40)
+    page.get_by_text("个 token，只放得下 312 个 token。").wait_for()
+    page.get_by_role("button", name="English").click()
+    page.get_by_role("button", name="Retry").wait_for()
+    other = open_page(phone, server)
+    assert other.locator("#buttons").inner_text().startswith("Stop (Esc)\nRetry")
+    phone.close()
 
 
 def test_the_browser_loads_nothing_from_elsewhere(server, context):
@@ -391,25 +509,28 @@ def load(*flags: str) -> tuple[web_demo.Chat, Namespace]:
     return web_demo.load(args), args
 
 
+READER = SimpleNamespace(headers={"accept-language": "zh"})
+
+
 @pytest.mark.parametrize(("model", "known"), [("demo", False), ("demo3", True)])
 def test_only_models_with_roles_have_a_system_prompt(model, known):
-    page = web_demo.build_page(*load("--model_name_or_path", model))
+    page = build_page(*load("--model_name_or_path", model))
     texts = [block for block in page.blocks.values() if isinstance(block, gradio.Textbox)]
-    field = next(text for text in texts if "system prompt" in (text.label or ""))
+    (field,) = [text for text in texts if "system" in str(text.label)]
     assert field.interactive is known
-    assert ("no system prompt" in field.placeholder) is not known
+    assert ("no_system" in str(field.placeholder)) is not known
 
 
 def test_one_column_is_undone_and_cleared_as_two_are():
     """Gradio takes a list that is returned for a single field as its value, and for several as one value each."""
     chat, args = load("--model_name_or_path", "demo")
-    page = web_demo.build_page(chat, args)
-    conversation = [web_demo.Round("first", ["好"], [0]), web_demo.Round("last", ["好"], [0])]
+    page = build_page(chat, args)
+    conversation = [Round(query, [Answer(BASE, text="好")]) for query in ("first", "last")]
     with ThreadPoolExecutor(1) as thread:  # in this one the browser's event loop runs
         for method, shown in ((chat.undo, ["first", "好"]), (chat.refresh, ["first", "好"]), (chat.clear, [])):
             event = next(event for event in page.fns.values() if event.fn == method)
-            fields = page.postprocess_data(event, method(conversation), None)
-            _, column = thread.submit(asyncio.run, fields).result()
+            fields = page.postprocess_data(event, method(READER, conversation), None)
+            _, column, *_ = thread.submit(asyncio.run, fields).result()
             assert [message["content"][0]["text"] for message in column] == shown
 
 
@@ -417,33 +538,39 @@ def test_visitors_at_once_get_the_answers_that_they_would_get_alone(prefix):
     chat, _ = load("--checkpoint", str(prefix))
     settings = generation_settings(16, 0, 1)
 
-    def converse(question: str, conversation: web_demo.Conversation) -> None:
-        for _ in chat.reply(conversation, question, "", settings):
+    def converse(question: str, picked: str, conversation: rounds.Conversation) -> None:
+        for _ in chat.reply(conversation, question, picked, "", settings):
             pass
 
-    questions = (QUESTION, "类型#裤*风格#潮流", "类型#上衣*颜色#黑色")
-    alone, together = ([[] for _ in questions] for _ in range(2))
-    for question, conversation in zip(questions, alone, strict=True):
-        converse(question, conversation)
-    visitors = [threading.Thread(target=converse, args=pair) for pair in zip(questions, together, strict=True)]
+    asked = ((QUESTION, "mine"), ("类型#裤*风格#潮流", "checkpoint-5"), ("类型#上衣*颜色#黑色", "beside/checkpoint-7"))
+    alone, together = ([[] for _ in asked] for _ in range(2))
+    for pair, conversation in zip(asked, alone, strict=True):
+        converse(*pair, conversation)
+    visitors = [
+        threading.Thread(target=converse, args=(*pair, each)) for pair, each in zip(asked, together, strict=True)
+    ]
     for visitor in visitors:
         visitor.start()
     for visitor in visitors:
         visitor.join()
-    assert together == alone
-    assert all(tuned != base for [round] in alone for tuned, base in [round.answers])
+
+    def texts(conversations) -> list[list[str | None]]:
+        return [[answer.text for answer in answers] for [(_, answers)] in conversations]
+
+    assert texts(together) == texts(alone)
+    assert all(tuned != base for tuned, base in texts(alone))
 
 
 def test_an_abandoned_answer_gives_the_model_back(prefix):
     """The model has its prefix again and is free for the next visitor."""
     chat, _ = load("--checkpoint", str(prefix))
-    conversation: web_demo.Conversation = []
-    answering = chat.reply(conversation, QUESTION, "", generation_settings(24, 0, 1))
+    conversation: rounds.Conversation = []
+    answering = chat.reply(conversation, QUESTION, chat.first, "", generation_settings(24, 0, 1))
     next(answering)
-    while conversation[0].answers[1] is None:
+    while conversation[0].answers[1].text is None:
         next(answering)
     answering.close()
-    with chat.speakers["微调后 / tuned"]() as model:
+    with chat.speakers[chat.first].open() as model:
         assert model.base_model.prefix_encoder is not None
     assert not chat.turn.locked()
 
@@ -451,32 +578,77 @@ def test_an_abandoned_answer_gives_the_model_back(prefix):
 def test_rounds_that_no_longer_fit_are_forgotten_and_the_page_says_so():
     chat, _ = load("--model_name_or_path", "demo3")
     settings = generation_settings(16, 0, 1)
-    long = [web_demo.Round("类型#裙" * 40, ["这条裙子。" * 40], [0]) for _ in range(6)]
-    unanswered, last = web_demo.Round("never answered", [None], [0]), web_demo.Round("last", ["好"], [0])
+    long = [Round("类型#裙" * 40, [Answer(BASE, text="这条裙子。" * 40)]) for _ in range(6)]
+    unanswered, last = Round("never answered", [Answer(BASE)]), Round("last", [Answer(BASE, text="好")])
     conversation = [*long, unanswered, last]
-    list(chat.reply(conversation, QUESTION, "你是客服。", settings))
-    [answer], [forgotten] = conversation[-1].answers, conversation[-1].forgotten
-    assert 0 < forgotten < 6
-    remembered = [[old.query, *old.answers] for old in (*long[forgotten:], last)]
+    list(chat.reply(conversation, QUESTION, BASE, "你是客服。", settings))
+    [answer] = conversation[-1].answers
+    assert 0 < answer.forgotten < 6
+    remembered = [[old.query, old.answers[0].text] for old in (*long[answer.forgotten :], last)]
     prompt = encode_chat(chat.tokenizer, QUESTION, remembered, "你是客服。")
-    longer = encode_chat(chat.tokenizer, QUESTION, [[long[0].query, *long[0].answers], *remembered], "你是客服。")
+    longer = encode_chat(
+        chat.tokenizer, QUESTION, [[long[0].query, long[0].answers[0].text], *remembered], "你是客服。"
+    )
     assert len(prompt) + 16 <= chat.context < len(longer) + 16
-    with chat.speakers["ChatGLM"]() as model:
+    with chat.speakers[BASE].open() as model:
         *_, alone = stream_chat(model, chat.tokenizer, QUESTION, remembered, "你是客服。", **settings)
-    assert answer == alone
-    notes = [message["content"][0]["text"] for message in web_demo.messages(conversation, 0)]
-    assert notes[-2] == f"*（上下文已满，忘记了最早的 {forgotten} 轮 / oldest rounds forgotten: {forgotten}）*"
+    assert answer.text == alone
+    notes = [message["content"][0]["text"] for message in rounds.messages(conversation, 0, "zh-CN")]
+    assert f"上下文已满，忘记了最早的 {answer.forgotten} 轮" in notes[-3]
 
 
 def test_a_question_that_does_not_fit_changes_nothing():
     chat, _ = load("--model_name_or_path", "demo")
-    conversation: web_demo.Conversation = []
+    conversation: rounds.Conversation = []
     for question, length in (("类型#裙" * 40, "[0-9]+ tokens"), ("裙" * 10**7, "10,000,000 characters")):
         with pytest.raises(UserError, match=f"the question is too long: it has {length}, .* room for 12"):
-            next(chat.reply(conversation, question, "", generation_settings(500, 0, 1)))
+            next(chat.reply(conversation, question, BASE, "", generation_settings(500, 0, 1)))
     with pytest.raises(UserError, match="no text in UTF-8"):
-        next(chat.reply(conversation, "\ud800", "", generation_settings(5, 0, 1)))
+        next(chat.reply(conversation, "\ud800", BASE, "", generation_settings(5, 0, 1)))
     assert conversation == []
+
+
+def test_a_changed_question_that_does_not_fit_leaves_the_conversation_as_it_was(monkeypatch):
+    chat, _ = load("--model_name_or_path", "demo")
+    said = []
+    monkeypatch.setattr(gradio, "Warning", said.append)
+    conversation = [Round(query, [Answer(BASE, text="好")]) for query in ("first", "last")]
+    before = copy.deepcopy(conversation)
+    *_, fields = chat.answer(READER, "类型#裙" * 40, conversation, 0, BASE, "", 500, 0, 1)
+    assert conversation == before
+    assert [len(message) for message in fields[1:2]] == [4]
+    (text,) = said
+    assert text.startswith("问题太长：") and "--" not in text
+
+
+def test_a_speaker_that_is_gone_is_one_sentence(prefix, tmp_path, monkeypatch):
+    """The question is back in its field."""
+    shutil.copytree(prefix, tmp_path / "mine")
+    chat, _ = load("--checkpoint", str(tmp_path / "mine"))
+    shutil.rmtree(tmp_path / "mine" / "checkpoint-5")
+    said = []
+    monkeypatch.setattr(gradio, "Warning", said.append)
+    conversation: rounds.Conversation = []
+    *_, fields = chat.answer(READER, QUESTION, conversation, 0, "checkpoint-5", "", 5, 0, 1)
+    assert (fields[0], conversation, said) == (QUESTION, [], ["现在不能用这个模型或这些设置回答。"])
+
+
+def test_what_the_browser_kept_is_a_conversation_or_nothing():
+    conversation = [Round("问", [Answer("mine", 2, "答", 3.5), Answer(BASE)])]
+    kept = json.loads(json.dumps(rounds.to_browser(conversation)))
+    assert rounds.from_browser(kept, 2) == conversation
+    wrong = ("x", [["问"]], [["问", [{"speaker": 1}]]], [[None, []]], {"a": 1}, [["问", [{"text": "答"}]]])
+    assert [rounds.from_browser(each, 1) for each in (*wrong, kept)] == [[]] * 7  # the last one has two columns
+    long = [Round(str(number), [Answer(BASE, text="长" * 30_000)]) for number in range(5)]
+    assert [query for query, _ in rounds.to_browser(long)] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"scores": 3, "model": {"name": 1}, "questions": [1, " "], "progress": []}']
+)
+def test_a_broken_record_of_a_training_tells_nothing(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    assert about(tmp_path) == About()
 
 
 def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path):
@@ -486,15 +658,15 @@ def test_a_fully_trained_model_is_compared_with_the_base_that_it_names(tmp_path)
     load_tokenizer("demo").save_pretrained(str(tmp_path))
     chat, _ = load("--checkpoint", str(tmp_path), "--compare", "true")
     weights = []
-    for ready_model in chat.speakers.values():
-        with ready_model() as model:
+    for speaker in chat.speakers.values():
+        with speaker.open() as model:
             weights.append(model.lm_head.weight)
     assert weights[0].count_nonzero() == 0
     base, _ = load("--model_name_or_path", "demo")
-    with base.speakers["ChatGLM"]() as model:
+    with base.speakers[BASE].open() as model:
         assert torch.equal(weights[1], model.lm_head.weight)
     alone, _ = load("--checkpoint", str(tmp_path))
-    assert list(alone.speakers) == ["微调后 / tuned"]
+    assert (list(alone.speakers), alone.columns) == ([tmp_path.name], 1)
 
 
 def test_what_names_no_base_can_not_be_compared(demo_folder):

@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from common.arguments import PrefixArguments
+from common.loading import load_model
+from common.methods.prefix import PTuning
 from common.models import chatglm, chatglm2
 from common.tokenizers.base import GLMTokenizer
 from common.tokenizers.chatglm import ChatGLMTokenizer
@@ -309,3 +312,12 @@ def write_tokenizer_config(spec: Spec, folder: Path, **fields: str) -> None:
     """Writes the tokenizer_config.json of the original, with further fields."""
     fields["name_or_path"] = f"THUDM/{spec.name}"
     (folder / "tokenizer_config.json").write_text(json.dumps(spec.tokenizer_config | fields, indent=2))
+
+
+def save_prefix(folder: Path, seed: int, length: int = 16) -> Path:
+    """A prefix with which the demo gives long answers that differ from those of its base."""
+    model = load_model("demo", pre_seq_len=length)
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(model.base_model.prefix_encoder.embedding.weight, std=10)
+    PTuning(PrefixArguments()).save(model, folder)
+    return folder

@@ -27,6 +27,14 @@ MAX_NEW_TOKENS = 512
 LONGEST_TOKEN = 128  # characters; the longest one is a run of blanks
 
 
+class QuestionError(UserError):
+    """A question that can't be answered. A page says it in its own words: ``key`` of a label, and its ``values``."""
+
+    def __init__(self, text: str, key: str, **values: int | str):
+        super().__init__(text)
+        self.key, self.values = key, values
+
+
 def chat_parser(description: str, checkpoint: str = "--checkpoint") -> argparse.ArgumentParser:
     """The flags that all chats share; ``checkpoint`` is a flag or a position."""
     parser = argparse.ArgumentParser(description=description)
@@ -86,13 +94,14 @@ def generation_settings(max_new_tokens: int, temperature: float, top_p: float) -
 def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: History, system: str, room: int) -> int:
     """The number of oldest rounds to leave out, so that the prompt has at most ``room`` tokens.
 
-    Raises UserError if the question alone has more, by its characters before it is tokenized, or is no text.
+    Raises QuestionError if the question alone has more, by its characters before it is tokenized, or is no text.
     """
     advice = f"beside --max_new_tokens the model's context has room for {max(0, room)} tokens. Shorten one of them."
     if (length := len(query) + len(system)) > LONGEST_TOKEN * max(1, room):
-        raise UserError(f"the question is too long: it has {length:,} characters, and {advice}")
+        text = f"the question is too long: it has {length:,} characters, and {advice}"
+        raise QuestionError(text, "too_long", length=length, unit="characters", room=max(0, room))
     if re.search("[\ud800-\udfff]", query + system):  # as Python reads bytes of another encoding
-        raise UserError("the question is no text in UTF-8: write it again.")
+        raise QuestionError("the question is no text in UTF-8: write it again.", "no_text")
 
     def fits(forgotten: int) -> bool:
         return len(encode_chat(tokenizer, query, history[forgotten:], system)) <= room
@@ -100,8 +109,13 @@ def count_forgotten(tokenizer: PreTrainedTokenizerBase, query: str, history: His
     forgotten = bisect_left(range(len(history) + 1), True, key=fits)
     if forgotten > len(history):
         length = len(encode_chat(tokenizer, query, system=system))
-        raise UserError(f"the question is too long: it has {length} tokens, and {advice}")
+        text = f"the question is too long: it has {length} tokens, and {advice}"
+        raise QuestionError(text, "too_long", length=length, unit="tokens", room=max(0, room))
     return forgotten
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def stream_chat(

@@ -32,7 +32,7 @@ LIMIT = 300  # milliseconds
 FIRST_TEXT = """before => new Promise(resolve => {
     const start = performance.now();
     const look = () => {
-        const answers = document.querySelector(".chat").querySelectorAll("[data-testid=bot]");
+        const answers = document.querySelectorAll("#left [data-testid=bot]:not(:has(.note, .waiting))");
         if (answers.length > before && answers[answers.length - 1].innerText.trim()) {
             resolve(performance.now() - start);
         } else requestAnimationFrame(look);
@@ -43,13 +43,13 @@ FIRST_TEXT = """before => new Promise(resolve => {
 
 def ask(page: Page, question: str) -> float:
     """Milliseconds to the first text; returns when both columns have answered."""
-    answers = page.locator(".chat").first.locator("[data-testid=bot]")
-    box = page.locator("textarea").first
+    answers = page.locator("#left [data-testid=bot]:not(:has(.note, .waiting))")
+    box = page.locator("#question textarea")
     box.fill(question)
     waiting = page.evaluate_handle(f"before => ({{time: ({FIRST_TEXT})(before)}})", answers.count())
     box.press("Enter")
     milliseconds = waiting.evaluate("started => started.time")
-    page.get_by_role("button", name="发送").wait_for()
+    page.locator("#stop[disabled]").wait_for()
     time.sleep(2)
     return milliseconds
 
@@ -82,7 +82,7 @@ def main() -> None:
             for _ in range(args.pages):
                 page = browser.new_page()
                 page.goto(url)
-                page.locator(".chat").first.wait_for()
+                page.locator("#left").wait_for()
                 time.sleep(1)
                 first, *others = [ask(page, question) for question in QUESTIONS]
                 fresh.append(first)
