@@ -31,6 +31,9 @@ VARIABLES = OTHER_NAMES | {flag: flag.upper() for flag in SAME_NAMES}
 FLAG = re.compile(r"(?<![\w-])--(\w+)(?:[ =](\d[\w.-]*|auto|true|false|fp32|fp16|bf16|random)\b)?(?!\w)")
 
 
+from_file: set[str] = set()  # flags that a file of settings gives
+
+
 class Given(NamedTuple):
     """What a user set: variables of the script, and flags after its name."""
 
@@ -52,13 +55,15 @@ def given() -> Given:
 
 
 def origin_of(flag: str, own: Given) -> str:
-    """Who set a flag: flag (the user), variable, script, or "" for none of them."""
+    """Who set a flag: flag (the user), variable, script, file (of settings), or "" for none of them."""
     variable = VARIABLES.get(flag, "")
     if flag in own.flags:
         return "flag"
     if variable in own.variables:
         return "variable"
-    return "script" if flag in flags_of(sys.argv[1:]) else ""
+    if flag in flags_of(sys.argv[1:]):
+        return "script"
+    return "file" if flag in from_file else ""
 
 
 def with_variables(sentence: str) -> str:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 
+from common.command import from_file
 from common.data.look import check_files
 from common.declared import declared
 from common.errors import UserError, exit_on_user_error, nearest, note
@@ -140,6 +141,7 @@ def read_config(file: Path, data_dir: Path, model: str, flags: list[str]) -> tup
     if isinstance(defaults.get("lora_target"), list):
         defaults["lora_target"] = ",".join(map(str, defaults["lora_target"]))
     given = {name: value for name, value in defaults.items() if value is not None}
+    from_file.update(given)
     return arguments, read_flags(arguments, flags, given)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import terminal
+from common import command, terminal
 from common.arguments import DataArguments, LoraArguments, PrefixArguments
 from common.command import VARIABLES, given, origin_of, with_variables
 from common.finetune import run
@@ -294,14 +294,16 @@ def test_every_flag_of_the_scripts_is_known_by_its_variable():
 
 
 def test_a_setting_knows_where_it_comes_from(monkeypatch):
-    command = "cd /here && LR=1e-3 MODEL=demo bash train.sh --max_steps 3 --show-answers=0"
-    monkeypatch.setenv("RESUME_COMMAND", command)
+    line = "cd /here && LR=1e-3 MODEL=demo bash train.sh --max_steps 3 --show-answers=0"
+    monkeypatch.setenv("RESUME_COMMAND", line)
     monkeypatch.setattr(
         sys, "argv", ["main.py", *"--learning_rate 1e-3 --pre_seq_len 8 --max_steps 3 --seed 1".split()]
     )
     own = given()
     flags = ("learning_rate", "model_name_or_path", "max_steps", "show_answers", "pre_seq_len", "weight_decay")
     assert [origin_of(flag, own) for flag in flags] == ["variable", "variable", "flag", "flag", "script", ""]
+    monkeypatch.setattr(command, "from_file", {"weight_decay", "learning_rate"})
+    assert [origin_of(flag, own) for flag in ("learning_rate", "weight_decay")] == ["variable", "file"]
     monkeypatch.delenv("RESUME_COMMAND")
     assert origin_of("learning_rate", given()) == "flag"
 

@@ -78,12 +78,13 @@ function originOf({ from, variable }) {
     default: say("default", "默认"),
     chosen: say("chosen", "自动选择"),
     script: say("script", "脚本"),
+    file: say("file of settings", "配置文件"),
     variable: say("variable", "变量"),
     flag: say("flag", "参数"),
   };
   const name = el(
     "span",
-    { class: `from ${["variable", "flag"].includes(from) ? "yours" : ""}` },
+    { class: `from ${["variable", "flag", "file"].includes(from) ? "yours" : ""}` },
     names[from] ?? from ?? "–",
   );
   return known(variable) ? [name, " ", el("code", {}, variable)] : name;
@@ -91,7 +92,7 @@ function originOf({ from, variable }) {
 
 function settingsSection(settings) {
   if (!settings?.length) return null;
-  const order = ["flag", "variable", "script"];
+  const order = ["flag", "variable", "file", "script"];
   const rank = ({ from }) => (order.includes(from) ? order.indexOf(from) : order.length);
   const set = settings.filter(({ from }) => from !== "default").sort((a, b) => rank(a) - rank(b));
   const rest = settings.filter(({ from }) => from === "default");

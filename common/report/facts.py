@@ -52,7 +52,7 @@ def settings_facts(parts: Sequence[object]) -> list[dict[str, str]]:
             value = value.value if isinstance(value, Enum) else value
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             found.append({"flag": flag, "value": text, "from": source, "variable": VARIABLES.get(flag, "")})
-    order = ("flag", "variable", "script", "chosen", "default")
+    order = ("flag", "variable", "file", "script", "chosen", "default")
     return sorted(found, key=lambda setting: order.index(setting["from"]))
 
 
