@@ -74,6 +74,14 @@ def test_training_lowers_the_loss(tmp_path):
     assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
 
 
+def test_rows_beyond_the_context_of_the_model_are_a_warning(tmp_path, capsys):
+    flags = f"{TRAINING} --max_steps 1 --dry_run --max_source_length"
+    finetune(f"{flags} 448", tmp_path)
+    assert "longer than the context" not in capsys.readouterr().err
+    finetune(f"{flags} 449", tmp_path)
+    assert "rows of 513 tokens are longer than the context of demo, 512 tokens" in capsys.readouterr().err
+
+
 def test_training_moves_the_prefix(whole_run):
     assert len(losses(whole_run)) == 6
     first, last = read_prefix(whole_run / "checkpoint-3"), read_prefix(whole_run / "checkpoint-6")

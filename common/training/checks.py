@@ -83,6 +83,9 @@ def check(method: Method, model_args: ModelArguments, data_args: DataArguments, 
         )
     if not args.plan:
         check_writable(Path(args.output_dir))
+    length, context = sum(row_lengths(data_args)), folder.config.max_position_embeddings
+    if args.do_train and length > context:
+        note(f"warning: rows of {length:,} tokens are longer than the context of {folder.name}, {context:,} tokens.")
     return folder
 
 

@@ -196,7 +196,8 @@ def print_settings(
     total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
         "model": f"{folder.path}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
-        "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}, "
+        "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        f"{f' under {args.engine.name}' if args.world_size > 1 else ''}, "
         f"{torch.get_num_threads()} threads each; {gb(plan.total)} of memory predicted, {gb(available)} free",
     }
     if args.do_train:
