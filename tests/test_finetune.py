@@ -76,9 +76,9 @@ def test_training_lowers_the_loss(tmp_path):
 
 def test_rows_beyond_the_context_of_the_model_are_a_warning(tmp_path, capsys):
     flags = f"{TRAINING} --max_steps 1 --dry_run --max_source_length"
-    finetune(f"{flags} 448", tmp_path)
+    finetune(f"{flags} 447", tmp_path)
     assert "longer than the context" not in capsys.readouterr().err
-    finetune(f"{flags} 449", tmp_path)
+    finetune(f"{flags} 448", tmp_path)
     assert "rows of 513 tokens are longer than the context of demo, 512 tokens" in capsys.readouterr().err
 
 
