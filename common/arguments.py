@@ -293,8 +293,8 @@ def complete_batches(args: TrainingArguments) -> None:
             raise ValueError("a batch must have at least 1 row")
     if args.tokens_per_batch and (given is not None or args.rows_per_step):
         raise ValueError(
-            "--tokens_per_batch (TOKENS_PER_BATCH) says how large a batch is: leave out --per_device_train_batch_size "
-            "(BATCH_SIZE) and --rows_per_step (ROWS_PER_STEP)"
+            "TOKENS_PER_BATCH (--tokens_per_batch) says how large a batch is: leave out BATCH_SIZE "
+            "(--per_device_train_batch_size) and ROWS_PER_STEP (--rows_per_step)"
         )
     if args.deepspeed and auto:
         raise ValueError("--per_device_train_batch_size auto: under DeepSpeed give a number")

@@ -7,57 +7,59 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from common.command import flag_of
+
 ABOVE_0, BELOW_1, BELOW_INFINITY = math.nextafter(0, 1), math.nextafter(1, 0), math.nextafter(math.inf, 0)
 MANY = 10**9  # of what is counted
 STEPS = 10**12  # more than any training has: a checkpoint or a log that never comes
 SEEDS = 2**32 - 1
 
-# Flag -> (lowest, highest, variable of the scripts). The default of a flag is allowed too.
-BOUNDS: Mapping[str, tuple[float, float, str]] = {
-    "pre_seq_len": (1, MANY, "PRE_SEQ_LEN"),
-    "lora_rank": (1, MANY, "LORA_RANK"),
-    "lora_alpha": (1, 10**6, "LORA_ALPHA"),
-    "lora_dropout": (0, BELOW_1, "LORA_DROPOUT"),
-    "loraplus_lr_ratio": (ABOVE_0, 10**6, ""),
+# Flag -> (lowest, highest). The default of a flag is allowed too.
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "pre_seq_len": (1, MANY),
+    "lora_rank": (1, MANY),
+    "lora_alpha": (1, 10**6),
+    "lora_dropout": (0, BELOW_1),
+    "loraplus_lr_ratio": (ABOVE_0, 10**6),
     # data
-    "validation_split": (0, MANY, "VALIDATION_SPLIT"),
-    "max_source_length": (3, MANY, "MAX_SOURCE_LENGTH"),
-    "max_target_length": (3, MANY, "MAX_TARGET_LENGTH"),
-    "val_max_target_length": (3, MANY, ""),
-    **dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_samples"), (1, MANY, "")),
+    "validation_split": (0, MANY),
+    "max_source_length": (3, MANY),
+    "max_target_length": (3, MANY),
+    "val_max_target_length": (3, MANY),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "max_predict_samples"), (1, MANY)),
     # answers
-    **dict.fromkeys(("num_beams", "max_new_tokens"), (1, MANY, "")),
-    "top_p": (0, 1, ""),
-    "temperature": (0, MANY, ""),
+    **dict.fromkeys(("num_beams", "max_new_tokens"), (1, MANY)),
+    "top_p": (0, 1),
+    "temperature": (0, MANY),
     # the optimizer
-    "learning_rate": (ABOVE_0, 1e12, "LR"),
-    "weight_decay": (0, 100, ""),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1, "")),
-    "adam_epsilon": (1e-38, 1, ""),  # the smallest number of float32
-    "max_grad_norm": (0, BELOW_INFINITY, ""),
-    "label_smoothing_factor": (0, BELOW_1, ""),
-    "neftune_noise_alpha": (0, MANY, ""),
+    "learning_rate": (ABOVE_0, 1e12),
+    "weight_decay": (0, 100),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1)),
+    "adam_epsilon": (1e-38, 1),  # the smallest number of float32
+    "max_grad_norm": (0, BELOW_INFINITY),
+    "label_smoothing_factor": (0, BELOW_1),
+    "neftune_noise_alpha": (0, MANY),
     # batches, steps and epochs
-    "rows_per_step": (1, MANY, "ROWS_PER_STEP"),
-    "tokens_per_batch": (1, MANY, "TOKENS_PER_BATCH"),
-    "gradient_accumulation_steps": (1, MANY, "GRAD_ACCUM"),
-    "max_steps": (1, STEPS, "MAX_STEPS"),
-    "default_steps": (0, STEPS, "DEFAULT_STEPS"),
-    "num_train_epochs": (ABOVE_0, MANY, "EPOCHS"),
-    "warmup_steps": (0, STEPS, ""),
-    "logging_steps": (0, STEPS, ""),
-    "save_steps": (0, STEPS, "SAVE_STEPS"),
-    "eval_steps": (0, STEPS, "EVAL_STEPS"),
-    "eval_delay": (0, STEPS, ""),
-    "early_stopping": (1, MANY, "EARLY_STOPPING"),
-    "save_total_limit": (0, MANY, ""),
-    **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps"), (1, MANY, "")),
+    "rows_per_step": (1, MANY),
+    "tokens_per_batch": (1, MANY),
+    "gradient_accumulation_steps": (1, MANY),
+    "max_steps": (1, STEPS),
+    "default_steps": (0, STEPS),
+    "num_train_epochs": (ABOVE_0, MANY),
+    "warmup_steps": (0, STEPS),
+    "logging_steps": (0, STEPS),
+    "save_steps": (0, STEPS),
+    "eval_steps": (0, STEPS),
+    "eval_delay": (0, STEPS),
+    "early_stopping": (1, MANY),
+    "save_total_limit": (0, MANY),
+    **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps"), (1, MANY)),
     # processes
-    **dict.fromkeys(("seed", "data_seed"), (0, SEEDS, "")),
-    "dataloader_num_workers": (0, 128, ""),
-    "dataloader_prefetch_factor": (1, MANY, ""),
-    "ddp_bucket_cap_mb": (1, MANY, ""),
-    "ddp_timeout": (1, MANY, ""),
+    **dict.fromkeys(("seed", "data_seed"), (0, SEEDS)),
+    "dataloader_num_workers": (0, 128),
+    "dataloader_prefetch_factor": (1, MANY),
+    "ddp_bucket_cap_mb": (1, MANY),
+    "ddp_timeout": (1, MANY),
 }
 
 
@@ -81,13 +83,12 @@ def check_values(args: Any) -> None:
         value = vars(args)[field.name] if field.init else None
         if value is None or value == field.default:
             continue
-        lowest, highest, variable = BOUNDS.get(field.name, (-math.inf, math.inf, ""))
+        lowest, highest = BOUNDS.get(field.name, (-math.inf, math.inf))
         missed = missed_type(value, types[field.name], field.metadata.get("choices"))
         if not missed and isinstance(value, int | float) and not lowest <= value <= highest:
             missed = missed_bound(value, lowest, highest)
         if missed:
-            name = f"--{field.name}" + f" ({variable})" * bool(variable)
-            raise ValueError(f"{name} must be {missed}, not {value!r:.80}")
+            raise ValueError(f"{flag_of(field.name)} must be {missed}, not {value!r:.80}")
 
 
 def missed_type(value: Any, hint: Any, choices: Iterable[str] | None) -> str:

@@ -66,6 +66,11 @@ def origin_of(flag: str, own: Given) -> str:
     return "file" if flag in from_file else ""
 
 
+def flag_of(name: str) -> str:
+    """A flag, behind its variable if it has one."""
+    return f"{VARIABLES[name]} (--{name})" if name in VARIABLES else f"--{name}"
+
+
 def with_variables(sentence: str) -> str:
     """The sentence with the variable before each flag that has one, where a script was started."""
     if "RESUME_COMMAND" not in os.environ:

@@ -5,6 +5,7 @@ imported, which takes seconds; the dataclasses follow.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
@@ -102,7 +103,8 @@ def values_of(
     try:
         values, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error} (--help lists all flags).") from error
+        reason = re.sub(r"^argument (--\w+)\S*:", r"\1:", str(error))
+        raise UserError(f"{reason} (--help lists all flags).") from error
     if unknown:
         flag = unknown[0].partition("=")[0]
         meant = nearest(flag.lstrip("-"), [name for kind in kinds for name in declared(kind)])

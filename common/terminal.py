@@ -48,6 +48,12 @@ def print_pairs(title: str, pairs: Mapping[str, object]) -> None:
     show(title, *(f"  {name:<{width}}  {value}" for name, value in pairs.items()), sep="\n")
 
 
+def many(count: float, one: str, several: str = "") -> str:
+    """As in "1 step" or "2.5 epochs"."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{number} {one if count == 1 else several or f'{one}s'}"
+
+
 def duration(seconds: float) -> str:
     """As in "40 s", "12 min" or "3 h 20 min"."""
     minutes = round(seconds / 60)

@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="folder of a training, whose chat is started")
     parser.add_argument("--chat", help="address of a chat that runs already, instead of --checkpoint")
     parser.add_argument("--question", default=QUESTION, help="asked in the chat (%(default)s)")
-    parser.add_argument("--to", type=Path, default=ROOT / "pictures", help="folder (%(default)s)")
+    parser.add_argument("--to", type=Path, default=ROOT / "tests" / "pictures", help="folder (%(default)s)")
     args = parser.parse_args()
     args.to.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:

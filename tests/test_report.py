@@ -197,7 +197,7 @@ def test_a_dry_run_ends_in_a_verdict_and_writes_no_report(files, tmp_path, capsy
     finetune(f"{TRAINING} --pre_seq_len 4 {files} --dry_run", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     verdict = "\n".join(lines[lines.index("dry run: this would start") :])
-    for part in (r"P-Tuning v2, 4 steps of 2 rows, 1 epochs", r"about \d+ s of training", r"4 validation rows"):
+    for part in (r"P-Tuning v2, 4 steps of 2 rows, 1 epoch", r"about \d+ s of training", r"loss of +4 rows"):
         assert re.search(part, verdict)
     assert re.search(r"memory +[\d.]+ GB predicted at the peak, [\d.]+ GB free\nall checks passed$", verdict)
     assert not {"run.json", "report.html", "train.log"} & {path.name for path in tmp_path.iterdir()}

@@ -168,7 +168,7 @@ def check_token_batches(data_args: DataArguments, args: TrainingArguments) -> No
             "lower the lengths (--max_source_length, --max_target_length)."
         )
     given = {
-        "--mix (MIX)": data_args.mix,
+        "MIX (--mix)": data_args.mix,
         f"--train_sampling_strategy {strategy}": strategy != "group_by_length",
         "--dataloader_drop_last": args.dataloader_drop_last,
     }
@@ -240,7 +240,7 @@ def check_best_model(args: TrainingArguments) -> None:
     """Raises UserError if the best checkpoint is asked for by a measure that no evaluation of the training gives."""
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if args.do_train and not metric and args.save_strategy == "best":
-        raise UserError("--save_strategy best needs --metric_for_best_model (BEST_METRIC), the measure of the best.")
+        raise UserError("--save_strategy best needs BEST_METRIC (--metric_for_best_model), the measure of the best.")
     if not args.do_train or not metric:
         return
     if args.eval_strategy == "no":

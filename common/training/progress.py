@@ -24,6 +24,12 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss if device.type == "cpu" else torch.accelerator.memory_allocated(device)
 
 
+KEPT = (  # of what is logged
+    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "eval_loss"),
+    *("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4", "eval_runtime", "seconds_left"),
+)
+
+
 class StepLines(TrainerCallback):
     """Prints what is logged, and hands each entry to ``record``: step, epoch, losses, rates, memory, seconds left.
 
@@ -100,7 +106,10 @@ class StepLines(TrainerCallback):
         entry, self.waiting = self.waiting, {}
         entry["seconds_left"] = self.seconds_left(state)
         if self.as_json:
-            print(json.dumps(entry | {"steps": state.max_steps}), flush=True)
+            print(
+                json.dumps({name: entry[name] for name in KEPT if name in entry} | {"steps": state.max_steps}),
+                flush=True,
+            )
         else:
             parts = [f"{name} {form.format(entry[key])}" for name, (key, form) in LOGGED.items() if key in entry]
             if "tokens_per_second" in entry:

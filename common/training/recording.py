@@ -12,15 +12,11 @@ from common.data.dataset import Prepared
 from common.models.registry import ModelFolder
 from common.report.facts import data_facts, model_facts, piece_facts, settings_facts, warnings_of
 from common.report.record import Record
-from common.training.progress import StepLines
+from common.training.progress import KEPT, StepLines
 from common.training.samples import ROWS, Samples
 from common.training.summary import peak_memory
 from common.training.trainer import FinetuneTrainer
 
-KEPT = (  # of what is logged
-    *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory", "eval_loss"),
-    *("eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_bleu-4", "eval_runtime"),
-)
 QUESTIONS, SHORT = 6, 60  # questions for a chat to begin with, and their characters
 
 

@@ -22,7 +22,7 @@ from common.methods import Method
 from common.metrics import SCORES
 from common.models.registry import ModelFolder
 from common.report.facts import FEW_STEPS, MANY_PASSES
-from common.terminal import duration, print_pairs, show
+from common.terminal import duration, many, print_pairs, show
 from common.training.estimate import training_seconds
 from common.training.first_row import visible
 
@@ -71,7 +71,9 @@ def print_length(data: Prepared, args: TrainingArguments) -> None:
     steps, passes = length_of(data, args)
     if mix := mix_of(data):
         show(f"train: an epoch mixes {mix}")
-    show(f"train: {steps:,} steps of {size_of_step(args)}: {passes:.3g} epochs of {data.rows_per_epoch:,} rows")
+    show(
+        f"train: {many(steps, 'step')} of {size_of_step(args)}: {many(passes, 'epoch')} of {data.rows_per_epoch:,} rows"
+    )
     if passes > MANY_PASSES:
         note(f"warning: {passes:.0f} passes teach the rows by heart: EPOCHS=3 (--num_train_epochs 3) is usual.")
     elif steps < FEW_STEPS:
@@ -130,11 +132,11 @@ def print_verdict(
     if args.do_train:
         steps, passes = length_of(data["train"], args)
         seconds = training_seconds(folder, data["train"], steps, memory, args)
-        pairs["training"] = f"{method.name}, {steps:,} steps of {size_of_step(args)}, {passes:.3g} epochs"
+        pairs["training"] = f"{method.name}, {many(steps, 'step')} of {size_of_step(args)}, {many(passes, 'epoch')}"
         pairs["time"] = f"about {duration(seconds)} of training, as predicted from matrix products on {args.device}"
     for split, name in (("validation", "loss of"), ("test", "answers to")):
         if split in data:
-            pairs[f"{name}"] = f"{len(data[split].questions) or len(data[split].rows):,} {split} rows"
+            pairs[name] = many(len(data[split].questions) or len(data[split].rows), "row")
     size = needed(plan, case.setup)
     pairs["memory"] = f"{gb(size)} predicted at the peak, {gb(available)} free"
     print_pairs("dry run: this would start", pairs)
@@ -160,7 +162,7 @@ def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
         show(table)
     for name, scores in columns.items():
         if scores.get("empty"):
-            show(f"{name}: {scores['empty']} empty predictions or references count as 0")
+            show(f"{name}: pairs with an empty answer or reference, which count as 0: {scores['empty']}")
 
 
 def print_answers(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -196,15 +198,14 @@ def print_settings(
     total, trainable = sizes(model, args)
     pairs: dict[str, object] = {
         "model": f"{folder.path}, {total / 1e6:,.1f} million parameters, {str(model.dtype).removeprefix('torch.')}",
-        "device": f"{args.device}, {args.world_size} process{'es' if args.world_size > 1 else ''}"
+        "device": f"{args.device}, {many(args.world_size, 'process', 'processes')}"
         f"{f' under {args.engine.name}' if args.world_size > 1 else ''}, "
-        f"{torch.get_num_threads()} threads each; {gb(plan.total)} of memory predicted, {gb(available)} free",
+        f"{many(torch.get_num_threads(), 'thread')} each; {gb(plan.total)} of memory predicted, {gb(available)} free",
     }
     if args.do_train:
-        length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
         pairs["method"] = f"{case.method.name}, {trainable:,} trainable parameters"
         pairs["training"] = (
-            f"{length} of {size_of_step(args)} ({args.tokens_per_batch or args.train_batch_size} x "
+            f"{size_of_step(args)} a step ({args.tokens_per_batch or args.train_batch_size} x "
             f"{args.gradient_accumulation_steps} accumulated x {args.world_size}) of "
             f"{data_args.max_source_length} + {data_args.max_target_length} tokens, learning rate "
             f"{args.learning_rate:g}, seed {args.seed}"
