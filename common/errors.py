@@ -5,6 +5,7 @@ It ends with exit code 2, or 3 where a file could not be written for want of roo
 
 import difflib
 import errno
+import io
 import os
 import pwd
 import sys
@@ -148,6 +149,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the program after one sentence on stderr, with the exit code of the error; Ctrl-C ends it without one."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # an ASCII terminal must not end a training with a Chinese row
     try:
         yield
     except KeyboardInterrupt:

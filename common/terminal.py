@@ -1,6 +1,7 @@
 """What a person sees: lines and tables above a bar on a terminal; elsewhere a line now and then instead of the bar."""
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,19 +25,29 @@ def out() -> TextIO:
     return streams.get("people", sys.stdout)
 
 
+class Lines(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on without readers: rich would end the training, as when `| head` has seen enough."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 def console(file: TextIO | None = None) -> Console:
     """As wide as the terminal."""
     file = file or out()
-    return Console(
+    return Lines(
         file=file, width=None if file.isatty() else WIDE, highlight=False, markup=False, soft_wrap=True, emoji=False
     )
 
 
+def print_on(stream: TextIO, *objects: object, sep: str = " ") -> None:
+    """Prints at once, above a bar."""
+    with tqdm.external_write_mode(file=stream):
+        console(stream).print(*objects, sep=sep)
+
+
 def show(*objects: object, sep: str = " ") -> None:
     """Prints texts and rich tables, and copies them into the log of the training."""
-    with tqdm.external_write_mode(file=out()):
-        console().print(*objects, sep=sep)
-        out().flush()
+    print_on(out(), *objects, sep=sep)
     for file in copies:
         with suppress(OSError):  # a full disk must not end a training here
             console(file).print(*objects, sep=sep)

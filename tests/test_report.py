@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import sys
@@ -201,6 +202,14 @@ def test_a_dry_run_ends_in_a_verdict_and_writes_no_report(files, tmp_path, capsy
         assert re.search(part, verdict)
     assert re.search(r"memory +[\d.]+ GB predicted at the peak, [\d.]+ GB free\nall checks passed$", verdict)
     assert not {"run.json", "report.html", "train.log"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_reader_that_leaves_ends_no_training():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        for line in ("step 1", "step 2"):
+            terminal.print_on(file, line)
 
 
 def test_what_takes_long_says_so_where_no_bar_is_seen(capsys, monkeypatch):

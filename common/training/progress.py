@@ -106,10 +106,8 @@ class StepLines(TrainerCallback):
         entry, self.waiting = self.waiting, {}
         entry["seconds_left"] = self.seconds_left(state)
         if self.as_json:
-            print(
-                json.dumps({name: entry[name] for name in KEPT if name in entry} | {"steps": state.max_steps}),
-                flush=True,
-            )
+            shown = {name: entry[name] for name in KEPT if name in entry}
+            print_on(sys.stdout, json.dumps(shown | {"steps": state.max_steps}))
         else:
             parts = [f"{name} {form.format(entry[key])}" for name, (key, form) in LOGGED.items() if key in entry]
             if "tokens_per_second" in entry:
