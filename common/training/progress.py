@@ -1,6 +1,7 @@
 """A line for each log of a training, with a bar below it on a terminal and signs of life elsewhere."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from common.terminal import HEARTBEAT, Progress, duration, short, show
+from common.terminal import HEARTBEAT, Progress, duration, print_on, short, show
 
 LOGGED = {  # name in the line: name in the log, format
     "loss": ("loss", "{:.4f}"),
