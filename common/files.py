@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -200,16 +200,26 @@ def read_json(file: Path) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
-def write_json(file: Path, content: dict) -> None:
-    """Replaces the file in one step: a reader finds the old content or the new. Follows no link."""
+@contextmanager
+def replaced(file: Path, encoding: str = "utf-8", newline: str | None = None) -> Iterator[TextIO]:
+    """Text to write, which takes the place of the file in one step: a reader finds the old content or the new.
+
+    Follows no link.
+    """
     partial = file.with_suffix(f".{secrets.token_hex(4)}.partial")
     try:
-        with open(partial, "x", encoding="utf-8") as text:
-            text.write(json.dumps(content, ensure_ascii=False, indent=2))
+        with open(partial, "x", encoding=encoding, newline=newline) as text:
+            yield text
         os.replace(partial, file)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Replaces the file in one step."""
+    with replaced(file) as text:
+        text.write(json.dumps(content, ensure_ascii=False, indent=2))
 
 
 def check_no_links(folder: Path, kinds: tuple[str, ...] = WRITTEN) -> None:

@@ -1,5 +1,6 @@
 """What a person sees: lines and tables above a bar on a terminal; elsewhere a line now and then instead of the bar."""
 
+import errno
 import io
 import os
 import sys
@@ -94,6 +95,8 @@ def logged(for_programs: bool) -> Iterator[Callable[[Path], None]]:
 
     def into(file: Path) -> None:
         try:
+            if file.exists() and not file.is_file():  # to open a pipe would wait for a reader
+                raise FileExistsError(errno.EEXIST, "it is no file")
             log = open(file, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             say(f"warning: {file} can't be written ({error.strerror}): there is no log.")

@@ -143,22 +143,47 @@ def test_a_continued_training_keeps_the_curves_and_counts_all_its_starts(halfway
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '{"format": 2}', '{"format": 1, "pieces": 3}', '{"format": 1, "rows": {"rows": 1}}']
+    "change",
+    [
+        "found.clear()",
+        "found.update(format=2)",
+        "found.update(logs=3)",
+        "found.update(logs=['x'])",
+        "found['logs'][0].pop('step')",
+        "found['logs'][0].update(loss='low')",
+        "found.update(pieces=[{}])",
+        "found['pieces'][0].update(tokens='many')",
+        "found.update(samples={})",
+        "found['samples'].update(answers=[{}])",
+        "found.update(data=[1])",
+        "found.update(rows={'total': 1, 'rows': [1]})",
+        "found['scores'].update(tuned='good')",
+        "found['progress'].update(epochs='all')",
+        "found['settings'][0].update(value=None)",
+    ],
 )
-def test_a_record_of_another_kind_counts_as_broken(tmp_path, text, capsys):
-    (tmp_path / "run.json").write_text(text)
+def test_a_record_of_another_shape_counts_as_broken(whole, tmp_path, change, capsys):
+    found = record_of(whole)
+    exec(change, {"found": found})
+    (tmp_path / "run.json").write_text(json.dumps(found))
     assert Record(tmp_path, afresh=False).data["pieces"] == []
     assert "is broken" in capsys.readouterr().err
 
 
+def test_a_whole_record_is_gone_on_with(whole, capsys):
+    assert Record(whole, afresh=False).data["logs"] == record_of(whole)["logs"] != []
+    assert not capsys.readouterr().err
+
+
 def test_a_report_that_cannot_be_written_ends_no_training(files, tmp_path, capsys):
-    (tmp_path / "run.json").mkdir()
-    (tmp_path / "report.html").mkdir()
-    (tmp_path / "train.log").mkdir()
-    finetune(f"{TRAINING} --pre_seq_len 4 {files} --do_predict false --evaluate_base false", tmp_path)
-    assert (tmp_path / "pytorch_model.bin").is_file()
+    for name in ("run.json", "report.html", "README.md"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "train.log")
+    finetune(f"{TRAINING} --pre_seq_len 4 {files}", tmp_path)
+    assert (tmp_path / "pytorch_model.bin").is_file() and (tmp_path / "generated_predictions.txt").is_file()
     said = capsys.readouterr().err
     assert said.count("can't be written") == 2 and "the training goes on" in said
+    assert all((tmp_path / name).is_dir() for name in ("run.json", "report.html", "README.md"))
 
 
 def test_the_last_evaluation_of_a_training_is_not_made_twice(whole, monkeypatch, files, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.files import replaced
 from common.hub.hubs import is_hub_name
 from common.models.registry import is_local
 
@@ -94,11 +95,10 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 def write_csv(file: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """UTF-8 with a byte order mark, by which Excel knows it. A text that a spreadsheet would compute gets a quote."""
-    with open(file, "w", encoding="utf-8-sig", newline="") as lines:
+    with replaced(file, encoding="utf-8-sig", newline="") as lines:
         writer = csv.writer(lines)
         writer.writerow(columns)
         for row in rows:
             cells = [row[column] for column in columns]
-            writer.writerow(
-                [f"'{each}" if isinstance(each, str) and each.startswith(FORMULA) else each for each in cells]
-            )
+            risky = [isinstance(each, str) and each.startswith(FORMULA) for each in cells]
+            writer.writerow([f"'{each}" if quoted else each for each, quoted in zip(cells, risky, strict=True)])

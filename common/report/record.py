@@ -3,17 +3,16 @@
 A report never ends a training: what can't be read or written is named once.
 """
 
-import os
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from common.errors import describe, note
-from common.files import read_json, write_json
+from common.files import read_json, replaced, write_json
 from common.manifest import read_manifest
 from common.report.card import model_card, written_by_hand
 from common.report.page import page
@@ -27,17 +26,42 @@ EMPTY: dict[str, Any] = {
     **{"samples": {"rows": [], "answers": []}, "questions": [], "scores": {}, "rows": {"total": 0, "rows": []}},
     "warnings": [],
 }
+START = dict.fromkeys(("first_step", "last_step", "tokens", "seconds"), 0.0) | {"device": "", "versions": {}}
+# What a training needs of a record that it goes on with; 0.0 stands for a number, one item for all of a list.
+SHAPE: dict[str, Any] = {
+    "format": 0.0,
+    "settings": [{"flag": "", "value": "", "from": ""}],
+    "pieces": [START],
+    "progress": {},
+    "data": [{"split": "", "rows": 0.0, "hash": "", "files": [{"file": "", "format": "", "rows": 0.0}]}],
+    "logs": [{"step": 0.0}],
+    "samples": {"rows": [{"question": ""}], "answers": [{"step": 0.0, "answers": [""]}]},
+    "questions": [""],
+    "scores": {},
+    "rows": {"rows": [{"row": 0.0}]},
+}
 
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a value from a file has the shape of another one, and perhaps more."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(name in value and fits(value[name], shape[name]) for name in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    return isinstance(value, int | float if isinstance(shape, float) else type(shape))
+
+
 def is_record(found: Mapping[str, Any]) -> bool:
-    """Whether all parts are of the kind that ``EMPTY`` shows."""
-    parts = [found.get("samples", {}), found.get("rows", {})]
-    kinds = all(type(found.get(name, value)) is type(value) for name, value in EMPTY.items() if value is not None)
-    return found.get("format") == 1 and kinds and all(isinstance(part.get("rows", []), list) for part in parts)
+    """Whether a training can go on with what run.json holds."""
+    if not fits(found, SHAPE) or found["format"] != EMPTY["format"]:
+        return False
+    numbers = [list(found["progress"].values()), *(entry.values() for entry in found["logs"])]
+    scores = [column.values() if isinstance(column, dict) else [""] for column in found["scores"].values()]
+    return all(fits(value, 0.0) for values in (*numbers, *scores) for value in values)
 
 
 class Record:
@@ -46,12 +70,11 @@ class Record:
     def __init__(self, folder: Path, afresh: bool):
         """Goes on with the record that is there, unless ``afresh``."""
         self.folder, self.written, self.cost, self.fails = folder, 0.0, 0.0, False
-        found = {} if afresh else read_json(folder / RUN_FILE)
-        if found is None and (folder / RUN_FILE).exists() or found and not is_record(found):
+        found = None if afresh else read_json(folder / RUN_FILE)
+        if not afresh and (folder / RUN_FILE).exists() and not (found and is_record(found)):
             note(f"note: {folder / RUN_FILE} is broken: the report begins anew. Totals lack what was trained before.")
             found = None
-        self.data = EMPTY | {name: type(EMPTY[name])() for name in ("pieces", "logs", "data", "settings", "questions")}
-        self.data |= {"samples": {"rows": [], "answers": []}, "rows": {"total": 0, "rows": []}} | (found or {})
+        self.data: dict[str, Any] = deepcopy(EMPTY) | (found or {})
         self.data |= {"output_dir": str(folder.resolve()), "problem": "", "warnings": []}
 
     def begin_piece(self, piece: dict[str, Any]) -> None:
@@ -79,10 +102,12 @@ class Record:
         self.data["updated"] = now()
         try:
             write_json(self.folder / RUN_FILE, self.data)
-            write_text(self.folder / PAGE_FILE, page(self.data))
+            with replaced(self.folder / PAGE_FILE, newline="\n") as text:
+                text.write(page(self.data))
             sealed = (read_manifest(self.folder) or {"files": {}})["files"]  # results of before hold that of PEFT
             if card and CARD not in sealed and not written_by_hand(self.folder / CARD):
-                write_text(self.folder / CARD, model_card(self.data))
+                with replaced(self.folder / CARD, newline="\n") as text:
+                    text.write(model_card(self.data))
         except Exception as error:  # of any kind: a mistake in a report must not end a training either
             if not self.fails:
                 note(f"warning: the report in {self.folder} can't be written ({error}): the training goes on.")
@@ -101,15 +126,3 @@ class Record:
                 self.data["problem"] = describe(error) or f"{type(error).__name__}: {error}"
             self.write()
             raise
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replaces a file in one step. A link is replaced too, and not followed."""
-    partial = file.with_suffix(f".{secrets.token_hex(4)}.partial")
-    try:
-        with open(partial, "x", encoding="utf-8", newline="\n") as content:
-            content.write(text)
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

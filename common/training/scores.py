@@ -8,13 +8,13 @@ from typing import Any
 
 from common.arguments import DataArguments
 from common.data.dataset import Prepared
-from common.files import written
+from common.errors import note
 from common.metrics import SCORES, mean_scores, score_rows
 from common.report.card import write_csv
 from common.report.facts import chosen_rows
 from common.report.record import Record
 from common.terminal import show
-from common.training.evaluation import Judgement
+from common.training.evaluation import ANSWERS, Judgement
 from common.training.summary import peak_memory, print_answers, print_scores
 from common.training.trainer import FinetuneTrainer
 
@@ -97,10 +97,7 @@ def save_scores(
 
 
 def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], scores: Scores) -> dict[str, Any]:
-    """Writes predictions.csv, and prints a few answers below their questions. Returns the rows for the record.
-
-    Raises SaveError.
-    """
+    """Writes predictions.csv, and prints a few answers below their questions. Returns the rows for the record."""
     questions, references = list(data.questions["text"]), list(data.questions["reference"])
 
     def row(at: int) -> dict[str, Any]:
@@ -112,9 +109,11 @@ def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], s
         return {f"{name} {metric}": value for name, pair in pairs for metric, value in pair.items()}
 
     columns = [f"{name} {metric}" for name in found for metric in SCORES]
-    with written(folder / TABLE, "make room and give the same command again"):
-        lines = (dict.fromkeys(columns) | row(at) | all_scores(at) for at in range(len(questions)))
+    lines = (dict.fromkeys(columns) | row(at) | all_scores(at) for at in range(len(questions)))
+    try:
         write_csv(folder / TABLE, lines, ["row", "question", "reference", *found, *columns])
+    except OSError as error:
+        note(f"warning: {folder / TABLE} can't be written ({error.strerror}): the answers are in {ANSWERS['tuned']}.")
     print_answers([row(at) for at in range(min(3, len(questions)))])
     if missing := references.count(None):
         show(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
