@@ -15,6 +15,7 @@ import torch
 from common import command, terminal
 from common.arguments import DataArguments, LoraArguments, PrefixArguments
 from common.command import VARIABLES, given, origin_of, with_variables
+from common.errors import UserError
 from common.finetune import run
 from common.flags import parse_arguments
 from common.methods.lora import Lora
@@ -168,6 +169,24 @@ def test_a_record_of_another_shape_counts_as_broken(whole, tmp_path, change, cap
     (tmp_path / "run.json").write_text(json.dumps(found))
     assert Record(tmp_path, afresh=False).data["pieces"] == []
     assert "is broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "error", "status", "problem"),
+    [
+        ("training", UserError("no room."), "failed", "no room."),
+        ("training", SystemExit(0), "stopped", ""),
+        ("training", KeyboardInterrupt(), "stopped", ""),
+        ("finished", UserError("no room."), "finished", ""),
+    ],
+)
+def test_a_record_says_how_a_training_ended(tmp_path, before, error, status, problem):
+    record = Record(tmp_path, afresh=True)
+    record.data["status"] = before
+    with pytest.raises(type(error)), record.open():
+        raise error
+    found = record_of(tmp_path)
+    assert (found["status"], found["problem"]) == (status, problem)
 
 
 def test_a_whole_record_is_gone_on_with(whole, capsys):

@@ -116,13 +116,17 @@ class Record:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Takes down how the program ends. A training that a signal ended is continued later."""
+        """Takes down how the program ends. A training that a signal ended is continued later.
+
+        What is finished stays so where an evaluation fails.
+        """
+        before = self.data["status"]
         try:
             yield
         except BaseException as error:
             stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
-            self.data["status"] = "stopped" if stopped else "failed"
-            if isinstance(error, Exception):
+            self.data["status"] = "finished" if before == "finished" else "stopped" if stopped else "failed"
+            if isinstance(error, Exception) and before != "finished":
                 self.data["problem"] = describe(error) or f"{type(error).__name__}: {error}"
             self.write()
             raise

@@ -31,7 +31,7 @@ def begin_record(
     """The record of the output folder, for a training ``afresh`` a new one."""
     args, method = trainer.args, trainer.method
     record = Record(Path(args.output_dir), args.do_train and afresh)
-    facts: dict[str, Any] = {"status": "training" if args.do_train else "evaluating", "method": method.name}
+    facts: dict[str, Any] = {"method": method.name} | ({"status": "training"} if args.do_train else {})
     facts["data"] = [data_facts(split, prepared, prepared.survey) for split, prepared in data.items()]
     if args.do_train or not record.data["settings"]:
         facts["settings"] = settings_facts((model_args, method.args, data_args, args))
