@@ -73,7 +73,7 @@ def flag_of(name: str) -> str:
 
 def with_variables(sentence: str) -> str:
     """The sentence with the variable before each flag that has one, where a script was started."""
-    if "RESUME_COMMAND" not in os.environ:
+    if "RESUME_COMMAND" not in os.environ or ".py " in sentence:  # which quotes a command
         return sentence
 
     def both(found: re.Match[str]) -> str:

@@ -136,7 +136,7 @@ def train_and_judge(
     if args.do_eval or args.do_predict:
         judge_both(trainer, data, data_args, found, record)
     if record:
-        finish(record, data_args)
+        finish(record, trainer, data_args)
         beside = f", beside it predictions.csv and {ANSWERS['tuned']}" if args.do_predict else ""
         show(f"report: {output_dir / PAGE_FILE}{beside}")
 
@@ -150,7 +150,7 @@ def judge_both(
 ) -> None:
     """Does what --do_eval and --do_predict ask; ``found``: the base, if it was judged before."""
     summary.reset_peak_memory()
-    if record:
+    if record and trainer.args.do_train:
         record.data["status"] = "evaluating"
         record.write()
     if data_args.evaluate_base and not trainer.method.trains_base:

@@ -95,20 +95,21 @@ def logged(for_programs: bool) -> Iterator[Callable[[Path], None]]:
 
     def into(file: Path) -> None:
         try:
-            if file.exists() and not file.is_file():  # to open a pipe would wait for a reader
+            if file.is_symlink() or file.exists() and not file.is_file():  # to open a pipe would wait for a reader
                 raise FileExistsError(errno.EEXIST, "it is no file")
             log = open(file, "a", encoding="utf-8")  # noqa: SIM115
+            log.write(early.getvalue())
         except OSError as error:
             say(f"warning: {file} can't be written ({error.strerror}): there is no log.")
             return
-        log.write(early.getvalue())
         copies[copies.index(early)] = log
 
     try:
         yield into
     finally:
         streams.clear()
-        copies.pop().close()
+        with suppress(OSError):
+            copies.pop().close()
 
 
 class Progress:

@@ -201,7 +201,7 @@ def test_a_report_that_cannot_be_written_ends_no_training(files, tmp_path, capsy
     finetune(f"{TRAINING} --pre_seq_len 4 {files}", tmp_path)
     assert (tmp_path / "pytorch_model.bin").is_file() and (tmp_path / "generated_predictions.txt").is_file()
     said = capsys.readouterr().err
-    assert said.count("can't be written") == 2 and "the training goes on" in said
+    assert said.count("can't be written") == 2 and "all else goes on" in said
     assert all((tmp_path / name).is_dir() for name in ("run.json", "report.html", "README.md"))
 
 
@@ -230,11 +230,11 @@ def test_a_log_is_a_line_for_people_or_an_object_for_programs(files, tmp_path, c
 
 
 def test_the_clock_of_a_training_stands_still_while_it_pauses(monkeypatch):
-    times = iter([0.0, 1.0, 2.0, 4.0, 7.0, 10.0])
+    times = iter([0.0, 1.0, 7.0, 10.0])
     monkeypatch.setattr(trainer.time, "monotonic", lambda: next(times))
     clock = trainer.Clock()  # at 0
-    with clock.pause(), clock.pause():  # from 1 and 2 to 4 and 7
-        pass
+    with clock.pause(), clock.pause():  # from 1 to 7
+        assert clock.seconds() == 1.0
     assert clock.seconds() == 4.0  # at 10
 
 
@@ -295,15 +295,16 @@ def test_a_table_for_excel_computes_nothing(tmp_path):
 def test_a_record_of_many_rows_keeps_the_worst_and_others_evenly(monkeypatch):
     monkeypatch.setattr(facts, "MOST_ROWS", 100)
     scores = [float(1000 - row) if row % 2 else None for row in range(1000)]
-    kept = chosen_rows(scores)
+    kept = chosen_rows(scores, 1000)
     assert len(kept) <= 100 and kept == sorted(kept) and kept[0] == 0
     assert {*range(981, 1000, 2)} <= {*kept}
     assert max(after - before for before, after in pairwise(kept)) < 25
-    assert chosen_rows([None] * 100) == list(range(100))
+    assert chosen_rows([None] * 100, 1000) == list(range(100))
+    assert len(chosen_rows([None] * 100, 100 * 500_000)) <= 10  # long texts: a record must be readable
 
 
 def record_with(**parts) -> dict:
-    return EMPTY | {"data": [{"split": "train", "rows": 60, "cut": 0}], "progress": {"steps": 100, "epochs": 3}} | parts
+    return EMPTY | {"data": [{"split": "train", "rows": 60, "cut": 0}], "progress": {"step": 100, "epoch": 3}} | parts
 
 
 def losses(*values: float) -> list[dict]:
@@ -316,15 +317,15 @@ def losses(*values: float) -> list[dict]:
         ({}, []),
         ({"logs": losses(0.5, 0.4, 0.404)}, []),
         ({"logs": losses(0.5, 0.4, 0.45, 0.6)}, ["rises since step 2 (0.400 to 0.600)"]),
-        ({"progress": {"steps": 100, "epochs": 200}}, ["200 passes over 60 rows"]),
-        ({"progress": {"steps": 20, "epochs": 3}}, ["20 steps change little"]),
+        ({"progress": {"step": 100, "epoch": 200}}, ["200 passes over 60 rows"]),
+        ({"progress": {"step": 20, "epoch": 3}}, ["20 steps change little"]),
         ({"data": [{"split": "train", "rows": 60, "cut": 4}]}, ["4 of 60 train rows are cut to 64 + 64 tokens"]),
         ({"scores": {"base": {"rouge-l": 20.0}, "tuned": {"rouge-l": 10.0}}}, ["scores below its base"]),
         ({"scores": {"tuned": {"rouge-l": 10.0, "empty": 3}}}, ["3 answers or references are empty"]),
     ],
 )
 def test_warnings_say_what_went_wrong_in_both_languages(parts, words):
-    found = list(warnings_of(record_with(**parts), DataArguments(max_source_length=64, max_target_length=64)))
+    found = list(warnings_of(record_with(**parts), DataArguments(max_source_length=64, max_target_length=64), False))
     assert len(found) == len(words)
     assert all(word in warning["en"] for word, warning in zip(words, found, strict=True))
     for warning in found:

@@ -1,6 +1,5 @@
 """What a trained folder says about its training: for the chats, which show it and do without it."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,7 @@ def entry(value: Any, *names: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def is_question(value: Any) -> bool:

@@ -186,7 +186,7 @@ def save(talk: Talk, rest: str) -> None:
     try:
         with open(Path(rest).expanduser(), "a", encoding="utf-8") as file:
             file.write(text)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
         raise UserError(f"{rest} can't be written: {error.strerror}.") from error
     print(f"已保存 (saved): {rest}")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def written_by_hand(file: Path) -> bool:
 
 def cell(text: object) -> str:
     """A text as a cell of a Markdown table."""
-    return " ".join(str(text).replace("|", "\\|").replace("<", "&lt;").replace("`", "'").split())
+    return re.sub(r"([\\`*_\[\]!|])", r"\\\1", " ".join(str(text).replace("&", "&amp;").replace("<", "&lt;").split()))
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
@@ -54,13 +55,15 @@ def model_card(record: Mapping[str, Any]) -> str:
     train = next((split for split in record["data"] if split["split"] == "train"), None)
     if pieces and train:
         lines.append(
-            f"{cell(model.get('family', ''))} `{cell(name)}`, trained by {method}: {progress.get('step', 0):,} steps, "
+            f"{cell(model.get('family', ''))}, {cell(name)}, trained by {method}: {progress.get('step', 0):,} steps, "
             f"{progress.get('epoch') or 0:.2f} epochs of {train['rows']:,} rows, "
-            f"{sum(piece['tokens'] for piece in pieces):,} tokens, "
+            f"{progress.get('tokens', 0):,} tokens, "
             f"{sum(piece['seconds'] for piece in pieces) / 60:,.1f} minutes on {cell(pieces[-1]['device'])}. "
             f"Trained parameters: {model.get('trainable', 0):,} of {model.get('parameters', 0):,}."
         )
-    if scores:
+    if record["best_step"]:
+        lines.append(f"The weights are those of step {record['best_step']:,}, the best in the validation.")
+    if any(scores.values()):
         columns = [column for column in ("base", "tuned") if column in scores]
         rows = [
             [label, *(f"{scores[column][key]:.2f}" if key in scores[column] else "" for column in columns)]

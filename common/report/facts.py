@@ -31,7 +31,7 @@ SHOWN = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("activation_checkpointing", "bf16", "fp16", "train_sampling_strategy"),
 )
-MOST_ROWS = 10_000  # of answers in a record
+MOST_ROWS, MOST_CHARACTERS = 10_000, 5_000_000  # of answers in a record
 RISES = 1.02  # a validation loss that is so much above its best one
 MANY_PASSES, FEW_STEPS, MANY_CUT = 20, 50, 0.05  # epochs, steps, share of the rows
 
@@ -135,39 +135,43 @@ def survey_facts(found: Survey) -> dict[str, Any]:
     return {"tokens": found.tokens, "cut": found.cut, "lost": found.lost, "lengths": lengths}
 
 
-def chosen_rows(scores: Sequence[float | None]) -> list[int]:
-    """The rows that a record keeps, in their order: all, or a tenth with the lowest scores and others evenly."""
-    if len(scores) <= MOST_ROWS:
+def chosen_rows(scores: Sequence[float | None], characters: int) -> list[int]:
+    """The rows that a record keeps, in their order: all, or a tenth with the lowest scores and others evenly.
+
+    ``characters``: of all rows.
+    """
+    most = min(MOST_ROWS, MOST_CHARACTERS * len(scores) // max(1, characters))
+    if len(scores) <= most:
         return list(range(len(scores)))
     worst = sorted((row for row, score in enumerate(scores) if score is not None), key=lambda row: scores[row] or 0)
-    evenly = np.linspace(0, len(scores) - 1, MOST_ROWS * 9 // 10).astype(int).tolist()
-    return sorted({*worst[: MOST_ROWS // 10], *evenly})
+    evenly = np.linspace(0, len(scores) - 1, most * 9 // 10).astype(int).tolist()
+    return sorted({*worst[: most // 10], *evenly})
 
 
-def warnings_of(record: Mapping[str, Any], data_args: DataArguments) -> Iterator[dict[str, str]]:
-    """What a person should know about this training, in both languages."""
+def warnings_of(record: Mapping[str, Any], data_args: DataArguments, keeps_best: bool) -> Iterator[dict[str, str]]:
+    """What a person should know about a training that has ended, in both languages."""
     losses = [(entry["eval_loss"], entry["step"]) for entry in record["logs"] if "eval_loss" in entry]
     if losses:
         best, step = min(losses)
         if losses[-1][0] > RISES * best and losses[-1][1] > step:
+            en = "" if keeps_best else " BEST_METRIC=loss keeps the best checkpoint; EARLY_STOPPING=3 ends it there."
+            zh = "" if keeps_best else "BEST_METRIC=loss 保留最好的检查点，EARLY_STOPPING=3 及时结束训练。"
             yield {
                 "en": f"The validation loss rises since step {step} ({best:.3f} to {losses[-1][0]:.3f}): the model "
-                "learns the training rows by heart. BEST_METRIC=loss keeps the best checkpoint; EARLY_STOPPING=3 ends "
-                "the training there.",
-                "zh": f"验证损失从第 {step} 步起上升（{best:.3f} 到 {losses[-1][0]:.3f}）：模型开始死记训练数据。"
-                "BEST_METRIC=loss 保留最好的检查点，EARLY_STOPPING=3 及时结束训练。",
+                f"learns the training rows by heart.{en}",
+                "zh": f"验证损失从第 {step} 步起上升（{best:.3f} 到 {losses[-1][0]:.3f}）：模型开始死记训练数据。{zh}",
             }
     progress = record["progress"]
-    if (passes := progress.get("epochs") or 0) > MANY_PASSES:
+    if (passes := progress.get("epoch") or 0) > MANY_PASSES:
         rows = sum(split["rows"] for split in record["data"] if split["split"] == "train")
         yield {
             "en": f"{passes:.0f} passes over {rows:,} rows teach them by heart: EPOCHS=3 is usual.",
             "zh": f"{rows:,} 条数据训练了 {passes:.0f} 遍，容易死记硬背；一般 EPOCHS=3。",
         }
-    if 0 < progress.get("steps", 0) < FEW_STEPS:
+    if 0 < progress.get("step", 0) < FEW_STEPS:
         yield {
-            "en": f"{progress['steps']} steps change little: raise EPOCHS or lower BATCH_SIZE.",
-            "zh": f"只有 {progress['steps']} 步，变化不大：增大 EPOCHS 或减小 BATCH_SIZE。",
+            "en": f"{progress['step']} steps change little: raise EPOCHS or lower BATCH_SIZE.",
+            "zh": f"只有 {progress['step']} 步，变化不大：增大 EPOCHS 或减小 BATCH_SIZE。",
         }
     for split in record["data"]:
         if (cut := split.get("cut", 0)) > MANY_CUT * split["rows"]:

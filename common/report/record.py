@@ -84,7 +84,7 @@ class Record:
         data["status"], samples = "training", data["samples"]
         samples["answers"] = [found for found in samples["answers"] if found["step"] <= first]
         for earlier in data["pieces"]:
-            earlier["last_step"] = min(earlier["last_step"], first)
+            earlier["last_step"] = max(earlier["first_step"], min(earlier["last_step"], first))
         data["pieces"].append(piece)
 
     def log(self, entry: dict[str, Any], progress: dict[str, Any], piece: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Record:
                     text.write(model_card(self.data))
         except Exception as error:  # of any kind: a mistake in a report must not end a training either
             if not self.fails:
-                note(f"warning: the report in {self.folder} can't be written ({error}): the training goes on.")
+                note(f"warning: the report in {self.folder} can't be written ({error}): all else goes on.")
             self.fails = True
         self.written, self.cost = time.monotonic(), time.process_time() - began
 

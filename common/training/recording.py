@@ -39,7 +39,8 @@ def begin_record(
     else:  # an evaluation of the training that the record is about
         own = [split["split"] for split in facts["data"]]
         before = [split["hash"] for split in record.data["data"] if split["split"] == "test"]
-        if "test" in data and data["test"].content not in before:
+        rows = record.data["rows"]["total"]
+        if "test" in data and (data["test"].content not in before or len(data["test"].questions) != rows):
             record.data |= {"scores": {}, "rows": {"total": 0, "rows": []}}  # those of other rows
         facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
     if rows := questions_of(data):
@@ -97,6 +98,7 @@ def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerStat
             return
         state, seconds = trainer.state, trainer.clock.seconds()
         progress = {"step": state.global_step, "steps": state.max_steps, "epoch": state.epoch}
+        progress |= {"tokens": state.num_input_tokens_seen}  # of these steps, each counted once
         progress |= {"epochs": state.num_train_epochs, "seconds": seconds, "seconds_left": entry["seconds_left"]}
         peaks = {name.split("_")[1]: size for name, size in peak_memory().items() if name.startswith("peak")}
         piece = {
@@ -105,12 +107,17 @@ def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerStat
             "tokens": state.num_input_tokens_seen - start.num_input_tokens_seen,
             "memory": {"predicted": trainer.predicted_memory, **peaks},
         }
-        record.data["best_step"] = state.best_global_step
         record.log({name: entry[name] for name in KEPT if name in entry}, progress, piece)
 
     return take
 
 
-def finish(record: Record, data_args: DataArguments) -> None:
-    record.data |= {"status": "finished", "warnings": list(warnings_of(record.data, data_args))}
+def finish(record: Record, trainer: FinetuneTrainer, data_args: DataArguments) -> None:
+    """Takes down the end of a training, or of an evaluation alone."""
+    keeps_best = bool(trainer.args.load_best_model_at_end)
+    if trainer.args.do_train:
+        record.data["best_step"] = trainer.state.best_global_step if keeps_best else None
+        record.data["progress"]["seconds_left"] = 0.0
+    warnings = list(warnings_of(record.data, data_args, record.data["best_step"] is not None))
+    record.data |= {"status": "finished", "warnings": warnings}
     record.write(card=True)

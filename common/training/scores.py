@@ -47,7 +47,8 @@ def save_judgements(
     if record is None:  # not the first process
         return
     print_scores(columns)
-    record.data["scores"] = record.data["scores"] | columns  # an evaluation of the tuned model keeps those of the base
+    former = record.data["scores"]  # of the same rows: an evaluation of the tuned model keeps those of the base
+    record.data["scores"] = former | {name: former.get(name, {}) | column for name, column in columns.items()}
     if args.do_predict:
         bases = {row["row"]: row for row in record.data["rows"]["rows"] if "base" in row}
         rows = save_answers(Path(args.output_dir), splits["test"], found, scores)
@@ -118,6 +119,7 @@ def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], s
     if missing := references.count(None):
         show(f"{missing:,} of {len(references):,} questions have no reference: answered, not scored")
     names = {"base": "base_score", "tuned": "score"}
-    kept = chosen_rows([(pair or {}).get("rouge-l") for pair in scores["tuned"]])
+    characters = sum(map(len, questions)) + sum(len(text) for judged in found.values() for text in judged.answers)
+    kept = chosen_rows([(pair or {}).get("rouge-l") for pair in scores["tuned"]], characters)
     rows = [row(at) | {names[name]: all_scores(at).get(f"{name} rouge-l") for name in found} for at in kept]
     return {"total": len(questions), "rows": rows}

@@ -28,15 +28,23 @@ class Clock:
 
     def __init__(self) -> None:
         self.began, self.paused = time.monotonic(), 0.0
+        self.stands_since: float | None = None
 
     def seconds(self) -> float:
-        return time.monotonic() - self.began - self.paused
+        now = time.monotonic() if self.stands_since is None else self.stands_since
+        return now - self.began - self.paused
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        began, before = time.monotonic(), self.paused
-        yield
-        self.paused = before + time.monotonic() - began  # pauses within this one count once
+        if self.stands_since is not None:  # a pause within a pause
+            yield
+            return
+        self.stands_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused += time.monotonic() - self.stands_since
+            self.stands_since = None
 
 
 class Abandoned(Exception):
