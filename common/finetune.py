@@ -112,7 +112,7 @@ def run(method: Method, model_args: ModelArguments, data_args: DataArguments, ar
         record = None
         if args.process_index == 0:
             log_into(output_dir / LOG_FILE)
-            record = begin_record(trainer, folder, data, model_args, data_args, afresh=checkpoint is None)
+            record = begin_record(trainer, folder, data, model_args, data_args, checkpoint)
         with record.open() if record else nullcontext():
             train_and_judge(trainer, data, data_args, found, checkpoint, record)
     state = PartialState()
@@ -331,7 +331,7 @@ def train(
     summary.reset_peak_memory()
     if args.early_stopping:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping))
-    watch(trainer, record, start, data, data_args.max_new_tokens or data_args.val_max_target_length)
+    watch(trainer, record, start, data, data_args)
     metrics = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).metrics
     for callback in (EarlyStoppingCallback, StepLines, Samples):  # they would look at every evaluation
         trainer.remove_callback(callback)

@@ -165,9 +165,23 @@ def test_another_build_of_pytorch_is_taken_from_its_index_and_kept(tmp_path):
 def test_a_word_stands_for_an_index_of_pytorch(asked, address, monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "FOLDER", tmp_path / ".venv")
     monkeypatch.setattr(environment, "RECORD", tmp_path / ".venv" / "torch_index")
+    monkeypatch.setattr(environment, "CONTENTS", tmp_path / ".venv" / "contents")
     monkeypatch.setenv("TORCH_INDEX", asked)
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("torch==2.13.0\nnumpy==2.4.6\n")
     assert environment.torch_index() == address
     flags = ["--extra-index-url", address, "--find-links", address, f"torch==2.13.0+{address.rpartition('/')[2]}"]
     assert environment.torch_build([requirements], address) == (flags if address else [])
+
+
+def test_an_address_that_did_not_answer_is_not_kept(monkeypatch, tmp_path):
+    for name in ("torch_index", "contents"):
+        (tmp_path / name).write_text("https://dead.example/cpu")
+    monkeypatch.setattr(environment, "RECORD", tmp_path / "torch_index")
+    monkeypatch.setattr(environment, "CONTENTS", tmp_path / "contents")
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    assert environment.torch_index() == "https://dead.example/cpu"  # what a whole .venv was built from
+    (tmp_path / "contents").unlink()
+    assert environment.torch_index() == ""
+    monkeypatch.setenv("TORCH_INDEX", "https://other.example/cpu")
+    assert environment.torch_index() == "https://other.example/cpu"

@@ -97,11 +97,14 @@ def test_an_evaluation_of_the_tuned_model_keeps_the_base_beside_it(whole, files,
     flags = f"--checkpoint {folder} --do_predict --use_cpu"
     finetune(f"{flags} --test_file {test_file}", folder)
     found = record_of(folder)
-    assert found["scores"]["base"] == before["scores"]["base"] and found["rows"] == before["rows"]
+    assert found["scores"] == before["scores"] and found["rows"] == before["rows"]
+    assert (folder / "predictions.csv").read_bytes() == (whole / "predictions.csv").read_bytes()
     assert found["logs"] == before["logs"] and found["pieces"] == before["pieces"]
     finetune(f"{flags} --test_file {test_file.replace('dev', 'train')}", folder)
     found = record_of(folder)
     assert list(found["scores"]) == ["tuned"] and found["rows"]["total"] == len(ROWS)
+    assert not (folder / "base_predictions.txt").exists()
+    assert "predict_base_rouge-l" not in json.loads((folder / "all_results.json").read_text())
     assert not any("base" in row for row in found["rows"]["rows"])
 
 
@@ -304,7 +307,12 @@ def test_a_record_of_many_rows_keeps_the_worst_and_others_evenly(monkeypatch):
 
 
 def record_with(**parts) -> dict:
-    return EMPTY | {"data": [{"split": "train", "rows": 60, "cut": 0}], "progress": {"step": 100, "epoch": 3}} | parts
+    return (
+        EMPTY
+        | {"status": "finished"}
+        | {"data": [{"split": "train", "rows": 60, "cut": 0}], "progress": {"step": 100, "epoch": 3}}
+        | parts
+    )
 
 
 def losses(*values: float) -> list[dict]:

@@ -24,7 +24,7 @@ from common.encoding import check_system, encode_chat
 from common.errors import UserError, exit_on_user_error
 from common.locking import cache_folder
 
-LEAVE = ("stop", "exit", "quit")
+LEAVE = ("stop", "exit", "quit", "/exit", "/quit")
 LINES = 1000  # that the terminal remembers from one chat to the next
 
 
@@ -187,7 +187,8 @@ def save(talk: Talk, rest: str) -> None:
         with open(Path(rest).expanduser(), "a", encoding="utf-8") as file:
             file.write(text)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who does not exist
-        raise UserError(f"{rest} can't be written: {error.strerror}.") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{rest} can't be written: {reason}.") from error
     print(f"已保存 (saved): {rest}")
 
 

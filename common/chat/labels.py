@@ -1,12 +1,8 @@
 """The words of the page in Chinese and English, and which of the two a visitor reads."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
-
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LANGUAGES = ("zh-CN", "en")
 COOKIE = "language"  # the language that a visitor has chosen by the switch
@@ -83,40 +79,3 @@ def language_of(headers: Mapping[str, str]) -> str:
     if chosen:
         return chosen[1]
     return "zh-CN" if headers.get("accept-language", "").lower().startswith("zh") else "en"
-
-
-def in_the_language(app: ASGIApp) -> ASGIApp:
-    """The application of a page of Gradio, which then takes its language from the request.
-
-    Gradio itself goes by the browser alone, takes some kinds of Chinese for English, and has no switch.
-    """
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != "/":
-            await app(scope, receive, send)
-            return
-        headers = MutableHeaders(scope=scope)
-        language = language_of(headers)
-        headers["accept-encoding"] = "identity"  # the body is changed below
-        start: Message = {}
-        body = bytearray()
-
-        async def send_changed(message: Message) -> None:
-            nonlocal start
-            if message["type"] == "http.response.start":
-                start = message
-                return
-            body.extend(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            told = f'Object.defineProperty(navigator, "language", {{value: {json.dumps(language)}}})'
-            page = bytes(body).replace(b'lang="en"', f'lang="{language}"'.encode(), 1)
-            page = page.replace(b"<head>", f"<head><title>ChatGLM</title><script>{told}</script>".encode(), 1)
-            if "content-length" in (changed := MutableHeaders(scope=start)):
-                changed["content-length"] = str(len(page))
-            await send(start)
-            await send({"type": "http.response.body", "body": page})
-
-        await app(scope, receive, send_changed)
-
-    return answer

@@ -4,6 +4,7 @@ python common/chat/web_demo.py --checkpoint FOLDER [--model_name_or_path BASE]
 """
 
 import argparse
+import json
 import os
 import secrets
 import signal
@@ -19,11 +20,13 @@ import psutil
 import uvicorn
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.chat import guard
 from common.chat.chat import chat_parser, generation_settings
 from common.chat.events import Chat
-from common.chat.labels import in_html, in_the_language
+from common.chat.labels import in_html, language_of
 from common.chat.page import I18N, SCRIPT, build_page
 from common.chat.rounds import BASE
 from common.chat.speakers import load_speakers
@@ -115,6 +118,43 @@ def serve(page: gr.Blocks, port: int, args: argparse.Namespace, context: int) ->
         child.terminate()  # the tunnel of the public link
     # Python's own exit waits for threads: one is inside a forward pass, others wait until the browsers leave.
     os._exit(0)
+
+
+def in_the_language(app: ASGIApp) -> ASGIApp:
+    """The application of a page of Gradio, which then takes its language from the request.
+
+    Gradio itself goes by the browser alone, takes some kinds of Chinese for English, and has no switch.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/":
+            await app(scope, receive, send)
+            return
+        headers = MutableHeaders(scope=scope)
+        language = language_of(headers)
+        headers["accept-encoding"] = "identity"  # the body is changed below
+        start: Message = {}
+        body = bytearray()
+
+        async def send_changed(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body.extend(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            told = f'Object.defineProperty(navigator, "language", {{value: {json.dumps(language)}}})'
+            page = bytes(body).replace(b'lang="en"', f'lang="{language}"'.encode(), 1)
+            page = page.replace(b"<head>", f"<head><title>ChatGLM</title><script>{told}</script>".encode(), 1)
+            if "content-length" in (changed := MutableHeaders(scope=start)):
+                changed["content-length"] = str(len(page))
+            await send(start)
+            await send({"type": "http.response.body", "body": page})
+
+        await app(scope, receive, send_changed)
+
+    return answer
 
 
 def share(host: str, port: int, guarded: guard.Guard) -> None:

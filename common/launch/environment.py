@@ -99,9 +99,10 @@ def torch_index() -> str:
 
     Raises ValueError if .venv holds another build: a job that runs may still import from it.
     """
-    asked, recorded = os.environ.get("TORCH_INDEX", "").rstrip("/"), recorded_index()
+    asked = os.environ.get("TORCH_INDEX", "").rstrip("/")
+    recorded = recorded_index() if CONTENTS.exists() else ""  # an address that did not answer must not stay
     address = f"https://download.pytorch.org/whl/{asked}" if asked and "/" not in asked else asked
-    if asked and FOLDER.exists() and address != recorded:
+    if asked and CONTENTS.exists() and address != recorded:
         source = recorded or "pip's own index"
         raise ValueError(
             f"TORCH_INDEX={asked}, but the PyTorch of {FOLDER} came from {source}: when no job uses that folder, "
@@ -145,10 +146,10 @@ def ensure(files: list[Path]) -> None:
         if not (FOLDER / files[0].name).exists():
             note(f"creating {FOLDER} (once; minutes and 2 GB of disk; with CUDA about 6 GB, and 2.7 GB to download)")
             FOLDER.mkdir(exist_ok=True)
-            RECORD.write_text(address)
             # What a killed build has started may still run its Python, which can be removed but not overwritten.
             shutil.rmtree(FOLDER / "bin", ignore_errors=True)
             venv.EnvBuilder(with_pip=True).create(FOLDER)
+        RECORD.write_text(address)
         note(f"installing {', '.join(file.name for file in files)}")
         pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         requirements = [*(f"--requirement={file}" for file in files), *torch_build(files, address)]

@@ -149,7 +149,7 @@ def chosen_rows(scores: Sequence[float | None], characters: int) -> list[int]:
 
 
 def warnings_of(record: Mapping[str, Any], data_args: DataArguments, keeps_best: bool) -> Iterator[dict[str, str]]:
-    """What a person should know about a training that has ended, in both languages."""
+    """What a person should know about a training, in both languages; while it runs, about what is planned."""
     losses = [(entry["eval_loss"], entry["step"]) for entry in record["logs"] if "eval_loss" in entry]
     if losses:
         best, step = min(losses)
@@ -161,17 +161,18 @@ def warnings_of(record: Mapping[str, Any], data_args: DataArguments, keeps_best:
                 f"learns the training rows by heart.{en}",
                 "zh": f"验证损失从第 {step} 步起上升（{best:.3f} 到 {losses[-1][0]:.3f}）：模型开始死记训练数据。{zh}",
             }
-    progress = record["progress"]
-    if (passes := progress.get("epoch") or 0) > MANY_PASSES:
+    progress, running = record["progress"], record["status"] == "training"
+    steps = progress.get("steps" if running else "step", 0)
+    if (passes := progress.get("epochs" if running else "epoch") or 0) > MANY_PASSES:
         rows = sum(split["rows"] for split in record["data"] if split["split"] == "train")
         yield {
             "en": f"{passes:.0f} passes over {rows:,} rows teach them by heart: EPOCHS=3 is usual.",
             "zh": f"{rows:,} 条数据训练了 {passes:.0f} 遍，容易死记硬背；一般 EPOCHS=3。",
         }
-    if 0 < progress.get("step", 0) < FEW_STEPS:
+    if 0 < steps < FEW_STEPS:
         yield {
-            "en": f"{progress['step']} steps change little: raise EPOCHS or lower BATCH_SIZE.",
-            "zh": f"只有 {progress['step']} 步，变化不大：增大 EPOCHS 或减小 BATCH_SIZE。",
+            "en": f"{steps} steps change little: raise EPOCHS or lower BATCH_SIZE.",
+            "zh": f"只有 {steps} 步，变化不大：增大 EPOCHS 或减小 BATCH_SIZE。",
         }
     for split in record["data"]:
         if (cut := split.get("cut", 0)) > MANY_CUT * split["rows"]:

@@ -12,6 +12,8 @@ from common.data.dataset import Prepared
 from common.models.registry import ModelFolder
 from common.report.facts import data_facts, model_facts, piece_facts, settings_facts, warnings_of
 from common.report.record import Record
+from common.training.checkpoints import is_finished
+from common.training.evaluation import ANSWERS
 from common.training.progress import KEPT, StepLines
 from common.training.samples import ROWS, Samples
 from common.training.summary import peak_memory
@@ -26,14 +28,15 @@ def begin_record(
     data: Mapping[str, Prepared],
     model_args: ModelArguments,
     data_args: DataArguments,
-    afresh: bool,
+    checkpoint: Path | None,
 ) -> Record:
-    """The record of the output folder, for a training ``afresh`` a new one."""
+    """The record of the output folder; of a training from its beginning (without ``checkpoint``) a new one."""
     args, method = trainer.args, trainer.method
-    record = Record(Path(args.output_dir), args.do_train and afresh)
-    facts: dict[str, Any] = {"method": method.name} | ({"status": "training"} if args.do_train else {})
+    trains = args.do_train and not (checkpoint and is_finished(checkpoint, args))
+    record = Record(Path(args.output_dir), args.do_train and checkpoint is None)
+    facts: dict[str, Any] = {"method": method.name} | ({"status": "training"} if trains else {})
     facts["data"] = [data_facts(split, prepared, prepared.survey) for split, prepared in data.items()]
-    if args.do_train or not record.data["settings"]:
+    if trains or not record.data["settings"]:
         facts["settings"] = settings_facts((model_args, method.args, data_args, args))
         facts["model"] = model_facts(folder, trainer.model, model_args, args)
     else:  # an evaluation of the training that the record is about
@@ -42,6 +45,7 @@ def begin_record(
         rows = record.data["rows"]["total"]
         if "test" in data and (data["test"].content not in before or len(data["test"].questions) != rows):
             record.data |= {"scores": {}, "rows": {"total": 0, "rows": []}}  # those of other rows
+            (record.folder / ANSWERS["base"]).unlink(missing_ok=True)
         facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
     if rows := questions_of(data):
         texts = list(dict.fromkeys(rows[: 20 * QUESTIONS]["text"]))
@@ -56,17 +60,21 @@ def questions_of(data: Mapping[str, Prepared]) -> Dataset | None:
 
 
 def watch(
-    trainer: FinetuneTrainer, record: Record | None, start: TrainerState, data: Mapping[str, Prepared], longest: int
+    trainer: FinetuneTrainer,
+    record: Record | None,
+    start: TrainerState,
+    data: Mapping[str, Prepared],
+    data_args: DataArguments,
 ) -> None:
     """Lets a training print its progress, answer sample rows, and record both. ``start``: what it continues from.
 
-    ``longest``: tokens of an answer. Every process takes part; ``record``: in the first one.
+    Every process takes part; ``record``: in the first one.
     """
-    args = trainer.args
+    args, longest = trainer.args, data_args.max_new_tokens or data_args.val_max_target_length
     if record:
         record.data["logs"] = record.data["logs"] or earlier_logs(start)
         record.begin_piece(piece_facts(args, start.global_step, trainer.predicted_memory))
-    trainer.add_callback(StepLines(recorder(trainer, record, start), args.log_format == "json"))
+    trainer.add_callback(StepLines(recorder(trainer, record, start, data_args), args.log_format == "json"))
     rows = questions_of(data)
     if not (args.show_answers and rows):
         return
@@ -90,7 +98,9 @@ def earlier_logs(start: TrainerState) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerState) -> Callable[[dict[str, Any]], None]:
+def recorder(
+    trainer: FinetuneTrainer, record: Record | None, start: TrainerState, data_args: DataArguments
+) -> Callable[[dict[str, Any]], None]:
     """A function that takes what was logged at a step."""
 
     def take(entry: dict[str, Any]) -> None:
@@ -107,6 +117,7 @@ def recorder(trainer: FinetuneTrainer, record: Record | None, start: TrainerStat
             "tokens": state.num_input_tokens_seen - start.num_input_tokens_seen,
             "memory": {"predicted": trainer.predicted_memory, **peaks},
         }
+        record.data["warnings"] = list(warnings_of(record.data, data_args, bool(trainer.args.load_best_model_at_end)))
         record.log({name: entry[name] for name in KEPT if name in entry}, progress, piece)
 
     return take
@@ -118,6 +129,6 @@ def finish(record: Record, trainer: FinetuneTrainer, data_args: DataArguments) -
     if trainer.args.do_train:
         record.data["best_step"] = trainer.state.best_global_step if keeps_best else None
         record.data["progress"]["seconds_left"] = 0.0
-    warnings = list(warnings_of(record.data, data_args, record.data["best_step"] is not None))
-    record.data |= {"status": "finished", "warnings": warnings}
+    record.data["status"] = "finished"
+    record.data["warnings"] = list(warnings_of(record.data, data_args, record.data["best_step"] is not None))
     record.write(card=True)

@@ -1,5 +1,6 @@
 """What an evaluation leaves: losses, scores, and the answers row by row, base beside tuned."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import compress
@@ -15,6 +16,7 @@ from common.report.facts import chosen_rows
 from common.report.record import Record
 from common.terminal import show
 from common.training.evaluation import ANSWERS, Judgement
+from common.training.saves import combine_results
 from common.training.summary import peak_memory, print_answers, print_scores
 from common.training.trainer import FinetuneTrainer
 
@@ -36,6 +38,8 @@ def save_judgements(
     a reference. The loss on the general questions stands in one of them. predictions.csv: the answers with scores.
     """
     args = trainer.args
+    if args.do_predict and record and "base" not in found:
+        found = former_base(Path(args.output_dir), record, len(splits["test"].questions)) | found
     columns: dict[str, dict[str, float]] = {name: {} for name in found}
     if args.do_eval:
         save_losses(trainer, data_args, found, columns)
@@ -50,10 +54,24 @@ def save_judgements(
     former = record.data["scores"]  # of the same rows: an evaluation of the tuned model keeps those of the base
     record.data["scores"] = former | {name: former.get(name, {}) | column for name, column in columns.items()}
     if args.do_predict:
-        bases = {row["row"]: row for row in record.data["rows"]["rows"] if "base" in row}
-        rows = save_answers(Path(args.output_dir), splits["test"], found, scores)
-        rows["rows"] = [bases.get(row["row"], {}) | row for row in rows["rows"]]
-        record.data["rows"] = rows
+        record.data["rows"] = save_answers(Path(args.output_dir), splits["test"], found, scores)
+    combine_results(Path(args.output_dir))
+
+
+def former_base(folder: Path, record: Record, count: int) -> dict[str, Judgement]:
+    """The base's answers of an earlier evaluation, if the record has its scores on the same rows."""
+    lines = read_lines(folder / ANSWERS["base"]) if "base" in record.data["scores"] else []
+    answers = [line["predict"] for line in lines if isinstance(line.get("predict"), str)]
+    return {"base": Judgement({}, {}, answers)} if len(answers) == count else {}
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; [] for a missing or a broken one."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return []
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def save_losses(
@@ -65,6 +83,8 @@ def save_losses(
     """Adds the losses of the validation rows, and perplexities of text, to ``columns``."""
     metrics: dict[str, float] = {}
     for name, judged in found.items():
+        if not judged.metrics:  # of an earlier evaluation
+            continue
         prefix = "eval_base" if name == "base" else "eval"
         probed = {} if trainer.args.do_predict else judged.probed
         metrics |= judged.metrics | {f"{prefix}_{metric}": value for metric, value in probed.items()}
@@ -74,7 +94,7 @@ def save_losses(
         metrics |= {name.replace("_loss", "_perplexity"): math.exp(loss) for name, loss in losses.items()}
         for column in columns.values():
             column["perplexity"] = math.exp(column["loss"])
-    trainer.save_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics, combined=False)
 
 
 def save_scores(
@@ -93,7 +113,7 @@ def save_scores(
         prefix = "predict" if name == "tuned" else "predict_base"
         metrics |= {f"{prefix}_{metric}": value for metric, value in (means | judged.probed).items()}
     memory = {"predicted_memory": trainer.predicted_memory, **peak_memory()}
-    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)})
+    trainer.save_metrics("predict", metrics | memory | {"predict_samples": len(references)}, combined=False)
     return scores
 
 
@@ -105,8 +125,10 @@ def save_answers(folder: Path, data: Prepared, found: Mapping[str, Judgement], s
         facts = {"row": at + 1, "question": questions[at], "reference": references[at]}
         return facts | {name: judged.answers[at] for name, judged in found.items()}
 
+    nothing = dict.fromkeys(SCORES, 0.0)  # of a pair with an empty side, as in the means
+
     def all_scores(at: int) -> dict[str, float]:
-        pairs = ((name, scores[name][at] or {}) for name in found)
+        pairs = ((name, {} if references[at] is None else scores[name][at] or nothing) for name in found)
         return {f"{name} {metric}": value for name, pair in pairs for metric, value in pair.items()}
 
     columns = [f"{name} {metric}" for name in found for metric in SCORES]
