@@ -402,7 +402,7 @@ def test_a_stopped_answer_grows_no_more_and_the_next_one_comes(page, expected):
 
 
 def test_a_question_is_changed_in_its_place_by_the_speaker_that_is_picked(page, expected):
-    """The questions after it go, and a reload finds the conversation."""
+    """The questions after it go, and a reload finds the conversation, and who spoke in it."""
     for count, question in enumerate(("类型#裤", "类型#上衣"), 1):
         ask(page, question)
         wait_for(lambda count=count: page.locator("#right .note").count() == count)
@@ -422,6 +422,7 @@ def test_a_question_is_changed_in_its_place_by_the_speaker_that_is_picked(page, 
     page.reload()
     wait_for_answers(page, expected["beside/checkpoint-7"], expected[BASE])
     assert [text.strip() for text in page.locator("#left [data-testid=user]").all_inner_texts()] == [QUESTION]
+    assert page.locator("#picker input").input_value() == page.locator(".title").first.inner_text() == names[2]
 
 
 def test_an_exported_conversation_is_a_row_that_the_trainer_reads(page, expected, demo_tokenizer, tmp_path):

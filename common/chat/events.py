@@ -164,14 +164,16 @@ class Chat(NamedTuple):
         return [gr.skip(), *shown, *self.usable(conversation), rounds.to_browser(conversation)]
 
     def arrive(self, request: gr.Request, kept: Any, picked: str) -> list[Any]:
-        """What a visitor finds: the conversation that the browser kept, all names, columns and buttons."""
+        """What a visitor finds: the conversation that the browser kept and who spoke last, names, columns, buttons."""
         language, conversation = language_of(request.headers), rounds.from_browser(kept, self.columns)
+        last = conversation[-1].answers[0].speaker if conversation else picked
+        picked = last if last in self.speakers else picked
         switch = [(said(label, language), column) for label, column in zip(("tuned", "base"), COLUMNS, strict=True)]
         speakers = [(self.title(name, language), name) for name in self.speakers]
         return [
             conversation,
             gr.update(choices=switch[: self.columns]),
-            gr.update(choices=speakers),
+            gr.update(choices=speakers, value=picked),
             *self.pick(request, picked),
             *self.shown(conversation, language),
             *self.usable(conversation),
