@@ -45,7 +45,8 @@ def begin_record(
         rows = record.data["rows"]["total"]
         if "test" in data and (data["test"].content not in before or len(data["test"].questions) != rows):
             record.data |= {"scores": {}, "rows": {"total": 0, "rows": []}}  # those of other rows
-            (record.folder / ANSWERS["base"]).unlink(missing_ok=True)
+            if not data_args.evaluate_base:
+                (record.folder / ANSWERS["base"]).unlink(missing_ok=True)
         facts["data"] = [split for split in record.data["data"] if split["split"] not in own] + facts["data"]
     if rows := questions_of(data):
         texts = list(dict.fromkeys(rows[: 20 * QUESTIONS]["text"]))

@@ -50,9 +50,9 @@ def save_judgements(
         columns[name] |= judged.probed
     if record is None:  # not the first process
         return
-    print_scores(columns)
     former = record.data["scores"]  # of the same rows: an evaluation of the tuned model keeps those of the base
     record.data["scores"] = former | {name: former.get(name, {}) | column for name, column in columns.items()}
+    print_scores(record.data["scores"])
     if args.do_predict:
         record.data["rows"] = save_answers(Path(args.output_dir), splits["test"], found, scores)
     combine_results(Path(args.output_dir))

@@ -151,12 +151,12 @@ def print_scores(columns: Mapping[str, Mapping[str, float]]) -> None:
     headers = [Column(name, justify="right") for name in (*columns, *ratio)]
     table = Table("scores, 0 to 100", *headers, box=None, padding=(0, 2, 0, 0))
     for metric, name in names.items():
-        values = [scores[metric] for scores in columns.values() if metric in scores]
-        if not values:
+        values = [scores.get(metric) for scores in columns.values()]
+        if not any(value is not None for value in values):
             continue
-        cells = [f"{value:.2f}" for value in values]
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
         if ratio:
-            cells.append(f"{values[1] / values[0]:.2f}x" if values[0] else "-")
+            cells.append(f"{values[1] / values[0]:.2f}x" if values[0] and values[1] is not None else "-")
         table.add_row(name, *cells)
     if table.row_count:
         show(table)
