@@ -141,4 +141,4 @@ def test_a_terminal_brings_earlier_lines_back_also_in_the_next_chat(tmp_path):
 def test_the_chat_in_the_terminal_needs_no_packages_of_the_page():
     names = ("gradio", "fastapi", "starlette", "uvicorn")
     code = f"import sys; sys.modules |= dict.fromkeys({names}); import common.chat.cli_demo"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

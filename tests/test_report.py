@@ -257,6 +257,7 @@ def test_a_reader_that_leaves_ends_no_training():
     with open(write, "w") as file:
         for line in ("step 1", "step 2"):
             terminal.print_on(file, line)
+        assert os.path.realpath(f"/proc/self/fd/{write}") == os.devnull
 
 
 def test_what_takes_long_says_so_where_no_bar_is_seen(capsys, monkeypatch):

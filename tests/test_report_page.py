@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ import pytest
 
 from common.report.page import LARGEST, POINTS, page
 
-CHROMIUM = shutil.which("chromium")
 EVIL = "<script>window.bad = 1</script></script><!--<img src=x onerror='window.bad=1'>\u2028\u2029\"'`${1}&amp;\ud800"
 SHOWN = EVIL.replace("\ud800", "?")  # UTF-8 holds no half character
 
@@ -173,17 +171,6 @@ class Opened(NamedTuple):
     page: Any
     errors: list[str]  # of the console
     requests: list[str]  # of anything but the file
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
-    if CHROMIUM is None:
-        pytest.skip("needs a browser: apt install chromium fonts-wqy-microhei")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -42,7 +42,6 @@ from common.chat.events import COLUMNS
 from common.chat.page import build_page
 from common.chat.rounds import BASE, Answer, Round
 
-CHROMIUM = shutil.which("chromium")
 QUESTION = "类型#裙*颜色#白色*风格#甜美"
 GREEDY = generation_settings(200, 0, 1)
 PASSWORD = "芝麻开门"
@@ -108,17 +107,6 @@ def server(prefix, tmp_path_factory):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -r tests/requirements.txt")
-    if CHROMIUM is None:
-        pytest.skip("needs a browser: apt install chromium fonts-wqy-microhei")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
